@@ -1,0 +1,1 @@
+//! Families of models: configuration, weights and forward pass of each.

@@ -1,0 +1,4 @@
+//! The `oncall` command.
+fn main() -> std::process::ExitCode {
+    oncall::cli::main()
+}

@@ -1,0 +1,1 @@
+//! Operations over slices, on the CPU.

@@ -1,0 +1,1 @@
+//! One timeline: text in, tokens, sampling, text out.
