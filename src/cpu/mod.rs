@@ -1,1 +1,7 @@
-//! The machine: instruction sets and threads.
+//! The machine: instruction sets, threads, memory.
+
+mod pages;
+mod team;
+
+pub use pages::Pages;
+pub use team::Team;

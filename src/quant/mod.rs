@@ -39,9 +39,7 @@ impl Format {
     /// Bytes of a row of `n` weights; `None` if `n` isn't a whole number of blocks or the size overflows.
     pub fn row_bytes(&self, n: u64) -> Option<u64> {
         let len = self.block_len as u64;
-        (n % len == 0)
-            .then(|| (n / len).checked_mul(self.block_bytes as u64))
-            .flatten()
+        (n % len == 0).then(|| (n / len).checked_mul(self.block_bytes as u64)).flatten()
     }
 }
 
@@ -61,8 +59,5 @@ pub fn by_id(id: u32) -> Option<&'static Format> {
 
 /// The format of this name, in any case.
 pub fn by_name(name: &str) -> Option<&'static Format> {
-    FORMATS
-        .iter()
-        .copied()
-        .find(|f| f.name.eq_ignore_ascii_case(name))
+    FORMATS.iter().copied().find(|f| f.name.eq_ignore_ascii_case(name))
 }
