@@ -4,7 +4,24 @@
 //! f32, how f32 becomes it, and what its dot product with a quantised row of activations is.
 //! The scalar dot product defines the result; every kernel of every instruction set gives the same bits.
 
+mod bf16;
+mod block32;
+mod f16;
 mod f32;
+mod iq4_nl;
+mod iq4_xs;
+mod mxfp4;
+mod q2_k;
+mod q3_k;
+mod q4_0;
+mod q4_1;
+mod q4_k;
+mod q5_0;
+mod q5_1;
+mod q5_k;
+mod q6_k;
+mod q8_0;
+mod superblock;
 
 /// What a row of activations is quantised to before it meets a format's blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,7 +67,24 @@ impl std::fmt::Debug for Format {
 }
 
 /// Every format that oncall reads.
-pub static FORMATS: &[&Format] = &[&f32::FORMAT];
+pub static FORMATS: &[&Format] = &[
+    &f32::FORMAT,
+    &f16::FORMAT,
+    &bf16::FORMAT,
+    &q4_0::FORMAT,
+    &q4_1::FORMAT,
+    &q5_0::FORMAT,
+    &q5_1::FORMAT,
+    &q8_0::FORMAT,
+    &q2_k::FORMAT,
+    &q3_k::FORMAT,
+    &q4_k::FORMAT,
+    &q5_k::FORMAT,
+    &q6_k::FORMAT,
+    &iq4_nl::FORMAT,
+    &iq4_xs::FORMAT,
+    &mxfp4::FORMAT,
+];
 
 /// The format with this number in a GGUF file.
 pub fn by_id(id: u32) -> Option<&'static Format> {

@@ -1,0 +1,53 @@
+//! IQ4_XS: superblocks of 256 weights of 4 bits through IQ4_NL's codebook, sub-blocks of 32 with 6-bit scales:
+//! 4.25 bits a weight.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 0..2 | d, f16: a sub-block's scale is d * (its six bits - 32) |
+//! | 2..4 | high two bits of the scales: bits 2 j and 2 j + 1 of this little-endian u16 are sub-block j's |
+//! | 4..8 | low four bits of the scales: byte i holds sub-blocks 2 i (low nibble) and 2 i + 1 (high nibble) |
+//! | 8..136 | codes: sub-block j's 16 bytes, each byte i holds its weight i (low nibble) and i + 16 (high nibble) |
+//!
+//! A weight is scale * codebook\[code\]. Each sub-block is laid out as a block of IQ4_NL without its scale.
+
+use super::block32::{f16_at, nibbles};
+use super::iq4_nl::CODEBOOK;
+use super::superblock::{LEN, Scaled, dequantize_scaled};
+use super::{ActKind, Format};
+
+/// The format's entry in the registry.
+pub(super) static FORMAT: Format = Format {
+    id: 23,
+    name: "iq4_xs",
+    block_len: LEN,
+    block_bytes: BYTES,
+    act: ActKind::Q8K,
+    dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
+    quantize_row: None,
+};
+
+const BYTES: usize = 136;
+
+/// The integer weights (the codebook's values) and the scales of the 8 sub-blocks.
+#[inline]
+pub(super) fn unpack(block: &[u8; BYTES]) -> Scaled<8> {
+    let (_, qs) = block.split_last_chunk::<128>().expect("128 bytes of codes");
+    let mut w = [0; LEN];
+    let subs = w.as_chunks_mut::<32>().0;
+    for (w, qs) in subs.iter_mut().zip(qs.as_chunks::<16>().0) {
+        *w = nibbles(qs).map(|q| CODEBOOK[q as usize]);
+    }
+    let d = f16_at(block, 0);
+    let d = scales(block).map(|s| d * f32::from(s));
+    Scaled { w, d }
+}
+
+/// The 8 scales, -32..=31.
+#[inline]
+pub(super) fn scales(block: &[u8; BYTES]) -> [i8; 8] {
+    let high = u16::from_le_bytes([block[2], block[3]]);
+    std::array::from_fn(|j| {
+        let low = block[4 + j / 2] >> (j % 2 * 4) & 15;
+        (low | (high >> (2 * j) & 3) as u8 * 16) as i8 - 32
+    })
+}

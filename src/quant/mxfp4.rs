@@ -1,0 +1,52 @@
+//! MXFP4: 32 weights of 4-bit floating point (E2M1) and a power of two (E8M0), 4.25 bits a weight.
+//! The OCP Microscaling formats specification 1.0 defines both; gpt-oss stores its experts so.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 0 | exponent e: the scale is 2^(e - 127) |
+//! | 1..17 | codes: byte j holds weight j (low nibble) and weight j + 16 (high nibble) |
+//!
+//! A code's top bit is the sign; the others stand for 0, 0.5, 1, 1.5, 2, 3, 4, 6. The codebook holds twice
+//! that, which is whole, and the scale is halved: 2^(e - 128). The specification's NaN (e = 255) is read as
+//! 2^127, as ggml does.
+
+use super::block32::{dequantize_scaled, nibbles};
+use super::{ActKind, Format};
+
+/// The format's entry in the registry.
+pub(super) static FORMAT: Format = Format {
+    id: 39,
+    name: "mxfp4",
+    block_len: 32,
+    block_bytes: BYTES,
+    act: ActKind::Q8_0,
+    dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
+    quantize_row: None,
+};
+
+const BYTES: usize = 17;
+
+/// Twice the value of each code.
+pub(super) const CODEBOOK: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// The scale of the doubled codebook, 2^(e - 128): below f32's normal range for e < 2.
+#[inline]
+pub(super) fn half_scale(e: u8) -> f32 {
+    match e {
+        0 => f32::from_bits(1 << 21),
+        1 => f32::from_bits(1 << 22),
+        _ => f32::from_bits(u32::from(e - 1) << 23),
+    }
+}
+
+/// The integer weights (the codebook's values) and their scale.
+#[inline]
+pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32) {
+    let (_, qs) = block
+        .split_last_chunk::<16>()
+        .expect("a block has its codes");
+    (
+        nibbles(qs).map(|q| CODEBOOK[q as usize]),
+        half_scale(block[0]),
+    )
+}

@@ -1,0 +1,34 @@
+//! Q4_0: 32 weights of 4 bits and a scale, 4.5 bits a weight.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 0..2 | scale d, f16 |
+//! | 2..18 | codes: byte j holds weight j (low nibble) and weight j + 16 (high nibble) |
+//!
+//! A weight is d * (code - 8). The nibbles of a byte are 16 weights apart, not neighbours, so that
+//! a mask and a shift of one 16-byte register give the weights in order.
+
+use super::block32::{dequantize_scaled, f16_at, nibbles};
+use super::{ActKind, Format};
+
+/// The format's entry in the registry.
+pub(super) static FORMAT: Format = Format {
+    id: 2,
+    name: "q4_0",
+    block_len: 32,
+    block_bytes: BYTES,
+    act: ActKind::Q8_0,
+    dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
+    quantize_row: None,
+};
+
+const BYTES: usize = 18;
+
+/// The integer weights (code - 8) and their scale.
+#[inline]
+pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32) {
+    let (_, qs) = block
+        .split_last_chunk::<16>()
+        .expect("a block has its codes");
+    (nibbles(qs).map(|q| q as i8 - 8), f16_at(block, 0))
+}

@@ -1,0 +1,38 @@
+//! Q4_1: 32 weights of 4 bits with a scale and an offset, 5 bits a weight.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 0..2 | scale d, f16 |
+//! | 2..4 | offset m (the block's smallest weight), f16 |
+//! | 4..20 | codes: byte j holds weight j (low nibble) and weight j + 16 (high nibble) |
+//!
+//! A weight is d * code + m: no code is wasted where weights aren't centred on zero.
+
+use super::block32::{dequantize_affine, f16_at, nibbles};
+use super::{ActKind, Format};
+
+/// The format's entry in the registry.
+pub(super) static FORMAT: Format = Format {
+    id: 3,
+    name: "q4_1",
+    block_len: 32,
+    block_bytes: BYTES,
+    act: ActKind::Q8_0,
+    dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
+    quantize_row: None,
+};
+
+const BYTES: usize = 20;
+
+/// The integer weights (the codes), their scale and their offset.
+#[inline]
+pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32, f32) {
+    let (_, qs) = block
+        .split_last_chunk::<16>()
+        .expect("a block has its codes");
+    (
+        nibbles(qs).map(|q| q as i8),
+        f16_at(block, 0),
+        f16_at(block, 2),
+    )
+}

@@ -1,0 +1,43 @@
+//! Q4_K: superblocks of 256 weights of 4 bits, sub-blocks of 32 with 6-bit scales and offsets: 4.5 bits a weight.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 0..2 | d, f16: a sub-block's scale is d * its six bits |
+//! | 2..4 | dmin, f16: a sub-block's offset is dmin * its six bits |
+//! | 4..16 | the sub-blocks' scales and offsets, see [`scales_k4`] |
+//! | 16..144 | codes: byte 32 c + l holds weight 64 c + l (low nibble) and weight 64 c + 32 + l (high nibble) |
+//!
+//! A weight is scale * code - offset. The two nibbles of a byte are 32 weights apart: a byte's low and high
+//! nibbles belong to two sub-blocks, and 32 bytes hold two whole ones.
+
+use super::block32::f16_at;
+use super::superblock::{Affine, LEN, dequantize_affine, four_bits, scales_k4};
+use super::{ActKind, Format};
+
+/// The format's entry in the registry.
+pub(super) static FORMAT: Format = Format {
+    id: 12,
+    name: "q4_k",
+    block_len: LEN,
+    block_bytes: BYTES,
+    act: ActKind::Q8K,
+    dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
+    quantize_row: None,
+};
+
+const BYTES: usize = 144;
+
+/// The integer weights (the codes), scales and offsets of the 8 sub-blocks.
+#[inline]
+pub(super) fn unpack(block: &[u8; BYTES]) -> Affine<8> {
+    let (_, qs) = block.split_last_chunk::<128>().expect("128 bytes of codes");
+    let (head, _) = block.split_first_chunk::<16>().expect("16 bytes of scales");
+    let (_, packed) = head.split_last_chunk::<12>().expect("12 of them packed");
+    let (d, dmin) = (f16_at(block, 0), f16_at(block, 2));
+    let (sc, m) = scales_k4(packed);
+    Affine {
+        w: four_bits(qs),
+        d: sc.map(|s| d * f32::from(s)),
+        m: m.map(|m| dmin * f32::from(m)),
+    }
+}

@@ -1,0 +1,36 @@
+//! Q5_0: 32 weights of 5 bits and a scale, 5.5 bits a weight.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 0..2 | scale d, f16 |
+//! | 2..6 | the codes' fifth bits: bit k of this little-endian u32 belongs to weight k |
+//! | 6..22 | the codes' low bits: byte j holds weight j (low nibble) and weight j + 16 (high nibble) |
+//!
+//! A weight is d * (code - 16). The fifth bits stand apart so that the rest is Q4_0's layout.
+
+use super::block32::{dequantize_scaled, f16_at, fifth_bits, nibbles};
+use super::{ActKind, Format};
+
+/// The format's entry in the registry.
+pub(super) static FORMAT: Format = Format {
+    id: 6,
+    name: "q5_0",
+    block_len: 32,
+    block_bytes: BYTES,
+    act: ActKind::Q8_0,
+    dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
+    quantize_row: None,
+};
+
+const BYTES: usize = 22;
+
+/// The integer weights (code - 16) and their scale.
+#[inline]
+pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32) {
+    let (head, qs) = block
+        .split_last_chunk::<16>()
+        .expect("a block has its codes");
+    let (_, qh) = head.split_last_chunk::<4>().expect("and their fifth bits");
+    let codes = fifth_bits(nibbles(qs), qh);
+    (codes.map(|q| q as i8 - 16), f16_at(block, 0))
+}

@@ -1,0 +1,37 @@
+//! Q5_1: 32 weights of 5 bits with a scale and an offset, 6 bits a weight.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 0..2 | scale d, f16 |
+//! | 2..4 | offset m (the block's smallest weight), f16 |
+//! | 4..8 | the codes' fifth bits: bit k of this little-endian u32 belongs to weight k |
+//! | 8..24 | the codes' low bits: byte j holds weight j (low nibble) and weight j + 16 (high nibble) |
+//!
+//! A weight is d * code + m, as in Q4_1; the fifth bits are where Q5_0 has them.
+
+use super::block32::{dequantize_affine, f16_at, fifth_bits, nibbles};
+use super::{ActKind, Format};
+
+/// The format's entry in the registry.
+pub(super) static FORMAT: Format = Format {
+    id: 7,
+    name: "q5_1",
+    block_len: 32,
+    block_bytes: BYTES,
+    act: ActKind::Q8_0,
+    dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
+    quantize_row: None,
+};
+
+const BYTES: usize = 24;
+
+/// The integer weights (the codes), their scale and their offset.
+#[inline]
+pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32, f32) {
+    let (head, qs) = block
+        .split_last_chunk::<16>()
+        .expect("a block has its codes");
+    let (_, qh) = head.split_last_chunk::<4>().expect("and their fifth bits");
+    let codes = fifth_bits(nibbles(qs), qh);
+    (codes.map(|q| q as i8), f16_at(block, 0), f16_at(block, 2))
+}

@@ -1,0 +1,55 @@
+//! Q5_K: superblocks of 256 weights of 5 bits, sub-blocks of 32 with 6-bit scales and offsets: 5.5 bits a weight.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 0..2 | d, f16: a sub-block's scale is d * its six bits |
+//! | 2..4 | dmin, f16: a sub-block's offset is dmin * its six bits |
+//! | 4..16 | the sub-blocks' scales and offsets, see [`scales_k4`] |
+//! | 16..48 | the codes' fifth bits: bit k / 32 of byte k % 32 belongs to weight k |
+//! | 48..176 | the codes' low bits: byte 32 c + l holds weight 64 c + l (low nibble) and weight 64 c + 32 + l (high) |
+//!
+//! A weight is scale * code - offset. It is Q4_K with a plane of fifth bits put in between; bit j of those 32
+//! bytes is sub-block j's.
+
+use super::block32::f16_at;
+use super::superblock::{Affine, LEN, dequantize_affine, four_bits, scales_k4};
+use super::{ActKind, Format};
+
+/// The format's entry in the registry.
+pub(super) static FORMAT: Format = Format {
+    id: 13,
+    name: "q5_k",
+    block_len: LEN,
+    block_bytes: BYTES,
+    act: ActKind::Q8K,
+    dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
+    quantize_row: None,
+};
+
+const BYTES: usize = 176;
+
+/// The integer weights (the codes), scales and offsets of the 8 sub-blocks.
+#[inline]
+pub(super) fn unpack(block: &[u8; BYTES]) -> Affine<8> {
+    let (_, qs) = block
+        .split_last_chunk::<128>()
+        .expect("128 bytes of low bits");
+    let (head, rest) = block.split_first_chunk::<16>().expect("16 bytes of scales");
+    let (_, packed) = head.split_last_chunk::<12>().expect("12 of them packed");
+    let (qh, _) = rest
+        .split_first_chunk::<32>()
+        .expect("32 bytes of fifth bits");
+    let mut w = four_bits(qs);
+    for (j, w) in w.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        for (w, h) in w.iter_mut().zip(qh) {
+            *w += (h >> j & 1) as i8 * 16;
+        }
+    }
+    let (d, dmin) = (f16_at(block, 0), f16_at(block, 2));
+    let (sc, m) = scales_k4(packed);
+    Affine {
+        w,
+        d: sc.map(|s| d * f32::from(s)),
+        m: m.map(|m| dmin * f32::from(m)),
+    }
+}

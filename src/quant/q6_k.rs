@@ -1,0 +1,51 @@
+//! Q6_K: superblocks of 256 weights of 6 bits, sub-blocks of 16 with 8-bit scales: 6.5625 bits a weight.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 0..128 | the codes' low bits: byte 64 h + l (l < 64) holds weight 128 h + l (low nibble) and weight 128 h + 64 + l (high) |
+//! | 128..192 | the codes' high bits: byte 32 h + l holds weights 128 h + l, + 32, + 64, + 96, two bits each from the low bits up |
+//! | 192..208 | the sub-blocks' scales, signed bytes |
+//! | 208..210 | d, f16: a sub-block's scale is d * its byte |
+//!
+//! A weight is scale * (code - 32). Each half of 128 weights is packed by itself: 64 bytes of nibbles and 32 bytes of
+//! bit pairs give 128 weights with shifts and masks alone.
+
+use super::block32::f16_at;
+use super::superblock::{LEN, Scaled, dequantize_scaled, two_bits};
+use super::{ActKind, Format};
+
+/// The format's entry in the registry.
+pub(super) static FORMAT: Format = Format {
+    id: 14,
+    name: "q6_k",
+    block_len: LEN,
+    block_bytes: BYTES,
+    act: ActKind::Q8K,
+    dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
+    quantize_row: None,
+};
+
+const BYTES: usize = 210;
+
+/// The integer weights (code - 32) and the scales of the 16 sub-blocks.
+#[inline]
+pub(super) fn unpack(block: &[u8; BYTES]) -> Scaled<16> {
+    let (ql, rest) = block
+        .split_first_chunk::<128>()
+        .expect("128 bytes of low bits");
+    let (qh, rest) = rest
+        .split_first_chunk::<64>()
+        .expect("64 bytes of high bits");
+    let (scales, _) = rest.split_first_chunk::<16>().expect("16 scales");
+    let mut w = two_bits(qh);
+    let halves = w.as_chunks_mut::<128>().0;
+    for (w, ql) in halves.iter_mut().zip(ql.as_chunks::<64>().0) {
+        for (l, q) in ql.iter().enumerate() {
+            w[l] = (w[l] << 4 | (q & 15) as i8) - 32;
+            w[l + 64] = (w[l + 64] << 4 | (q >> 4) as i8) - 32;
+        }
+    }
+    let d = f16_at(block, 208);
+    let d = scales.map(|s| d * f32::from(s as i8));
+    Scaled { w, d }
+}

@@ -1,0 +1,33 @@
+//! Q8_0: 32 weights of 8 bits and a scale, 8.5 bits a weight.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 0..2 | scale d, f16 |
+//! | 2..34 | the weights' integers, signed bytes in order |
+//!
+//! A weight is d * integer. A quantiser writes -127..=127, but a file may hold -128, and it counts.
+
+use super::block32::{dequantize_scaled, f16_at};
+use super::{ActKind, Format};
+
+/// The format's entry in the registry.
+pub(super) static FORMAT: Format = Format {
+    id: 8,
+    name: "q8_0",
+    block_len: 32,
+    block_bytes: BYTES,
+    act: ActKind::Q8_0,
+    dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
+    quantize_row: None,
+};
+
+const BYTES: usize = 34;
+
+/// The integer weights and their scale.
+#[inline]
+pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32) {
+    let (_, qs) = block
+        .split_last_chunk::<32>()
+        .expect("a block has its integers");
+    (qs.map(|q| q as i8), f16_at(block, 0))
+}

@@ -1,0 +1,112 @@
+//! What the formats with superblocks of 256 weights share: from a superblock taken apart to f32.
+//!
+//! A superblock has one or two half-precision scales; its N sub-blocks have small integers that
+//! multiply those. A format says how its superblock comes apart (`unpack`): 256 integers and, for
+//! each sub-block, the scale (and the offset to subtract) as f32. All those products are exact.
+
+/// Weights of a superblock.
+pub(super) const LEN: usize = 256;
+
+/// A superblock whose weights are `w * d` of its sub-block.
+pub(super) struct Scaled<const N: usize> {
+    pub w: [i8; LEN],
+    pub d: [f32; N],
+}
+
+/// A superblock whose weights are `w * d - m` of its sub-block.
+pub(super) struct Affine<const N: usize> {
+    pub w: [i8; LEN],
+    pub d: [f32; N],
+    pub m: [f32; N],
+}
+
+/// Rows of superblocks of `B` bytes whose weights are `w * d`.
+#[inline]
+pub(super) fn dequantize_scaled<const B: usize, const N: usize>(
+    src: &[u8],
+    dst: &mut [f32],
+    unpack: impl Fn(&[u8; B]) -> Scaled<N>,
+) {
+    let (blocks, out) = whole_blocks(src, dst);
+    for (block, out) in blocks.iter().zip(out) {
+        let s = unpack(block);
+        for j in 0..N {
+            let sub = j * (LEN / N)..(j + 1) * (LEN / N);
+            for (out, w) in out[sub.clone()].iter_mut().zip(&s.w[sub]) {
+                *out = f32::from(*w) * s.d[j];
+            }
+        }
+    }
+}
+
+/// Rows of superblocks of `B` bytes whose weights are `w * d - m`.
+#[inline]
+pub(super) fn dequantize_affine<const B: usize, const N: usize>(
+    src: &[u8],
+    dst: &mut [f32],
+    unpack: impl Fn(&[u8; B]) -> Affine<N>,
+) {
+    let (blocks, out) = whole_blocks(src, dst);
+    for (block, out) in blocks.iter().zip(out) {
+        let s = unpack(block);
+        for j in 0..N {
+            let sub = j * (LEN / N)..(j + 1) * (LEN / N);
+            for (out, w) in out[sub.clone()].iter_mut().zip(&s.w[sub]) {
+                *out = f32::from(*w) * s.d[j] - s.m[j];
+            }
+        }
+    }
+}
+
+/// 256 codes of two bits: byte 32 h + l holds codes 128 h + l, + 32, + 64 and + 96, from the low bits up.
+#[inline]
+pub(super) fn two_bits(qs: &[u8; 64]) -> [i8; LEN] {
+    let mut codes = [0; LEN];
+    let runs = codes.as_chunks_mut::<32>().0;
+    for (j, run) in runs.iter_mut().enumerate() {
+        for (code, q) in run.iter_mut().zip(&qs[j / 4 * 32..]) {
+            *code = (q >> (j % 4 * 2) & 3) as i8;
+        }
+    }
+    codes
+}
+
+/// 256 codes of four bits: byte 32 c + l holds codes 64 c + l (low nibble) and 64 c + 32 + l (high nibble).
+#[inline]
+pub(super) fn four_bits(qs: &[u8; 128]) -> [i8; LEN] {
+    let mut codes = [0; LEN];
+    let runs = codes.as_chunks_mut::<32>().0;
+    for (j, run) in runs.iter_mut().enumerate() {
+        for (code, q) in run.iter_mut().zip(&qs[j / 2 * 32..]) {
+            *code = (q >> (j % 2 * 4) & 15) as i8;
+        }
+    }
+    codes
+}
+
+/// The 6-bit scales and offsets of Q4_K and Q5_K: eight of each in 12 bytes.
+///
+/// Bytes 0..4 hold scales 0..4 and bytes 4..8 offsets 0..4 in their low six bits. Bytes 8..12 hold
+/// the low four bits of scales 4..8 (below) and offsets 4..8 (above); their high two bits are the
+/// high two bits of bytes 0..4 and 4..8. So the first four need one mask, which matters to SIMD.
+#[inline]
+pub(super) fn scales_k4(packed: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
+    let (mut sc, mut m) = ([0; 8], [0; 8]);
+    for j in 0..4 {
+        sc[j] = packed[j] & 63;
+        m[j] = packed[j + 4] & 63;
+        sc[j + 4] = packed[j + 8] & 15 | packed[j] >> 6 << 4;
+        m[j + 4] = packed[j + 8] >> 4 | packed[j + 4] >> 6 << 4;
+    }
+    (sc, m)
+}
+
+fn whole_blocks<'s, 'd, const B: usize>(
+    src: &'s [u8],
+    dst: &'d mut [f32],
+) -> (&'s [[u8; B]], &'d mut [[f32; LEN]]) {
+    let (blocks, odd) = src.as_chunks();
+    let (out, tail) = dst.as_chunks_mut();
+    assert!(odd.is_empty() && tail.is_empty() && blocks.len() == out.len());
+    (blocks, out)
+}
