@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::{ActKind, Format};
+use super::{ActKind, Format, block1};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -11,21 +11,16 @@ pub(super) static FORMAT: Format = Format {
     block_len: 1,
     block_bytes: 2,
     act: ActKind::F32,
-    dequantize_row,
-    quantize_row: Some(quantize_row),
+    dequantize_row: |src, dst| block1::dequantize(src, dst, value),
+    quantize_row: Some(|src, dst| block1::quantize(src, dst, bytes)),
+    vec_dot: |row, x| block1::dot(row, x, value),
 };
 
-fn dequantize_row(src: &[u8], dst: &mut [f32]) {
-    assert_eq!(src.len(), dst.len() * 2);
-    for (d, s) in dst.iter_mut().zip(src.as_chunks::<2>().0) {
-        *d = f32::from_bits(u32::from(u16::from_le_bytes(*s)) << 16);
-    }
+fn value(bytes: [u8; 2]) -> f32 {
+    f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16)
 }
 
 /// Rounds to nearest, ties to even.
-fn quantize_row(src: &[f32], dst: &mut [u8]) {
-    assert_eq!(dst.len(), src.len() * 2);
-    for (d, s) in dst.as_chunks_mut::<2>().0.iter_mut().zip(src) {
-        *d = bf16::from_f32(*s).to_le_bytes();
-    }
+fn bytes(value: f32) -> [u8; 2] {
+    bf16::from_f32(value).to_le_bytes()
 }

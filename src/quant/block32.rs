@@ -5,6 +5,8 @@
 
 use half::f16;
 
+use super::ActRow;
+
 /// The half-precision number at byte `at` of a block.
 #[inline]
 pub(super) fn f16_at(block: &[u8], at: usize) -> f32 {
@@ -40,7 +42,7 @@ pub(super) fn dequantize_scaled<const B: usize>(
     dst: &mut [f32],
     unpack: impl Fn(&[u8; B]) -> ([i8; 32], f32),
 ) {
-    let (blocks, out) = whole_blocks(src, dst);
+    let (blocks, out) = whole_blocks::<B, 32>(src, dst);
     for (block, out) in blocks.iter().zip(out) {
         let (w, d) = unpack(block);
         for (out, w) in out.iter_mut().zip(w) {
@@ -57,7 +59,7 @@ pub(super) fn dequantize_affine<const B: usize>(
     dst: &mut [f32],
     unpack: impl Fn(&[u8; B]) -> ([i8; 32], f32, f32),
 ) {
-    let (blocks, out) = whole_blocks(src, dst);
+    let (blocks, out) = whole_blocks::<B, 32>(src, dst);
     for (block, out) in blocks.iter().zip(out) {
         let (w, d, m) = unpack(block);
         for (out, w) in out.iter_mut().zip(w) {
@@ -66,10 +68,58 @@ pub(super) fn dequantize_affine<const B: usize>(
     }
 }
 
-fn whole_blocks<'s, 'd, const B: usize>(
+/// The dot product of a row whose weights are `w * d` with Q8_0 activations, in the order that every kernel
+/// keeps: a block's integer sum is exact, and one fused multiply-add adds it, times both scales, to the total.
+#[inline]
+pub(super) fn dot_scaled<const B: usize>(
+    row: &[u8],
+    x: ActRow<'_>,
+    unpack: impl Fn(&[u8; B]) -> ([i8; 32], f32),
+) -> f32 {
+    blocks_with::<B, 32>(row, x).fold(0.0, |acc, (block, q, da)| {
+        let (w, d) = unpack(block);
+        (isum(&w, q) as f32).mul_add(d * da, acc)
+    })
+}
+
+/// As [`dot_scaled`], for weights that are `w * d + m`: a second fused multiply-add follows for the offset.
+#[inline]
+pub(super) fn dot_affine<const B: usize>(
+    row: &[u8],
+    x: ActRow<'_>,
+    unpack: impl Fn(&[u8; B]) -> ([i8; 32], f32, f32),
+) -> f32 {
+    blocks_with::<B, 32>(row, x).fold(0.0, |acc, (block, q, da)| {
+        let (w, d, m) = unpack(block);
+        let acc = (isum(&w, q) as f32).mul_add(d * da, acc);
+        let asum: i32 = q.iter().map(|q| i32::from(*q)).sum();
+        (asum as f32 * da).mul_add(m, acc)
+    })
+}
+
+/// The exact integer dot product of weights and activations.
+#[inline]
+pub(super) fn isum(w: &[i8], q: &[i8]) -> i32 {
+    w.iter().zip(q).map(|(w, q)| i32::from(*w) * i32::from(*q)).sum()
+}
+
+/// Each block of `B` bytes and `L` weights with the activations that it meets and their scale.
+pub(super) fn blocks_with<'a, const B: usize, const L: usize>(
+    row: &'a [u8],
+    x: ActRow<'a>,
+) -> impl Iterator<Item = (&'a [u8; B], &'a [i8; L], f32)> {
+    let (blocks, odd) = row.as_chunks();
+    let (q, tail) = x.q.as_chunks();
+    assert!(odd.is_empty() && tail.is_empty());
+    assert!(blocks.len() == q.len() && q.len() == x.d.len());
+    blocks.iter().zip(q).zip(x.d).map(|((b, q), d)| (b, q, *d))
+}
+
+/// The blocks of `B` bytes of a row and the places of their `L` weights.
+pub(super) fn whole_blocks<'s, 'd, const B: usize, const L: usize>(
     src: &'s [u8],
     dst: &'d mut [f32],
-) -> (&'s [[u8; B]], &'d mut [[f32; 32]]) {
+) -> (&'s [[u8; B]], &'d mut [[f32; L]]) {
     let (blocks, odd) = src.as_chunks();
     let (out, tail) = dst.as_chunks_mut();
     assert!(odd.is_empty() && tail.is_empty() && blocks.len() == out.len());

@@ -3,7 +3,7 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use super::{ActKind, Format};
+use super::{ActKind, Format, block1};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -14,6 +14,7 @@ pub(super) static FORMAT: Format = Format {
     act: ActKind::F32,
     dequantize_row,
     quantize_row: Some(quantize_row),
+    vec_dot: |row, x| block1::dot(row, x, |w| f16::from_le_bytes(w).to_f32()),
 };
 
 /// Numbers converted at once: bytes in a file aren't aligned for `f16`, so they pass through a buffer.

@@ -1,6 +1,6 @@
 //! F32: IEEE single precision, little-endian.
 
-use super::{ActKind, Format};
+use super::{ActKind, Format, block1};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -9,20 +9,7 @@ pub(super) static FORMAT: Format = Format {
     block_len: 1,
     block_bytes: 4,
     act: ActKind::F32,
-    dequantize_row,
-    quantize_row: Some(quantize_row),
+    dequantize_row: |src, dst| block1::dequantize(src, dst, f32::from_le_bytes),
+    quantize_row: Some(|src, dst| block1::quantize(src, dst, f32::to_le_bytes)),
+    vec_dot: |row, x| block1::dot(row, x, f32::from_le_bytes),
 };
-
-fn dequantize_row(src: &[u8], dst: &mut [f32]) {
-    assert_eq!(src.len(), dst.len() * 4);
-    for (d, s) in dst.iter_mut().zip(src.as_chunks::<4>().0) {
-        *d = f32::from_le_bytes(*s);
-    }
-}
-
-fn quantize_row(src: &[f32], dst: &mut [u8]) {
-    assert_eq!(dst.len(), src.len() * 4);
-    for (d, s) in dst.as_chunks_mut::<4>().0.iter_mut().zip(src) {
-        *d = s.to_le_bytes();
-    }
-}

@@ -12,7 +12,7 @@
 
 use super::block32::{f16_at, nibbles};
 use super::iq4_nl::CODEBOOK;
-use super::superblock::{LEN, Scaled, dequantize_scaled};
+use super::superblock::{LEN, Scaled, dequantize_scaled, dot_scaled};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -24,6 +24,7 @@ pub(super) static FORMAT: Format = Format {
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
     quantize_row: None,
+    vec_dot: |row, x| dot_scaled(row, x, unpack),
 };
 
 const BYTES: usize = 136;

@@ -4,7 +4,9 @@
 //! f32, how f32 becomes it, and what its dot product with a quantised row of activations is.
 //! The scalar dot product defines the result; every kernel of every instruction set gives the same bits.
 
+pub mod act;
 mod bf16;
+mod block1;
 mod block32;
 mod f16;
 mod f32;
@@ -22,6 +24,8 @@ mod q5_k;
 mod q6_k;
 mod q8_0;
 mod superblock;
+
+pub use act::ActRow;
 
 /// What a row of activations is quantised to before it meets a format's blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,6 +54,9 @@ pub struct Format {
     pub dequantize_row: fn(src: &[u8], dst: &mut [f32]),
     /// f32 to whole blocks, as ggml's reference quantiser does; `None` where there is none.
     pub quantize_row: Option<fn(src: &[f32], dst: &mut [u8])>,
+    /// The dot product with as many activations of kind `act`, in scalar code. It defines the result: the order of its
+    /// operations is the order of every kernel. Panics if the lengths don't match.
+    pub vec_dot: fn(row: &[u8], x: ActRow<'_>) -> f32,
 }
 
 impl Format {

@@ -10,7 +10,7 @@
 //! that, which is whole, and the scale is halved: 2^(e - 128). The specification's NaN (e = 255) is read as
 //! 2^127, as ggml does.
 
-use super::block32::{dequantize_scaled, nibbles};
+use super::block32::{dequantize_scaled, dot_scaled, nibbles};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -22,6 +22,7 @@ pub(super) static FORMAT: Format = Format {
     act: ActKind::Q8_0,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
     quantize_row: None,
+    vec_dot: |row, x| dot_scaled(row, x, unpack),
 };
 
 const BYTES: usize = 17;
@@ -42,11 +43,6 @@ pub(super) fn half_scale(e: u8) -> f32 {
 /// The integer weights (the codebook's values) and their scale.
 #[inline]
 pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32) {
-    let (_, qs) = block
-        .split_last_chunk::<16>()
-        .expect("a block has its codes");
-    (
-        nibbles(qs).map(|q| CODEBOOK[q as usize]),
-        half_scale(block[0]),
-    )
+    let (_, qs) = block.split_last_chunk::<16>().expect("a block has its codes");
+    (nibbles(qs).map(|q| CODEBOOK[q as usize]), half_scale(block[0]))
 }

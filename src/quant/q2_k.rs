@@ -11,7 +11,7 @@
 //! bytes give 32 weights in order.
 
 use super::block32::f16_at;
-use super::superblock::{Affine, LEN, dequantize_affine, two_bits};
+use super::superblock::{Affine, LEN, dequantize_affine, dot_affine, two_bits};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -23,6 +23,7 @@ pub(super) static FORMAT: Format = Format {
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
     quantize_row: None,
+    vec_dot: |row, x| dot_affine(row, x, unpack),
 };
 
 const BYTES: usize = 84;
@@ -33,9 +34,5 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> Affine<16> {
     let (scales, rest) = block.split_first_chunk::<16>().expect("16 scales");
     let (qs, _) = rest.split_first_chunk::<64>().expect("64 bytes of codes");
     let (d, dmin) = (f16_at(block, 80), f16_at(block, 82));
-    Affine {
-        w: two_bits(qs),
-        d: scales.map(|s| d * f32::from(s & 15)),
-        m: scales.map(|s| dmin * f32::from(s >> 4)),
-    }
+    Affine { w: two_bits(qs), d: scales.map(|s| d * f32::from(s & 15)), m: scales.map(|s| dmin * f32::from(s >> 4)) }
 }

@@ -11,7 +11,7 @@
 //! 32 weights in order.
 
 use super::block32::f16_at;
-use super::superblock::{LEN, Scaled, dequantize_scaled, two_bits};
+use super::superblock::{LEN, Scaled, dequantize_scaled, dot_scaled, two_bits};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -23,6 +23,7 @@ pub(super) static FORMAT: Format = Format {
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
     quantize_row: None,
+    vec_dot: |row, x| dot_scaled(row, x, unpack),
 };
 
 const BYTES: usize = 110;
@@ -30,12 +31,8 @@ const BYTES: usize = 110;
 /// The integer weights (code - 4) and the scales of the 16 sub-blocks.
 #[inline]
 pub(super) fn unpack(block: &[u8; BYTES]) -> Scaled<16> {
-    let (hmask, rest) = block
-        .split_first_chunk::<32>()
-        .expect("32 bytes of third bits");
-    let (qs, rest) = rest
-        .split_first_chunk::<64>()
-        .expect("64 bytes of low bits");
+    let (hmask, rest) = block.split_first_chunk::<32>().expect("32 bytes of third bits");
+    let (qs, rest) = rest.split_first_chunk::<64>().expect("64 bytes of low bits");
     let (packed, _) = rest.split_first_chunk::<12>().expect("12 bytes of scales");
     let mut w = two_bits(qs);
     for (j, w) in w.as_chunks_mut::<32>().0.iter_mut().enumerate() {

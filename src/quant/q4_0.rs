@@ -8,7 +8,7 @@
 //! A weight is d * (code - 8). The nibbles of a byte are 16 weights apart, not neighbours, so that
 //! a mask and a shift of one 16-byte register give the weights in order.
 
-use super::block32::{dequantize_scaled, f16_at, nibbles};
+use super::block32::{dequantize_scaled, dot_scaled, f16_at, nibbles};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -20,6 +20,7 @@ pub(super) static FORMAT: Format = Format {
     act: ActKind::Q8_0,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
     quantize_row: None,
+    vec_dot: |row, x| dot_scaled(row, x, unpack),
 };
 
 const BYTES: usize = 18;
@@ -27,8 +28,6 @@ const BYTES: usize = 18;
 /// The integer weights (code - 8) and their scale.
 #[inline]
 pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32) {
-    let (_, qs) = block
-        .split_last_chunk::<16>()
-        .expect("a block has its codes");
+    let (_, qs) = block.split_last_chunk::<16>().expect("a block has its codes");
     (nibbles(qs).map(|q| q as i8 - 8), f16_at(block, 0))
 }

@@ -8,7 +8,7 @@
 //!
 //! A weight is d * code + m: no code is wasted where weights aren't centred on zero.
 
-use super::block32::{dequantize_affine, f16_at, nibbles};
+use super::block32::{dequantize_affine, dot_affine, f16_at, nibbles};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -20,6 +20,7 @@ pub(super) static FORMAT: Format = Format {
     act: ActKind::Q8_0,
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
     quantize_row: None,
+    vec_dot: |row, x| dot_affine(row, x, unpack),
 };
 
 const BYTES: usize = 20;
@@ -27,12 +28,6 @@ const BYTES: usize = 20;
 /// The integer weights (the codes), their scale and their offset.
 #[inline]
 pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32, f32) {
-    let (_, qs) = block
-        .split_last_chunk::<16>()
-        .expect("a block has its codes");
-    (
-        nibbles(qs).map(|q| q as i8),
-        f16_at(block, 0),
-        f16_at(block, 2),
-    )
+    let (_, qs) = block.split_last_chunk::<16>().expect("a block has its codes");
+    (nibbles(qs).map(|q| q as i8), f16_at(block, 0), f16_at(block, 2))
 }

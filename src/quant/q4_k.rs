@@ -11,7 +11,7 @@
 //! nibbles belong to two sub-blocks, and 32 bytes hold two whole ones.
 
 use super::block32::f16_at;
-use super::superblock::{Affine, LEN, dequantize_affine, four_bits, scales_k4};
+use super::superblock::{Affine, LEN, dequantize_affine, dot_affine, four_bits, scales_k4};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -23,6 +23,7 @@ pub(super) static FORMAT: Format = Format {
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
     quantize_row: None,
+    vec_dot: |row, x| dot_affine(row, x, unpack),
 };
 
 const BYTES: usize = 144;
@@ -35,9 +36,5 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> Affine<8> {
     let (_, packed) = head.split_last_chunk::<12>().expect("12 of them packed");
     let (d, dmin) = (f16_at(block, 0), f16_at(block, 2));
     let (sc, m) = scales_k4(packed);
-    Affine {
-        w: four_bits(qs),
-        d: sc.map(|s| d * f32::from(s)),
-        m: m.map(|m| dmin * f32::from(m)),
-    }
+    Affine { w: four_bits(qs), d: sc.map(|s| d * f32::from(s)), m: m.map(|m| dmin * f32::from(m)) }
 }

@@ -8,7 +8,7 @@
 //!
 //! A weight is d * (code - 16). The fifth bits stand apart so that the rest is Q4_0's layout.
 
-use super::block32::{dequantize_scaled, f16_at, fifth_bits, nibbles};
+use super::block32::{dequantize_scaled, dot_scaled, f16_at, fifth_bits, nibbles};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -20,6 +20,7 @@ pub(super) static FORMAT: Format = Format {
     act: ActKind::Q8_0,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
     quantize_row: None,
+    vec_dot: |row, x| dot_scaled(row, x, unpack),
 };
 
 const BYTES: usize = 22;
@@ -27,9 +28,7 @@ const BYTES: usize = 22;
 /// The integer weights (code - 16) and their scale.
 #[inline]
 pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32) {
-    let (head, qs) = block
-        .split_last_chunk::<16>()
-        .expect("a block has its codes");
+    let (head, qs) = block.split_last_chunk::<16>().expect("a block has its codes");
     let (_, qh) = head.split_last_chunk::<4>().expect("and their fifth bits");
     let codes = fifth_bits(nibbles(qs), qh);
     (codes.map(|q| q as i8 - 16), f16_at(block, 0))

@@ -9,7 +9,7 @@
 //!
 //! A weight is d * code + m, as in Q4_1; the fifth bits are where Q5_0 has them.
 
-use super::block32::{dequantize_affine, f16_at, fifth_bits, nibbles};
+use super::block32::{dequantize_affine, dot_affine, f16_at, fifth_bits, nibbles};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -21,6 +21,7 @@ pub(super) static FORMAT: Format = Format {
     act: ActKind::Q8_0,
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
     quantize_row: None,
+    vec_dot: |row, x| dot_affine(row, x, unpack),
 };
 
 const BYTES: usize = 24;
@@ -28,9 +29,7 @@ const BYTES: usize = 24;
 /// The integer weights (the codes), their scale and their offset.
 #[inline]
 pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32, f32) {
-    let (head, qs) = block
-        .split_last_chunk::<16>()
-        .expect("a block has its codes");
+    let (head, qs) = block.split_last_chunk::<16>().expect("a block has its codes");
     let (_, qh) = head.split_last_chunk::<4>().expect("and their fifth bits");
     let codes = fifth_bits(nibbles(qs), qh);
     (codes.map(|q| q as i8), f16_at(block, 0), f16_at(block, 2))

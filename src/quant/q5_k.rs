@@ -12,7 +12,7 @@
 //! bytes is sub-block j's.
 
 use super::block32::f16_at;
-use super::superblock::{Affine, LEN, dequantize_affine, four_bits, scales_k4};
+use super::superblock::{Affine, LEN, dequantize_affine, dot_affine, four_bits, scales_k4};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -24,6 +24,7 @@ pub(super) static FORMAT: Format = Format {
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
     quantize_row: None,
+    vec_dot: |row, x| dot_affine(row, x, unpack),
 };
 
 const BYTES: usize = 176;
@@ -31,14 +32,10 @@ const BYTES: usize = 176;
 /// The integer weights (the codes), scales and offsets of the 8 sub-blocks.
 #[inline]
 pub(super) fn unpack(block: &[u8; BYTES]) -> Affine<8> {
-    let (_, qs) = block
-        .split_last_chunk::<128>()
-        .expect("128 bytes of low bits");
+    let (_, qs) = block.split_last_chunk::<128>().expect("128 bytes of low bits");
     let (head, rest) = block.split_first_chunk::<16>().expect("16 bytes of scales");
     let (_, packed) = head.split_last_chunk::<12>().expect("12 of them packed");
-    let (qh, _) = rest
-        .split_first_chunk::<32>()
-        .expect("32 bytes of fifth bits");
+    let (qh, _) = rest.split_first_chunk::<32>().expect("32 bytes of fifth bits");
     let mut w = four_bits(qs);
     for (j, w) in w.as_chunks_mut::<32>().0.iter_mut().enumerate() {
         for (w, h) in w.iter_mut().zip(qh) {
@@ -47,9 +44,5 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> Affine<8> {
     }
     let (d, dmin) = (f16_at(block, 0), f16_at(block, 2));
     let (sc, m) = scales_k4(packed);
-    Affine {
-        w,
-        d: sc.map(|s| d * f32::from(s)),
-        m: m.map(|m| dmin * f32::from(m)),
-    }
+    Affine { w, d: sc.map(|s| d * f32::from(s)), m: m.map(|m| dmin * f32::from(m)) }
 }

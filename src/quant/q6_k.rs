@@ -11,7 +11,7 @@
 //! bit pairs give 128 weights with shifts and masks alone.
 
 use super::block32::f16_at;
-use super::superblock::{LEN, Scaled, dequantize_scaled, two_bits};
+use super::superblock::{LEN, Scaled, dequantize_scaled, dot_scaled, two_bits};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -23,6 +23,7 @@ pub(super) static FORMAT: Format = Format {
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
     quantize_row: None,
+    vec_dot: |row, x| dot_scaled(row, x, unpack),
 };
 
 const BYTES: usize = 210;
@@ -30,12 +31,8 @@ const BYTES: usize = 210;
 /// The integer weights (code - 32) and the scales of the 16 sub-blocks.
 #[inline]
 pub(super) fn unpack(block: &[u8; BYTES]) -> Scaled<16> {
-    let (ql, rest) = block
-        .split_first_chunk::<128>()
-        .expect("128 bytes of low bits");
-    let (qh, rest) = rest
-        .split_first_chunk::<64>()
-        .expect("64 bytes of high bits");
+    let (ql, rest) = block.split_first_chunk::<128>().expect("128 bytes of low bits");
+    let (qh, rest) = rest.split_first_chunk::<64>().expect("64 bytes of high bits");
     let (scales, _) = rest.split_first_chunk::<16>().expect("16 scales");
     let mut w = two_bits(qh);
     let halves = w.as_chunks_mut::<128>().0;

@@ -7,7 +7,7 @@
 //!
 //! A weight is d * integer. A quantiser writes -127..=127, but a file may hold -128, and it counts.
 
-use super::block32::{dequantize_scaled, f16_at};
+use super::block32::{dequantize_scaled, dot_scaled, f16_at};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -19,6 +19,7 @@ pub(super) static FORMAT: Format = Format {
     act: ActKind::Q8_0,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
     quantize_row: None,
+    vec_dot: |row, x| dot_scaled(row, x, unpack),
 };
 
 const BYTES: usize = 34;
@@ -26,8 +27,6 @@ const BYTES: usize = 34;
 /// The integer weights and their scale.
 #[inline]
 pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32) {
-    let (_, qs) = block
-        .split_last_chunk::<32>()
-        .expect("a block has its integers");
+    let (_, qs) = block.split_last_chunk::<32>().expect("a block has its integers");
     (qs.map(|q| q as i8), f16_at(block, 0))
 }

@@ -4,6 +4,9 @@
 //! multiply those. A format says how its superblock comes apart (`unpack`): 256 integers and, for
 //! each sub-block, the scale (and the offset to subtract) as f32. All those products are exact.
 
+use super::ActRow;
+use super::block32::{blocks_with, isum, whole_blocks};
+
 /// Weights of a superblock.
 pub(super) const LEN: usize = 256;
 
@@ -27,7 +30,7 @@ pub(super) fn dequantize_scaled<const B: usize, const N: usize>(
     dst: &mut [f32],
     unpack: impl Fn(&[u8; B]) -> Scaled<N>,
 ) {
-    let (blocks, out) = whole_blocks(src, dst);
+    let (blocks, out) = whole_blocks::<B, LEN>(src, dst);
     for (block, out) in blocks.iter().zip(out) {
         let s = unpack(block);
         for j in 0..N {
@@ -46,7 +49,7 @@ pub(super) fn dequantize_affine<const B: usize, const N: usize>(
     dst: &mut [f32],
     unpack: impl Fn(&[u8; B]) -> Affine<N>,
 ) {
-    let (blocks, out) = whole_blocks(src, dst);
+    let (blocks, out) = whole_blocks::<B, LEN>(src, dst);
     for (block, out) in blocks.iter().zip(out) {
         let s = unpack(block);
         for j in 0..N {
@@ -56,6 +59,47 @@ pub(super) fn dequantize_affine<const B: usize, const N: usize>(
             }
         }
     }
+}
+
+/// The dot product of a row whose weights are `w * d` with Q8K activations, in the order that every kernel keeps:
+/// a sub-block's integer sum is exact, one fused multiply-add each adds them up over the superblock, and one more adds
+/// that, times the activations' scale, to the total.
+#[inline]
+pub(super) fn dot_scaled<const B: usize, const N: usize>(
+    row: &[u8],
+    x: ActRow<'_>,
+    unpack: impl Fn(&[u8; B]) -> Scaled<N>,
+) -> f32 {
+    blocks_with::<B, LEN>(row, x).fold(0.0, |acc, (block, q, da)| {
+        let s = unpack(block);
+        let mut inner = 0.0f32;
+        for j in 0..N {
+            let sub = j * (LEN / N)..(j + 1) * (LEN / N);
+            inner = (isum(&s.w[sub.clone()], &q[sub]) as f32).mul_add(s.d[j], inner);
+        }
+        inner.mul_add(da, acc)
+    })
+}
+
+/// As [`dot_scaled`], for weights that are `w * d - m`: in each sub-block a second fused multiply-add takes the
+/// offset times the activations' sum away.
+#[inline]
+pub(super) fn dot_affine<const B: usize, const N: usize>(
+    row: &[u8],
+    x: ActRow<'_>,
+    unpack: impl Fn(&[u8; B]) -> Affine<N>,
+) -> f32 {
+    blocks_with::<B, LEN>(row, x).fold(0.0, |acc, (block, q, da)| {
+        let s = unpack(block);
+        let mut inner = 0.0f32;
+        for j in 0..N {
+            let sub = j * (LEN / N)..(j + 1) * (LEN / N);
+            let asum: i32 = q[sub.clone()].iter().map(|q| i32::from(*q)).sum();
+            inner = (isum(&s.w[sub.clone()], &q[sub]) as f32).mul_add(s.d[j], inner);
+            inner = (asum as f32).mul_add(-s.m[j], inner);
+        }
+        inner.mul_add(da, acc)
+    })
 }
 
 /// 256 codes of two bits: byte 32 h + l holds codes 128 h + l, + 32, + 64 and + 96, from the low bits up.
@@ -99,14 +143,4 @@ pub(super) fn scales_k4(packed: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
         m[j + 4] = packed[j + 8] >> 4 | packed[j + 4] >> 6 << 4;
     }
     (sc, m)
-}
-
-fn whole_blocks<'s, 'd, const B: usize>(
-    src: &'s [u8],
-    dst: &'d mut [f32],
-) -> (&'s [[u8; B]], &'d mut [[f32; LEN]]) {
-    let (blocks, odd) = src.as_chunks();
-    let (out, tail) = dst.as_chunks_mut();
-    assert!(odd.is_empty() && tail.is_empty() && blocks.len() == out.len());
-    (blocks, out)
 }
