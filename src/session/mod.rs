@@ -1,1 +1,5 @@
 //! One timeline: text in, tokens, sampling, text out.
+
+mod rng;
+pub mod sampler;
+pub mod stop;
