@@ -1,0 +1,259 @@
+//! Element-wise operations and softmax over rows.
+
+use super::simd::{self, Kernel, LANES, Lanes, exp, load, load_part, store};
+
+/// `x += y`, of equal length: the residual.
+pub fn add(x: &mut [f32], y: &[f32]) {
+    assert_eq!(x.len(), y.len());
+    for (x, y) in x.iter_mut().zip(y) {
+        *x += y;
+    }
+}
+
+/// Adds `bias` to each row of `x`, shape `(n_rows, bias.len())`.
+pub fn add_bias(x: &mut [f32], bias: &[f32]) {
+    assert!(!bias.is_empty() && x.len().is_multiple_of(bias.len()), "whole rows");
+    for row in x.chunks_mut(bias.len()) {
+        add(row, bias);
+    }
+}
+
+/// `x *= factor`
+pub fn scale(x: &mut [f32], factor: f32) {
+    for x in x {
+        *x *= factor;
+    }
+}
+
+/// Sigmoid of each value, in place.
+pub fn sigmoid(x: &mut [f32]) {
+    simd::run(Map(x, Sigmoid));
+}
+
+/// `cap * tanh(x / cap)` of each value, in place: Gemma's and Grok's bound on logits.
+pub fn softcap(x: &mut [f32], cap: f32) {
+    simd::run(Map(x, Softcap(cap)));
+}
+
+/// `out = silu(gate) * up`, all of equal length (Shazeer 2020).
+pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    out.copy_from_slice(gate);
+    simd::run(ZipMap(out, up, Swiglu));
+}
+
+/// gpt-oss's gated unit: gate is bounded above by `limit`, up on both sides; `gate * sigmoid(alpha * gate) * (up + 1)`.
+pub fn swiglu_oai(gate: &[f32], up: &[f32], alpha: f32, limit: f32, out: &mut [f32]) {
+    out.copy_from_slice(gate);
+    simd::run(ZipMap(out, up, SwigluOai { alpha, limit }));
+}
+
+/// Softmax of the row, in place. An empty row stays empty.
+pub fn softmax(x: &mut [f32]) {
+    simd::run(Softmax(x));
+}
+
+/// A function of one value.
+trait Unary {
+    fn apply<V: Lanes>(&self, x: V) -> V;
+}
+
+/// A function of two values.
+trait Binary {
+    fn apply<V: Lanes>(&self, x: V, y: V) -> V;
+}
+
+struct Map<'a, F>(&'a mut [f32], F);
+impl<F: Unary> Kernel for Map<'_, F> {
+    type Out = ();
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        simd::map::<V>(
+            self.0,
+            #[inline(always)]
+            |x| self.1.apply(x),
+        );
+    }
+}
+
+struct ZipMap<'a, F>(&'a mut [f32], &'a [f32], F);
+impl<F: Binary> Kernel for ZipMap<'_, F> {
+    type Out = ();
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        simd::zip_map::<V>(
+            self.0,
+            self.1,
+            #[inline(always)]
+            |x, y| self.2.apply(x, y),
+        );
+    }
+}
+
+struct Sigmoid;
+impl Unary for Sigmoid {
+    #[inline(always)]
+    fn apply<V: Lanes>(&self, x: V) -> V {
+        let one = V::splat(1.0);
+        one.div(one.add(exp(V::splat(0.0).sub(x))))
+    }
+}
+
+/// tanh(t) = 1 - 2 / (e^2t + 1)
+pub(super) struct Softcap(pub f32);
+impl Softcap {
+    /// The capped values.
+    #[inline(always)]
+    pub fn apply_to<V: Lanes>(&self, x: V) -> V {
+        let e = exp(x.mul(V::splat(2.0 / self.0)));
+        let tanh = V::splat(1.0).sub(V::splat(2.0).div(e.add(V::splat(1.0))));
+        tanh.mul(V::splat(self.0))
+    }
+}
+impl Unary for Softcap {
+    #[inline(always)]
+    fn apply<V: Lanes>(&self, x: V) -> V {
+        self.apply_to(x)
+    }
+}
+
+struct Swiglu;
+impl Binary for Swiglu {
+    #[inline(always)]
+    fn apply<V: Lanes>(&self, gate: V, up: V) -> V {
+        let e = exp(V::splat(0.0).sub(gate));
+        gate.div(V::splat(1.0).add(e)).mul(up)
+    }
+}
+
+struct SwigluOai {
+    alpha: f32,
+    limit: f32,
+}
+impl Binary for SwigluOai {
+    #[inline(always)]
+    fn apply<V: Lanes>(&self, gate: V, up: V) -> V {
+        let gate = V::splat(self.limit).min(gate);
+        let up = V::splat(-self.limit).max(V::splat(self.limit).min(up));
+        let e = exp(gate.mul(V::splat(-self.alpha)));
+        gate.div(V::splat(1.0).add(e)).mul(up.add(V::splat(1.0)))
+    }
+}
+
+struct Softmax<'a>(&'a mut [f32]);
+impl Kernel for Softmax<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        let x = self.0;
+        let mut max = V::splat(f32::NEG_INFINITY);
+        let (chunks, tail) = x.as_chunks::<LANES>();
+        for c in chunks {
+            max = load::<V>(c).max(max);
+        }
+        let max = load_part::<V>(tail, f32::NEG_INFINITY).max(max).max_lane();
+        let mut sum = V::splat(0.0);
+        let (chunks, tail) = x.as_chunks_mut::<LANES>();
+        for c in chunks {
+            let p = exp(load::<V>(c).sub(V::splat(max)));
+            store(p, c);
+            sum = sum.add(p);
+        }
+        if !tail.is_empty() {
+            let p = exp(load_part::<V>(tail, f32::NEG_INFINITY).sub(V::splat(max)));
+            let mut buf = [0.0; LANES];
+            store(p, &mut buf);
+            tail.copy_from_slice(&buf[..tail.len()]);
+            sum = sum.add(p);
+        }
+        scale(x, 1.0 / sum.sum());
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Repeatable values between -2 and 2.
+    pub fn noise(n: usize, seed: u64) -> Vec<f32> {
+        let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        (0..n)
+            .map(|_| {
+                s ^= s << 13;
+                s ^= s >> 7;
+                s ^= s << 17;
+                (s >> 40) as f32 / (1u64 << 22) as f32 - 2.0
+            })
+            .collect()
+    }
+
+    fn close(a: f32, b: f64, tolerance: f64) {
+        assert!((f64::from(a) - b).abs() <= tolerance * b.abs().max(1e-6), "{a} {b}");
+    }
+
+    const LENGTHS: [usize; 8] = [0, 1, 15, 16, 17, 100, 768, 1001];
+
+    #[test]
+    fn swiglu_matches_the_definition() {
+        for n in LENGTHS {
+            let (g, u) = (noise(n, 1).iter().map(|x| x * 20.0).collect::<Vec<_>>(), noise(n, 2));
+            let mut out = vec![f32::NAN; n];
+            swiglu(&g, &u, &mut out);
+            for i in 0..n {
+                let (g, u) = (f64::from(g[i]), f64::from(u[i]));
+                close(out[i], g / (1.0 + (-g).exp()) * u, 4e-7);
+            }
+        }
+        let mut out = [0.0; 3];
+        swiglu(&[-200.0, 200.0, -0.0], &[1.0; 3], &mut out);
+        assert!(out[0].abs() < 1e-35 && out[1] == 200.0 && out[2] == 0.0);
+    }
+
+    #[test]
+    fn swiglu_oai_clamps() {
+        for n in LENGTHS {
+            let (g, u): (Vec<f32>, Vec<f32>) =
+                (noise(n, 3).iter().map(|x| x * 8.0).collect(), noise(n, 4).iter().map(|x| x * 8.0).collect());
+            let mut out = vec![f32::NAN; n];
+            swiglu_oai(&g, &u, 1.702, 7.0, &mut out);
+            for i in 0..n {
+                let (g, u) = (f64::from(g[i]).min(7.0), f64::from(u[i]).clamp(-7.0, 7.0));
+                close(out[i], g / (1.0 + (-1.702f32 as f64 * g).exp()) * (u + 1.0), 4e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn softmax_sums_to_one() {
+        for n in LENGTHS {
+            let x: Vec<f32> = noise(n, 5).iter().map(|x| x * 10.0).collect();
+            let mut y = x.clone();
+            softmax(&mut y);
+            let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let e: Vec<f64> = x.iter().map(|&x| f64::from(x - max).exp()).collect();
+            let sum: f64 = e.iter().sum();
+            for i in 0..n {
+                close(y[i], e[i] / sum, 6e-7);
+            }
+        }
+        let mut masked = [1.0, f32::NEG_INFINITY, 1.0];
+        softmax(&mut masked);
+        assert_eq!(masked, [0.5, 0.0, 0.5]);
+    }
+
+    #[test]
+    fn sigmoid_softcap_and_the_rest() {
+        let x: Vec<f32> = noise(100, 6).iter().map(|x| x * 30.0).collect();
+        let (mut s, mut c) = (x.clone(), x.clone());
+        sigmoid(&mut s);
+        softcap(&mut c, 30.0);
+        for i in 0..x.len() {
+            let x = f64::from(x[i]);
+            close(s[i], 1.0 / (1.0 + (-x).exp()), 4e-7);
+            assert!((f64::from(c[i]) - 30.0 * (x / 30.0).tanh()).abs() < 8e-6);
+        }
+        let mut y = vec![1.0, 2.0, 3.0, 4.0];
+        add_bias(&mut y, &[10.0, 20.0]);
+        scale(&mut y, 2.0);
+        assert_eq!(y, [22.0, 44.0, 26.0, 48.0]);
+    }
+}

@@ -1,0 +1,105 @@
+//! Root-mean-square normalisation (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight.
+
+use super::simd::{self, Kernel, LANES, Lanes, load, load_part};
+
+/// Normalises the row `x` into `out`, both of `weight`'s length.
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    out.copy_from_slice(x);
+    rms_norm_in_place(out, weight, eps);
+}
+
+/// Normalises the row `x`, of `weight`'s length.
+pub fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
+    simd::run(RmsNorm { x, weight, eps });
+}
+
+/// Normalises each head of `x`, shape `(n_head, head_dim)` with `weight` of `head_dim`: the QK norm.
+pub fn rms_norm_heads(x: &mut [f32], weight: &[f32], eps: f32) {
+    assert!(!weight.is_empty() && x.len().is_multiple_of(weight.len()), "whole heads");
+    simd::run(RmsNorm { x, weight, eps });
+}
+
+/// Each piece of `x` as long as `weight` is a row of its own.
+struct RmsNorm<'a> {
+    x: &'a mut [f32],
+    weight: &'a [f32],
+    eps: f32,
+}
+
+impl Kernel for RmsNorm<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<V: Lanes>(self) {
+        if self.weight.is_empty() {
+            assert!(self.x.is_empty());
+            return;
+        }
+        for row in self.x.chunks_mut(self.weight.len()) {
+            let mean = sum_of_squares::<V>(row) / row.len() as f32;
+            let scale = V::splat(1.0 / (mean + self.eps).sqrt());
+            simd::zip_map::<V>(row, self.weight, |x, w| x.mul(scale).mul(w));
+        }
+    }
+}
+
+/// Four accumulators of 16 lanes taken in turn (the latency of one would be the limit), then summed as a tree.
+#[inline(always)]
+fn sum_of_squares<V: Lanes>(x: &[f32]) -> f32 {
+    let mut acc = [V::splat(0.0); 4];
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    let (fours, rest) = chunks.as_chunks::<4>();
+    for four in fours {
+        for (a, c) in acc.iter_mut().zip(four) {
+            let v: V = load(c);
+            *a = v.fma(v, *a);
+        }
+    }
+    for (a, c) in acc.iter_mut().zip(rest) {
+        let v: V = load(c);
+        *a = v.fma(v, *a);
+    }
+    if !tail.is_empty() {
+        let v: V = load_part(tail, 0.0);
+        acc[3] = v.fma(v, acc[3]);
+    }
+    acc[0].add(acc[1]).add(acc[2].add(acc[3])).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::elementwise::tests::noise;
+
+    fn reference(x: &[f32], w: &[f32], eps: f32) -> Vec<f64> {
+        let mean = x.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / x.len() as f64;
+        let scale = (mean + f64::from(eps)).sqrt().recip();
+        x.iter().zip(w).map(|(&x, &w)| f64::from(x) * scale * f64::from(w)).collect()
+    }
+
+    #[test]
+    fn matches_the_definition_at_any_length() {
+        for n in [1, 2, 15, 16, 17, 63, 64, 65, 80, 100, 576, 2048, 2879] {
+            let (x, w) = (noise(n, 1), noise(n, 2));
+            let mut out = vec![f32::NAN; n];
+            rms_norm(&x, &w, 1e-5, &mut out);
+            for (a, b) in out.iter().zip(reference(&x, &w, 1e-5)) {
+                assert!((f64::from(*a) - b).abs() <= 4e-7 * b.abs().max(1e-3), "{n}: {a} {b}");
+            }
+            let mut y = x.clone();
+            rms_norm_in_place(&mut y, &w, 1e-5);
+            assert_eq!(y, out);
+        }
+    }
+
+    #[test]
+    fn heads_are_rows() {
+        let (x, w) = (noise(3 * 96, 3), noise(96, 4));
+        let mut y = x.clone();
+        rms_norm_heads(&mut y, &w, 1e-6);
+        for h in 0..3 {
+            let mut one = vec![0.0; 96];
+            rms_norm(&x[h * 96..][..96], &w, 1e-6, &mut one);
+            assert_eq!(one, y[h * 96..][..96]);
+        }
+    }
+}
