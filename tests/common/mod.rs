@@ -1,0 +1,5 @@
+//! What several integration tests share.
+
+#[cfg(feature = "llama-cpp")]
+pub mod llama;
+pub mod stats;
