@@ -1,1 +1,34 @@
-//! The GGUF file format.
+//! The GGUF file format: what a model file says about itself, where its tensors lie, and how to write one.
+//!
+//! A file is untrusted input. [`Header::parse`] is a pure function from bytes to a checked description:
+//! every count is compared with the bytes that are there before anything is allocated for it, and every
+//! tensor lies inside its file, aligned, apart from the others, with a format that [`crate::quant`] knows.
+//! `docs/hostile-files.md` lists what is promised.
+//!
+//! Only the header is looked at through a mapping, while the file is opened. The tensors' data is read
+//! by positioned reads, so a file that shrinks or a disk that fails later is an error and not a signal.
+//!
+//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
+
+mod cursor;
+mod error;
+mod file;
+mod header;
+mod map;
+mod metadata;
+mod read;
+mod split;
+mod tensor;
+mod value;
+
+pub use error::{GgufError, HeaderError, KeyError, WriteError};
+pub use file::{Gguf, ModelFile};
+pub use header::{Header, MAX_HEADER_BYTES, MAX_KEYS, MAX_TENSORS};
+pub use metadata::Metadata;
+pub use tensor::Tensor;
+pub use value::{Array, Strings, Value, ValueType};
+
+/// Where tensors begin unless `general.alignment` says otherwise, in bytes.
+pub const DEFAULT_ALIGNMENT: u64 = 32;
+/// The key that changes it.
+pub const ALIGNMENT_KEY: &str = "general.alignment";

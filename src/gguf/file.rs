@@ -1,0 +1,329 @@
+//! A model's files, opened: one header, all tensors, positioned reads.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::error::{GgufError, KeyError};
+use super::header::{Header, MAX_HEADER_BYTES};
+use super::map::map_prefix;
+use super::metadata::Metadata;
+use super::read::{ReadError, read_full_at};
+use super::split::ShardName;
+use super::tensor::Tensor;
+
+/// An opened model: its metadata, where its tensors are, and reads of their bytes.
+///
+/// It can be shared between threads; reads don't move any position and don't wait for each other.
+#[derive(Debug)]
+pub struct Gguf {
+    name: String,
+    version: u32,
+    metadata: Metadata,
+    tensors: Vec<Tensor>,
+    by_name: HashMap<Arc<str>, usize>,
+    files: Vec<ModelFile>,
+}
+
+/// One of the files that a model consists of.
+#[derive(Debug)]
+pub struct ModelFile {
+    path: PathBuf,
+    len: u64,
+    data: Data,
+}
+
+#[derive(Debug)]
+enum Data {
+    File(File),
+    Static(&'static [u8]),
+}
+
+impl ModelFile {
+    /// Where it is; for a model inside the program its name.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its length in bytes when it was opened.
+    pub fn n_bytes(&self) -> u64 {
+        self.len
+    }
+
+    /// Its bytes, if it is inside the program and not on a disk.
+    pub fn in_memory(&self) -> Option<&'static [u8]> {
+        match self.data {
+            Data::Static(bytes) => Some(bytes),
+            Data::File(_) => None,
+        }
+    }
+
+    fn read_full_at(&self, buf: &mut [u8], offset: u64) -> Result<(), ReadError> {
+        match &self.data {
+            Data::File(file) => read_full_at(|buf, at| file.read_at(buf, at), buf, offset),
+            Data::Static(bytes) => {
+                let from = usize::try_from(offset).unwrap_or(usize::MAX);
+                let rest = bytes.get(from..).unwrap_or_default();
+                let rest = rest.get(..buf.len()).ok_or(ReadError::Eof(self.len))?;
+                buf.copy_from_slice(rest);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Gguf {
+    /// Opens a model file; of a model in several shards any of them, and the others with it.
+    pub fn open(path: &Path) -> Result<Self, GgufError> {
+        let (file, header) = open_one(path)?;
+        let name = path
+            .file_name()
+            .unwrap_or(path.as_os_str())
+            .to_string_lossy()
+            .into_owned();
+        match split_key(path, &header, "split.count")? {
+            None | Some(0 | 1) => Self::assemble(name, vec![(file, header)]),
+            Some(count) => Self::assemble(name, open_shards(path, (file, header), count)?),
+        }
+    }
+
+    /// A model that is part of the program. Nothing of it is copied.
+    pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self, GgufError> {
+        let len = bytes.len() as u64;
+        let header =
+            Header::parse(Cow::Borrowed(bytes), len).map_err(|error| GgufError::Header {
+                path: name.into(),
+                error,
+            })?;
+        let file = ModelFile {
+            path: name.into(),
+            len,
+            data: Data::Static(bytes),
+        };
+        Self::assemble(name.into(), vec![(file, header)])
+    }
+
+    /// Joins the shards: the metadata is the first one's.
+    fn assemble(name: String, shards: Vec<(ModelFile, Header)>) -> Result<Self, GgufError> {
+        let mut files = Vec::with_capacity(shards.len());
+        let mut tensors = Vec::new();
+        let mut first = None;
+        for (i, (file, header)) in shards.into_iter().enumerate() {
+            tensors.extend(header.tensors.into_iter().map(|t| Tensor { file: i, ..t }));
+            first.get_or_insert((header.version, header.metadata));
+            files.push(file);
+        }
+        let (version, metadata) = first.expect("a model has at least one file");
+        let mut by_name = HashMap::with_capacity(tensors.len());
+        for (i, tensor) in tensors.iter().enumerate() {
+            if let Some(other) = by_name.insert(tensor.name.clone(), i) {
+                let file_of = |i: usize| files[tensors[i].file].path.clone();
+                return Err(GgufError::TensorInTwoShards {
+                    tensor: tensor.name.to_string(),
+                    first: file_of(other),
+                    second: file_of(i),
+                });
+            }
+        }
+        Ok(Self {
+            name,
+            version,
+            metadata,
+            tensors,
+            by_name,
+            files,
+        })
+    }
+
+    /// The name of the file that was opened, or of the model inside the program.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The version of the format: 2 or 3.
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// Keys and values.
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    /// All tensors, in the order of the files.
+    pub fn tensors(&self) -> &[Tensor] {
+        &self.tensors
+    }
+
+    /// A tensor by its name.
+    pub fn tensor(&self, name: &str) -> Option<&Tensor> {
+        self.by_name.get(name).map(|&i| &self.tensors[i])
+    }
+
+    /// The files that [`Tensor::file`] counts.
+    pub fn files(&self) -> &[ModelFile] {
+        &self.files
+    }
+
+    /// Bytes of all files together.
+    pub fn total_bytes(&self) -> u64 {
+        self.files.iter().map(ModelFile::n_bytes).sum()
+    }
+
+    /// Reads a tensor's bytes from `offset` in it on, as many as `buf` holds.
+    pub fn read_at(&self, tensor: &Tensor, offset: u64, buf: &mut [u8]) -> Result<(), GgufError> {
+        let inside = offset
+            .checked_add(buf.len() as u64)
+            .is_some_and(|end| end <= tensor.n_bytes);
+        if !inside {
+            return Err(GgufError::OutsideTensor {
+                tensor: tensor.name.to_string(),
+                offset,
+                len: buf.len(),
+                n_bytes: tensor.n_bytes,
+            });
+        }
+        let file = &self.files[tensor.file];
+        let from = tensor.offset + offset;
+        file.read_full_at(buf, from).map_err(|e| match e {
+            ReadError::Eof(end) => GgufError::Shrunk {
+                path: file.path.clone(),
+                tensor: tensor.name.to_string(),
+                end,
+            },
+            ReadError::Io(error) => GgufError::Read {
+                path: file.path.clone(),
+                tensor: tensor.name.to_string(),
+                offset: from,
+                len: buf.len(),
+                error,
+            },
+        })
+    }
+}
+
+/// Opens one file and parses its header, which is copied out of the mapping before it is checked.
+fn open_one(path: &Path) -> Result<(ModelFile, Header), GgufError> {
+    let io = |error| GgufError::Open {
+        path: path.into(),
+        error,
+    };
+    let bad = |error| GgufError::Header {
+        path: path.into(),
+        error,
+    };
+    // Asked before it is opened: opening a pipe would wait for its other end.
+    reject_other_kinds(path, &fs::metadata(path).map_err(io)?)?;
+    let file = File::open(path).map_err(io)?;
+    let len = file.metadata().map_err(io)?.len();
+    let header = if len == 0 {
+        Header::parse(Cow::Borrowed(&[]), 0).map_err(bad)?
+    } else {
+        let mapped = map_prefix(&file, len.min(MAX_HEADER_BYTES as u64) as usize).map_err(io)?;
+        let n_bytes = Header::measure(&mapped, len).map_err(bad)?;
+        Header::parse(Cow::Owned(mapped[..n_bytes].to_vec()), len).map_err(bad)?
+    };
+    Ok((
+        ModelFile {
+            path: path.into(),
+            len,
+            data: Data::File(file),
+        },
+        header,
+    ))
+}
+
+fn reject_other_kinds(path: &Path, metadata: &fs::Metadata) -> Result<(), GgufError> {
+    if metadata.is_file() {
+        return Ok(());
+    }
+    let what = if metadata.is_dir() {
+        "a directory"
+    } else {
+        "a pipe or a device"
+    };
+    Err(GgufError::NotAFile {
+        path: path.into(),
+        what,
+    })
+}
+
+fn split_key(path: &Path, header: &Header, key: &str) -> Result<Option<u64>, GgufError> {
+    header
+        .metadata
+        .u64(key)
+        .map_err(|error: KeyError| GgufError::Key {
+            path: path.into(),
+            error,
+        })
+}
+
+/// Opens the shards beside one that is open, in order.
+fn open_shards(
+    path: &Path,
+    opened: (ModelFile, Header),
+    count: u64,
+) -> Result<Vec<(ModelFile, Header)>, GgufError> {
+    let name = ShardName::of(path)
+        .filter(|name| u64::from(name.count) == count)
+        .ok_or_else(|| GgufError::SplitName {
+            path: path.into(),
+            count,
+        })?;
+    let mut opened = Some(opened);
+    let mut shards = Vec::new();
+    for no in 1..=name.count {
+        let shard = match opened.take_if(|_| no == name.no) {
+            Some(shard) => shard,
+            None => {
+                let path = name.sibling(path, no);
+                open_one(&path).map_err(|e| match e {
+                    GgufError::Open { path, error } if error.kind() == io::ErrorKind::NotFound => {
+                        GgufError::MissingShard {
+                            path,
+                            no,
+                            count: name.count,
+                        }
+                    }
+                    e => e,
+                })?
+            }
+        };
+        expect_key(&shard, "split.no", u64::from(no - 1))?;
+        expect_key(&shard, "split.count", count)?;
+        shards.push(shard);
+    }
+    let n_tensors = shards
+        .iter()
+        .map(|(_, header)| header.tensors.len() as u64)
+        .sum();
+    if split_key(path, &shards[0].1, "split.tensors.count")?.is_some() {
+        expect_key(&shards[0], "split.tensors.count", n_tensors)?;
+    }
+    Ok(shards)
+}
+
+fn expect_key(
+    (file, header): &(ModelFile, Header),
+    key: &'static str,
+    expected: u64,
+) -> Result<(), GgufError> {
+    let path = &file.path;
+    match split_key(path, header, key)? {
+        Some(found) if found == expected => Ok(()),
+        Some(found) => Err(GgufError::SplitMismatch {
+            path: path.clone(),
+            key,
+            found,
+            expected,
+        }),
+        None => Err(GgufError::Key {
+            path: path.clone(),
+            error: KeyError::Missing { key: key.into() },
+        }),
+    }
+}
