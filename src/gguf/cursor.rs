@@ -12,11 +12,7 @@ pub(super) struct Cursor<'a> {
 impl<'a> Cursor<'a> {
     /// Over the first bytes of a file that is `file_len` long.
     pub(super) fn new(bytes: &'a [u8], file_len: u64) -> Self {
-        Self {
-            bytes,
-            at: 0,
-            file_len,
-        }
+        Self { bytes, at: 0, file_len }
     }
 
     pub(super) fn at(&self) -> usize {
@@ -41,14 +37,9 @@ impl<'a> Cursor<'a> {
     /// The error for bytes that aren't here: the file ends, or the header is longer than is looked at.
     fn short(&self, what: &'static str) -> HeaderError {
         if self.bytes.len() as u64 == self.file_len {
-            HeaderError::Truncated {
-                len: self.file_len,
-                what,
-            }
+            HeaderError::Truncated { len: self.file_len, what }
         } else {
-            HeaderError::TooLarge {
-                max: self.bytes.len(),
-            }
+            HeaderError::TooLarge { max: self.bytes.len() }
         }
     }
 
@@ -90,12 +81,7 @@ impl<'a> Cursor<'a> {
         if count <= left / min_bytes {
             return Err(self.short(what));
         }
-        Err(HeaderError::Count {
-            what,
-            count,
-            offset,
-            left,
-        })
+        Err(HeaderError::Count { what, count, offset, left })
     }
 
     /// A string with its length before it.
@@ -112,12 +98,7 @@ impl<'a> Cursor<'a> {
         let name = self.str(what)?;
         let len = name.len() as u64;
         if len == 0 || len > max {
-            return Err(HeaderError::NameLength {
-                what,
-                offset,
-                len,
-                max,
-            });
+            return Err(HeaderError::NameLength { what, offset, len, max });
         }
         Ok(name)
     }

@@ -86,9 +86,7 @@ pub enum GgufError {
         second: PathBuf,
     },
     /// A read of tensor data failed.
-    #[error(
-        "reading {len} bytes of tensor {tensor:?} at offset {offset} of {path:?} failed: {error}"
-    )]
+    #[error("reading {len} bytes of tensor {tensor:?} at offset {offset} of {path:?} failed: {error}")]
     Read {
         /// The file.
         path: PathBuf,
@@ -115,9 +113,7 @@ pub enum GgufError {
         end: u64,
     },
     /// A range that isn't inside the tensor was asked for.
-    #[error(
-        "tensor {tensor:?} has {n_bytes} bytes; {len} from offset {offset} aren't all inside it"
-    )]
+    #[error("tensor {tensor:?} has {n_bytes} bytes; {len} from offset {offset} aren't all inside it")]
     OutsideTensor {
         /// The tensor.
         tensor: String,
@@ -146,22 +142,16 @@ pub enum HeaderError {
         hint: &'static str,
     },
     /// GGUF, but for machines of the other byte order.
-    #[error(
-        "a big-endian GGUF file: only little-endian ones are read; convert the model again without --bigendian"
-    )]
+    #[error("a big-endian GGUF file: only little-endian ones are read; convert the model again without --bigendian")]
     BigEndian,
     /// Another version of the format.
-    #[error(
-        "GGUF version {version}: versions 2 and 3 are read; convert the model again with a current llama.cpp"
-    )]
+    #[error("GGUF version {version}: versions 2 and 3 are read; convert the model again with a current llama.cpp")]
     Version {
         /// The version in the file.
         version: u32,
     },
     /// The header goes on past the file's end.
-    #[error(
-        "the file ends at byte {len}, inside {what}: it is incomplete, download or convert it again"
-    )]
+    #[error("the file ends at byte {len}, inside {what}: it is incomplete, download or convert it again")]
     Truncated {
         /// The file's length.
         len: u64,
@@ -298,9 +288,7 @@ pub enum HeaderError {
         id: u32,
     },
     /// Rows that aren't whole blocks.
-    #[error(
-        "tensor {tensor:?} has rows of {n_cols}, which isn't a multiple of {format}'s block of {block_len}"
-    )]
+    #[error("tensor {tensor:?} has rows of {n_cols}, which isn't a multiple of {format}'s block of {block_len}")]
     Row {
         /// The tensor.
         tensor: String,
@@ -312,9 +300,7 @@ pub enum HeaderError {
         block_len: usize,
     },
     /// An offset that isn't aligned.
-    #[error(
-        "tensor {tensor:?} is at offset {offset} of the data, which isn't a multiple of the alignment {alignment}"
-    )]
+    #[error("tensor {tensor:?} is at offset {offset} of the data, which isn't a multiple of the alignment {alignment}")]
     Misaligned {
         /// The tensor.
         tensor: String,
@@ -359,9 +345,7 @@ fn known_formats() -> String {
 #[non_exhaustive]
 pub enum KeyError {
     /// It isn't there.
-    #[error(
-        "key {key:?} is missing: the file is incomplete or of another kind; convert the model again"
-    )]
+    #[error("key {key:?} is missing: the file is incomplete or of another kind; convert the model again")]
     Missing {
         /// The key.
         key: String,

@@ -80,11 +80,7 @@ impl Gguf {
     /// Opens a model file; of a model in several shards any of them, and the others with it.
     pub fn open(path: &Path) -> Result<Self, GgufError> {
         let (file, header) = open_one(path)?;
-        let name = path
-            .file_name()
-            .unwrap_or(path.as_os_str())
-            .to_string_lossy()
-            .into_owned();
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         match split_key(path, &header, "split.count")? {
             None | Some(0 | 1) => Self::assemble(name, vec![(file, header)]),
             Some(count) => Self::assemble(name, open_shards(path, (file, header), count)?),
@@ -95,15 +91,8 @@ impl Gguf {
     pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self, GgufError> {
         let len = bytes.len() as u64;
         let header =
-            Header::parse(Cow::Borrowed(bytes), len).map_err(|error| GgufError::Header {
-                path: name.into(),
-                error,
-            })?;
-        let file = ModelFile {
-            path: name.into(),
-            len,
-            data: Data::Static(bytes),
-        };
+            Header::parse(Cow::Borrowed(bytes), len).map_err(|error| GgufError::Header { path: name.into(), error })?;
+        let file = ModelFile { path: name.into(), len, data: Data::Static(bytes) };
         Self::assemble(name.into(), vec![(file, header)])
     }
 
@@ -129,14 +118,7 @@ impl Gguf {
                 });
             }
         }
-        Ok(Self {
-            name,
-            version,
-            metadata,
-            tensors,
-            by_name,
-            files,
-        })
+        Ok(Self { name, version, metadata, tensors, by_name, files })
     }
 
     /// The name of the file that was opened, or of the model inside the program.
@@ -176,9 +158,7 @@ impl Gguf {
 
     /// Reads a tensor's bytes from `offset` in it on, as many as `buf` holds.
     pub fn read_at(&self, tensor: &Tensor, offset: u64, buf: &mut [u8]) -> Result<(), GgufError> {
-        let inside = offset
-            .checked_add(buf.len() as u64)
-            .is_some_and(|end| end <= tensor.n_bytes);
+        let inside = offset.checked_add(buf.len() as u64).is_some_and(|end| end <= tensor.n_bytes);
         if !inside {
             return Err(GgufError::OutsideTensor {
                 tensor: tensor.name.to_string(),
@@ -190,11 +170,7 @@ impl Gguf {
         let file = &self.files[tensor.file];
         let from = tensor.offset + offset;
         file.read_full_at(buf, from).map_err(|e| match e {
-            ReadError::Eof(end) => GgufError::Shrunk {
-                path: file.path.clone(),
-                tensor: tensor.name.to_string(),
-                end,
-            },
+            ReadError::Eof(end) => GgufError::Shrunk { path: file.path.clone(), tensor: tensor.name.to_string(), end },
             ReadError::Io(error) => GgufError::Read {
                 path: file.path.clone(),
                 tensor: tensor.name.to_string(),
@@ -208,14 +184,8 @@ impl Gguf {
 
 /// Opens one file and parses its header, which is copied out of the mapping before it is checked.
 fn open_one(path: &Path) -> Result<(ModelFile, Header), GgufError> {
-    let io = |error| GgufError::Open {
-        path: path.into(),
-        error,
-    };
-    let bad = |error| GgufError::Header {
-        path: path.into(),
-        error,
-    };
+    let io = |error| GgufError::Open { path: path.into(), error };
+    let bad = |error| GgufError::Header { path: path.into(), error };
     // Asked before it is opened: opening a pipe would wait for its other end.
     reject_other_kinds(path, &fs::metadata(path).map_err(io)?)?;
     let file = File::open(path).map_err(io)?;
@@ -227,53 +197,26 @@ fn open_one(path: &Path) -> Result<(ModelFile, Header), GgufError> {
         let n_bytes = Header::measure(&mapped, len).map_err(bad)?;
         Header::parse(Cow::Owned(mapped[..n_bytes].to_vec()), len).map_err(bad)?
     };
-    Ok((
-        ModelFile {
-            path: path.into(),
-            len,
-            data: Data::File(file),
-        },
-        header,
-    ))
+    Ok((ModelFile { path: path.into(), len, data: Data::File(file) }, header))
 }
 
 fn reject_other_kinds(path: &Path, metadata: &fs::Metadata) -> Result<(), GgufError> {
     if metadata.is_file() {
         return Ok(());
     }
-    let what = if metadata.is_dir() {
-        "a directory"
-    } else {
-        "a pipe or a device"
-    };
-    Err(GgufError::NotAFile {
-        path: path.into(),
-        what,
-    })
+    let what = if metadata.is_dir() { "a directory" } else { "a pipe or a device" };
+    Err(GgufError::NotAFile { path: path.into(), what })
 }
 
 fn split_key(path: &Path, header: &Header, key: &str) -> Result<Option<u64>, GgufError> {
-    header
-        .metadata
-        .u64(key)
-        .map_err(|error: KeyError| GgufError::Key {
-            path: path.into(),
-            error,
-        })
+    header.metadata.u64(key).map_err(|error: KeyError| GgufError::Key { path: path.into(), error })
 }
 
 /// Opens the shards beside one that is open, in order.
-fn open_shards(
-    path: &Path,
-    opened: (ModelFile, Header),
-    count: u64,
-) -> Result<Vec<(ModelFile, Header)>, GgufError> {
+fn open_shards(path: &Path, opened: (ModelFile, Header), count: u64) -> Result<Vec<(ModelFile, Header)>, GgufError> {
     let name = ShardName::of(path)
         .filter(|name| u64::from(name.count) == count)
-        .ok_or_else(|| GgufError::SplitName {
-            path: path.into(),
-            count,
-        })?;
+        .ok_or_else(|| GgufError::SplitName { path: path.into(), count })?;
     let mut opened = Some(opened);
     let mut shards = Vec::new();
     for no in 1..=name.count {
@@ -283,11 +226,7 @@ fn open_shards(
                 let path = name.sibling(path, no);
                 open_one(&path).map_err(|e| match e {
                     GgufError::Open { path, error } if error.kind() == io::ErrorKind::NotFound => {
-                        GgufError::MissingShard {
-                            path,
-                            no,
-                            count: name.count,
-                        }
+                        GgufError::MissingShard { path, no, count: name.count }
                     }
                     e => e,
                 })?
@@ -297,33 +236,18 @@ fn open_shards(
         expect_key(&shard, "split.count", count)?;
         shards.push(shard);
     }
-    let n_tensors = shards
-        .iter()
-        .map(|(_, header)| header.tensors.len() as u64)
-        .sum();
+    let n_tensors = shards.iter().map(|(_, header)| header.tensors.len() as u64).sum();
     if split_key(path, &shards[0].1, "split.tensors.count")?.is_some() {
         expect_key(&shards[0], "split.tensors.count", n_tensors)?;
     }
     Ok(shards)
 }
 
-fn expect_key(
-    (file, header): &(ModelFile, Header),
-    key: &'static str,
-    expected: u64,
-) -> Result<(), GgufError> {
+fn expect_key((file, header): &(ModelFile, Header), key: &'static str, expected: u64) -> Result<(), GgufError> {
     let path = &file.path;
     match split_key(path, header, key)? {
         Some(found) if found == expected => Ok(()),
-        Some(found) => Err(GgufError::SplitMismatch {
-            path: path.clone(),
-            key,
-            found,
-            expected,
-        }),
-        None => Err(GgufError::Key {
-            path: path.clone(),
-            error: KeyError::Missing { key: key.into() },
-        }),
+        Some(found) => Err(GgufError::SplitMismatch { path: path.clone(), key, found, expected }),
+        None => Err(GgufError::Key { path: path.clone(), error: KeyError::Missing { key: key.into() } }),
     }
 }

@@ -24,7 +24,7 @@ pub(super) const MAX_NAME_BYTES: u64 = 255;
 /// Arrays in arrays: no known key has any.
 const MAX_DEPTH: u32 = 4;
 /// The largest alignment of tensors.
-const MAX_ALIGNMENT: u64 = 1 << 20;
+pub(super) const MAX_ALIGNMENT: u64 = 1 << 20;
 /// A key's length, a value's type, a byte.
 const MIN_KEY_BYTES: u64 = 8 + 4 + 1;
 /// A name's length, a count of dimensions, one dimension, a format, an offset.
@@ -98,19 +98,9 @@ fn scan(bytes: &[u8], file_len: u64) -> Result<Found, HeaderError> {
         tensors.push(read_tensor(&mut cur, alignment)?);
     }
     let n_bytes = cur.at();
-    place(
-        &mut tensors,
-        (n_bytes as u64).next_multiple_of(alignment),
-        file_len,
-    )?;
+    place(&mut tensors, (n_bytes as u64).next_multiple_of(alignment), file_len)?;
     reject_duplicates(&tensors)?;
-    Ok(Found {
-        version,
-        entries,
-        by_key,
-        tensors,
-        n_bytes,
-    })
+    Ok(Found { version, entries, by_key, tensors, n_bytes })
 }
 
 fn limit(what: &'static str, count: u64, max: u64) -> Result<(), HeaderError> {
@@ -124,10 +114,7 @@ fn read_version(cur: &mut Cursor<'_>, bytes: &[u8]) -> Result<u32, HeaderError> 
     const MAGIC: &[u8] = b"GGUF";
     let begin = &bytes[..bytes.len().min(16)];
     if !begin.starts_with(&MAGIC[..begin.len().min(4)]) {
-        return Err(HeaderError::NotGguf {
-            begins: begin.escape_ascii().to_string(),
-            hint: hint(begin),
-        });
+        return Err(HeaderError::NotGguf { begins: begin.escape_ascii().to_string(), hint: hint(begin) });
     }
     cur.take(4, "the magic number")?;
     match cur.u32("the version")? {
@@ -161,29 +148,16 @@ fn read_entry(cur: &mut Cursor<'_>) -> Result<Entry, HeaderError> {
     let ty = read_type(cur, key)?;
     let from = cur.at();
     check_values(cur, key, ty, 1, 0)?;
-    Ok(Entry {
-        key: key_range,
-        ty,
-        value: from..cur.at(),
-    })
+    Ok(Entry { key: key_range, ty, value: from..cur.at() })
 }
 
 fn read_type(cur: &mut Cursor<'_>, key: &str) -> Result<ValueType, HeaderError> {
     let id = cur.u32("a value's type")?;
-    ValueType::by_id(id).ok_or_else(|| HeaderError::ValueType {
-        key: key.into(),
-        id,
-    })
+    ValueType::by_id(id).ok_or_else(|| HeaderError::ValueType { key: key.into(), id })
 }
 
 /// Steps over `n` values of a type and checks them, arrays to a limited depth.
-fn check_values(
-    cur: &mut Cursor<'_>,
-    key: &str,
-    ty: ValueType,
-    n: u64,
-    depth: u32,
-) -> Result<(), HeaderError> {
+fn check_values(cur: &mut Cursor<'_>, key: &str, ty: ValueType, n: u64, depth: u32) -> Result<(), HeaderError> {
     match ty {
         ValueType::Str => {
             for _ in 0..n {
@@ -192,10 +166,7 @@ fn check_values(
         }
         ValueType::Array => {
             if depth == MAX_DEPTH {
-                return Err(HeaderError::Depth {
-                    key: key.into(),
-                    max: MAX_DEPTH,
-                });
+                return Err(HeaderError::Depth { key: key.into(), max: MAX_DEPTH });
             }
             for _ in 0..n {
                 let element = read_type(cur, key)?;
@@ -209,10 +180,7 @@ fn check_values(
             if scalar == ValueType::Bool
                 && let Some(&value) = values.iter().find(|&&b| b > 1)
             {
-                return Err(HeaderError::Bool {
-                    key: key.into(),
-                    value,
-                });
+                return Err(HeaderError::Bool { key: key.into(), value });
             }
         }
     }
@@ -225,18 +193,13 @@ fn sort_keys(bytes: &[u8], entries: &[Entry]) -> Result<Vec<u32>, HeaderError> {
     let mut order: Vec<u32> = (0..entries.len() as u32).collect();
     order.sort_unstable_by_key(|&i| key(i));
     match order.windows(2).find(|w| key(w[0]) == key(w[1])) {
-        Some(w) => Err(HeaderError::DuplicateKey {
-            key: String::from_utf8_lossy(key(w[0])).into(),
-        }),
+        Some(w) => Err(HeaderError::DuplicateKey { key: String::from_utf8_lossy(key(w[0])).into() }),
         None => Ok(order),
     }
 }
 
 fn read_alignment(bytes: &[u8], entries: &[Entry]) -> Result<u64, HeaderError> {
-    let Some(entry) = entries
-        .iter()
-        .find(|e| &bytes[e.key.clone()] == ALIGNMENT_KEY.as_bytes())
-    else {
+    let Some(entry) = entries.iter().find(|e| &bytes[e.key.clone()] == ALIGNMENT_KEY.as_bytes()) else {
         return Ok(DEFAULT_ALIGNMENT);
     };
     let value = decode(entry.ty, &mut &bytes[entry.value.clone()]);
@@ -259,10 +222,7 @@ fn read_tensor(cur: &mut Cursor<'_>, alignment: u64) -> Result<Tensor, HeaderErr
     let tensor = || name.to_string();
     let n_dims = cur.u32("a tensor's dimensions")?;
     if !(1..=4).contains(&n_dims) {
-        return Err(HeaderError::Dimensions {
-            tensor: tensor(),
-            n_dims,
-        });
+        return Err(HeaderError::Dimensions { tensor: tensor(), n_dims });
     }
     let n_dims = n_dims as usize;
     let mut dims = [1; 4];
@@ -271,17 +231,11 @@ fn read_tensor(cur: &mut Cursor<'_>, alignment: u64) -> Result<Tensor, HeaderErr
     }
     let shape = || dims[..n_dims].to_vec();
     if dims.contains(&0) {
-        return Err(HeaderError::ZeroDimension {
-            tensor: tensor(),
-            shape: shape(),
-        });
+        return Err(HeaderError::ZeroDimension { tensor: tensor(), shape: shape() });
     }
     let id = cur.u32("a tensor's format")?;
     let offset = cur.u64("a tensor's offset")?;
-    let format = quant::by_id(id).ok_or_else(|| HeaderError::Format {
-        tensor: tensor(),
-        id,
-    })?;
+    let format = quant::by_id(id).ok_or_else(|| HeaderError::Format { tensor: tensor(), id })?;
     if !dims[0].is_multiple_of(format.block_len as u64) {
         return Err(HeaderError::Row {
             tensor: tensor(),
@@ -290,26 +244,12 @@ fn read_tensor(cur: &mut Cursor<'_>, alignment: u64) -> Result<Tensor, HeaderErr
             block_len: format.block_len,
         });
     }
-    let n_bytes = tensor_bytes(&dims, format).ok_or_else(|| HeaderError::Overflow {
-        tensor: tensor(),
-        shape: shape(),
-    })?;
+    let n_bytes =
+        tensor_bytes(&dims, format).ok_or_else(|| HeaderError::Overflow { tensor: tensor(), shape: shape() })?;
     if !offset.is_multiple_of(alignment) {
-        return Err(HeaderError::Misaligned {
-            tensor: tensor(),
-            offset,
-            alignment,
-        });
+        return Err(HeaderError::Misaligned { tensor: tensor(), offset, alignment });
     }
-    Ok(Tensor {
-        name: Arc::from(name),
-        dims,
-        n_dims,
-        format,
-        file: 0,
-        offset,
-        n_bytes,
-    })
+    Ok(Tensor { name: Arc::from(name), dims, n_dims, format, file: 0, offset, n_bytes })
 }
 
 /// Bytes of a tensor, if both they and its elements can be counted in 63 bits.
@@ -339,14 +279,8 @@ fn place(tensors: &mut [Tensor], data_start: u64, file_len: u64) -> Result<(), H
     }
     let mut order: Vec<&Tensor> = tensors.iter().collect();
     order.sort_unstable_by_key(|t| t.offset);
-    match order
-        .windows(2)
-        .find(|w| w[0].offset + w[0].n_bytes > w[1].offset)
-    {
-        Some(w) => Err(HeaderError::Overlap {
-            first: w[0].name.to_string(),
-            second: w[1].name.to_string(),
-        }),
+    match order.windows(2).find(|w| w[0].offset + w[0].n_bytes > w[1].offset) {
+        Some(w) => Err(HeaderError::Overlap { first: w[0].name.to_string(), second: w[1].name.to_string() }),
         None => Ok(()),
     }
 }
@@ -355,9 +289,7 @@ fn reject_duplicates(tensors: &[Tensor]) -> Result<(), HeaderError> {
     let mut names: Vec<&str> = tensors.iter().map(|t| &*t.name).collect();
     names.sort_unstable();
     match names.windows(2).find(|w| w[0] == w[1]) {
-        Some(w) => Err(HeaderError::DuplicateTensor {
-            tensor: w[0].into(),
-        }),
+        Some(w) => Err(HeaderError::DuplicateTensor { tensor: w[0].into() }),
         None => Ok(()),
     }
 }

@@ -33,11 +33,7 @@ impl std::fmt::Debug for Metadata {
 impl Metadata {
     /// Of checked entries that point into `bytes`, and their order by key.
     pub(super) fn new(bytes: Cow<'static, [u8]>, entries: Vec<Entry>, by_key: Vec<u32>) -> Self {
-        Self {
-            bytes,
-            entries,
-            by_key,
-        }
+        Self { bytes, entries, by_key }
     }
 
     fn key(&self, entry: &Entry) -> &str {
@@ -60,17 +56,12 @@ impl Metadata {
 
     /// Keys and values in the file's order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, Value<'_>)> {
-        self.entries
-            .iter()
-            .filter_map(|e| Some((self.key(e), self.value(e)?)))
+        self.entries.iter().filter_map(|e| Some((self.key(e), self.value(e)?)))
     }
 
     /// The value of a key, whatever its type.
     pub fn get(&self, key: &str) -> Option<Value<'_>> {
-        let at = self
-            .by_key
-            .binary_search_by(|&i| self.key(&self.entries[i as usize]).cmp(key))
-            .ok()?;
+        let at = self.by_key.binary_search_by(|&i| self.key(&self.entries[i as usize]).cmp(key)).ok()?;
         self.value(&self.entries[self.by_key[at] as usize])
     }
 
@@ -81,23 +72,17 @@ impl Metadata {
 
     /// An integer of any type that fits 32 bits, if the key is there.
     pub fn u32(&self, key: &str) -> Result<Option<u32>, KeyError> {
-        self.get(key)
-            .map(|v| integer(key, &v, "a number from 0 to 2^32-1"))
-            .transpose()
+        self.get(key).map(|v| integer(key, &v, "a number from 0 to 2^32-1")).transpose()
     }
 
     /// An integer of any type that fits 64 bits, if the key is there.
     pub fn u64(&self, key: &str) -> Result<Option<u64>, KeyError> {
-        self.get(key)
-            .map(|v| integer(key, &v, "a number from 0 to 2^64-1"))
-            .transpose()
+        self.get(key).map(|v| integer(key, &v, "a number from 0 to 2^64-1")).transpose()
     }
 
     /// An integer of any type that fits 32 bits with a sign, if the key is there.
     pub fn i32(&self, key: &str) -> Result<Option<i32>, KeyError> {
-        self.get(key)
-            .map(|v| integer(key, &v, "a number from -2^31 to 2^31-1"))
-            .transpose()
+        self.get(key).map(|v| integer(key, &v, "a number from -2^31 to 2^31-1")).transpose()
     }
 
     /// A finite f32 or f64, if the key is there.
@@ -107,23 +92,17 @@ impl Metadata {
 
     /// A truth value, if the key is there.
     pub fn bool(&self, key: &str) -> Result<Option<bool>, KeyError> {
-        self.get(key)
-            .map(|v| v.as_bool().ok_or_else(|| wrong_type(key, &v, "a bool")))
-            .transpose()
+        self.get(key).map(|v| v.as_bool().ok_or_else(|| wrong_type(key, &v, "a bool"))).transpose()
     }
 
     /// Text, if the key is there.
     pub fn str(&self, key: &str) -> Result<Option<&str>, KeyError> {
-        self.get(key)
-            .map(|v| v.as_str().ok_or_else(|| wrong_type(key, &v, "a string")))
-            .transpose()
+        self.get(key).map(|v| v.as_str().ok_or_else(|| wrong_type(key, &v, "a string"))).transpose()
     }
 
     /// An array of whatever elements, if the key is there.
     pub fn array(&self, key: &str) -> Result<Option<Array<'_>>, KeyError> {
-        self.get(key)
-            .map(|v| v.as_array().ok_or_else(|| wrong_type(key, &v, "an array")))
-            .transpose()
+        self.get(key).map(|v| v.as_array().ok_or_else(|| wrong_type(key, &v, "an array"))).transpose()
     }
 
     /// An array of strings, if the key is there: views, nothing is copied.
@@ -176,21 +155,13 @@ impl Metadata {
                 return Ok(None);
             };
             if n_layer > MAX_LAYERS {
-                return Err(KeyError::Length {
-                    key: key.into(),
-                    found: 1,
-                    wanted: n_layer,
-                });
+                return Err(KeyError::Length { key: key.into(), found: 1, wanted: n_layer });
             }
             return Ok(Some(vec![v; n_layer]));
         }
         let all = self.u32s(key)?.unwrap_or_default();
         if all.len() != n_layer {
-            return Err(KeyError::Length {
-                key: key.into(),
-                found: all.len(),
-                wanted: n_layer,
-            });
+            return Err(KeyError::Length { key: key.into(), found: all.len(), wanted: n_layer });
         }
         Ok(Some(all))
     }
@@ -220,40 +191,20 @@ required! {
 }
 
 fn wrong_type(key: &str, value: &Value<'_>, wanted: &'static str) -> KeyError {
-    KeyError::Type {
-        key: key.into(),
-        found: value.value_type(),
-        wanted,
-    }
+    KeyError::Type { key: key.into(), found: value.value_type(), wanted }
 }
 
-fn integer<T: TryFrom<i128>>(
-    key: &str,
-    value: &Value<'_>,
-    wanted: &'static str,
-) -> Result<T, KeyError> {
-    let v = value
-        .as_integer()
-        .ok_or_else(|| wrong_type(key, value, wanted))?;
-    T::try_from(v).map_err(|_| KeyError::Range {
-        key: key.into(),
-        value: v.to_string(),
-        wanted,
-    })
+fn integer<T: TryFrom<i128>>(key: &str, value: &Value<'_>, wanted: &'static str) -> Result<T, KeyError> {
+    let v = value.as_integer().ok_or_else(|| wrong_type(key, value, wanted))?;
+    T::try_from(v).map_err(|_| KeyError::Range { key: key.into(), value: v.to_string(), wanted })
 }
 
 fn finite(key: &str, value: &Value<'_>) -> Result<f32, KeyError> {
     const WANTED: &str = "a finite 32-bit float";
-    let v = value
-        .as_float()
-        .ok_or_else(|| wrong_type(key, value, WANTED))?;
+    let v = value.as_float().ok_or_else(|| wrong_type(key, value, WANTED))?;
     let v = v as f32;
     if !v.is_finite() {
-        return Err(KeyError::Range {
-            key: key.into(),
-            value: v.to_string(),
-            wanted: WANTED,
-        });
+        return Err(KeyError::Range { key: key.into(), value: v.to_string(), wanted: WANTED });
     }
     Ok(v)
 }

@@ -11,24 +11,33 @@
 //! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
 
 mod cursor;
+mod encode;
 mod error;
 mod file;
 mod header;
 mod map;
 mod metadata;
+mod part;
 mod read;
 mod split;
 mod tensor;
 mod value;
+mod writer;
 
+pub use encode::Encode;
 pub use error::{GgufError, HeaderError, KeyError, WriteError};
 pub use file::{Gguf, ModelFile};
 pub use header::{Header, MAX_HEADER_BYTES, MAX_KEYS, MAX_TENSORS};
 pub use metadata::Metadata;
+pub use part::PartFile;
 pub use tensor::Tensor;
 pub use value::{Array, Strings, Value, ValueType};
+pub use writer::{DataWriter, GgufWriter};
 
 /// Where tensors begin unless `general.alignment` says otherwise, in bytes.
 pub const DEFAULT_ALIGNMENT: u64 = 32;
 /// The key that changes it.
 pub const ALIGNMENT_KEY: &str = "general.alignment";
+
+#[cfg(test)]
+mod tests;

@@ -20,11 +20,7 @@ impl ShardName {
         let (stem, count) = stem.rsplit_once("-of-")?;
         let (prefix, no) = stem.rsplit_once('-')?;
         let (no, count) = (number(no)?, number(count)?);
-        (1..=count).contains(&no).then(|| Self {
-            prefix: prefix.into(),
-            no,
-            count,
-        })
+        (1..=count).contains(&no).then(|| Self { prefix: prefix.into(), no, count })
     }
 
     /// The path of a shard of the same model, beside `path`.
@@ -35,6 +31,5 @@ impl ShardName {
 
 /// Five digits, as the tools write them.
 fn number(digits: &str) -> Option<u32> {
-    (digits.len() == 5 && digits.bytes().all(|b| b.is_ascii_digit()))
-        .then(|| digits.parse().ok())?
+    (digits.len() == 5 && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok())?
 }

@@ -38,11 +38,7 @@ impl ValueType {
     /// The type with this number in a file.
     pub fn by_id(id: u32) -> Option<Self> {
         use ValueType::*;
-        [
-            U8, I8, U16, I16, U32, I32, F32, Bool, Str, Array, U64, I64, F64,
-        ]
-        .get(id as usize)
-        .copied()
+        [U8, I8, U16, I16, U32, I32, F32, Bool, Str, Array, U64, I64, F64].get(id as usize).copied()
     }
 
     /// The least number of bytes that a value of it takes.
@@ -222,10 +218,7 @@ impl<'a> Array<'a> {
 
     /// The elements in order, if they are strings.
     pub fn strings(&self) -> Option<Strings<'a>> {
-        (self.element == ValueType::Str).then_some(Strings {
-            left: self.len,
-            rest: self.bytes,
-        })
+        (self.element == ValueType::Str).then_some(Strings { left: self.len, rest: self.bytes })
     }
 }
 
@@ -235,11 +228,7 @@ impl fmt::Debug for Array<'_> {
         const SHOWN: usize = 8;
         let mut list = f.debug_list();
         list.entries(self.iter().take(SHOWN));
-        if self.len > SHOWN {
-            list.finish_non_exhaustive()
-        } else {
-            list.finish()
-        }
+        if self.len > SHOWN { list.finish_non_exhaustive() } else { list.finish() }
     }
 }
 
@@ -303,11 +292,7 @@ pub(super) fn decode<'a>(ty: ValueType, rest: &mut &'a [u8]) -> Option<Value<'a>
             let all = *rest;
             skip(element, n, rest)?;
             let bytes = &all[..all.len() - rest.len()];
-            Value::Array(Array {
-                element,
-                len: usize::try_from(n).ok()?,
-                bytes,
-            })
+            Value::Array(Array { element, len: usize::try_from(n).ok()?, bytes })
         }
     })
 }
