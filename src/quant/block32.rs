@@ -6,6 +6,7 @@
 use half::f16;
 
 use super::ActRow;
+use super::act::largest;
 
 /// The half-precision number at byte `at` of a block.
 #[inline]
@@ -33,6 +34,66 @@ pub(super) fn fifth_bits(mut codes: [u8; 32], qh: &[u8; 4]) -> [u8; 32] {
         *code |= (qh >> k & 1) as u8 * 16;
     }
     codes
+}
+
+/// The inverse of [`nibbles`] for codes below 16; of larger ones the low four bits.
+pub(super) fn pack_nibbles(codes: &[u8; 32]) -> [u8; 16] {
+    std::array::from_fn(|j| codes[j] & 15 | (codes[j + 16] & 15) << 4)
+}
+
+/// The inverse of [`fifth_bits`].
+pub(super) fn pack_fifth_bits(codes: &[u8; 32]) -> [u8; 4] {
+    codes.iter().enumerate().fold(0, |qh, (k, code)| qh | u32::from(code >> 4 & 1) << k).to_le_bytes()
+}
+
+/// Rows of f32 to rows of blocks of `B` bytes and `L` weights, one by one.
+#[inline]
+pub(super) fn quantize<const B: usize, const L: usize>(
+    src: &[f32],
+    dst: &mut [u8],
+    pack: impl Fn(&[f32; L]) -> [u8; B],
+) {
+    let (weights, tail) = src.as_chunks();
+    let (blocks, odd) = dst.as_chunks_mut();
+    assert!(odd.is_empty() && tail.is_empty() && blocks.len() == weights.len());
+    for (block, w) in blocks.iter_mut().zip(weights) {
+        *block = pack(w);
+    }
+}
+
+/// Codes 0..2 * zero and the scale d of `w` = d * (code - zero): the largest weight becomes exactly code 0,
+/// the end of the range that reaches one step further from zero than the other.
+pub(super) fn codes_around_zero(w: &[f32; 32], zero: u8) -> ([u8; 32], f32) {
+    let zero_f = f32::from(zero);
+    let d = largest(w) / -zero_f;
+    let id = if d != 0.0 { 1.0 / d } else { 0.0 };
+    (w.map(|x| ((x * id + (zero_f + 0.5)) as u8).min(2 * zero - 1)), d)
+}
+
+/// Codes 0..=n_max, the scale d and the offset m (the least weight) of `w` = d * code + m.
+pub(super) fn codes_from_least(w: &[f32; 32], n_max: u8) -> ([u8; 32], f32, f32) {
+    let min = w.iter().fold(f32::MAX, |min, x| if *x < min { *x } else { min });
+    let max = w.iter().fold(f32::MIN, |max, x| if *x > max { *x } else { max });
+    let d = (max - min) / f32::from(n_max);
+    let id = if d != 0.0 { 1.0 / d } else { 0.0 };
+    (w.map(|x| (((x - min) * id + 0.5) as u8).min(n_max)), d, min)
+}
+
+/// Puts the parts of a block together, in order.
+pub(super) fn join<const B: usize>(parts: &[&[u8]]) -> [u8; B] {
+    let mut block = [0; B];
+    let mut at = 0;
+    for part in parts {
+        block[at..at + part.len()].copy_from_slice(part);
+        at += part.len();
+    }
+    assert_eq!(at, B);
+    block
+}
+
+/// A number as the two bytes of a half.
+pub(super) fn f16_bytes(x: f32) -> [u8; 2] {
+    f16::from_f32(x).to_le_bytes()
 }
 
 /// Rows of blocks whose weights are `w * d`.

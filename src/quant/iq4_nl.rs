@@ -8,7 +8,8 @@
 //! A weight is d * CODEBOOK\[code\]. Weights are roughly normal, so the codebook's steps are narrow near
 //! zero and wide at the ends. It has 16 signed bytes: one byte shuffle looks up a register of codes.
 
-use super::block32::{dequantize_scaled, dot_scaled, f16_at, nibbles};
+use super::act::largest;
+use super::block32::{dequantize_scaled, dot_scaled, f16_at, f16_bytes, join, nibbles, pack_nibbles, quantize};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -19,7 +20,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8_0,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
-    quantize_row: None,
+    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
 };
 
@@ -33,4 +34,55 @@ pub(super) const CODEBOOK: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10,
 pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32) {
     let (_, qs) = block.split_last_chunk::<16>().expect("a block has its codes");
     (nibbles(qs).map(|q| CODEBOOK[q as usize]), f16_at(block, 0))
+}
+
+fn pack(w: &[f32; 32]) -> [u8; BYTES] {
+    let d = fit(w);
+    let id = if d != 0.0 { 1.0 / d } else { 0.0 };
+    join(&[&f16_bytes(d), &pack_nibbles(&codes(w, id))])
+}
+
+/// The scale that fits 32 weights best, a weight counting as much as its square: with the weight of largest size placed on 127,
+/// then on -120 to -134, the codes nearest to the rest are held and the scale of least squared error is solved for.
+pub(super) fn fit(w: &[f32; 32]) -> f32 {
+    let max = largest(w);
+    if max.abs() < 1e-15 {
+        return 0.0;
+    }
+    let (sum_qx, sum_qq) = sums(w, 1.0 / (max / 127.0));
+    let mut d = if sum_qq > 0.0 { sum_qx / sum_qq } else { 0.0 };
+    let mut gain = d * sum_qx;
+    for place in -134i16..=-120 {
+        let (sum_qx, sum_qq) = sums(w, f32::from(place) / max);
+        if sum_qq > 0.0 && sum_qx * sum_qx > gain * sum_qq {
+            d = sum_qx / sum_qq;
+            gain = d * sum_qx;
+        }
+    }
+    d
+}
+
+/// Sums of importance times value times weight, and of importance times value squared, in the weights' order.
+fn sums(w: &[f32; 32], id: f32) -> (f32, f32) {
+    let (mut sum_qx, mut sum_qq) = (0.0, 0.0);
+    for (&x, code) in w.iter().zip(codes(w, id)) {
+        let (importance, q) = (x * x, f32::from(CODEBOOK[code as usize]));
+        sum_qx += importance * q * x;
+        sum_qq += importance * q * q;
+    }
+    (sum_qx, sum_qq)
+}
+
+/// The codes whose values are nearest to `w * id`, ties to the higher: how many of the midpoints
+/// between neighbouring values lie at or below it.
+pub(super) fn codes(w: &[f32; 32], id: f32) -> [u8; 32] {
+    let scaled = w.map(|x| x * id);
+    let mut codes = [0; 32];
+    for pair in CODEBOOK.windows(2) {
+        let midpoint = (f32::from(pair[0]) + f32::from(pair[1])) / 2.0;
+        for (code, x) in codes.iter_mut().zip(&scaled) {
+            *code += u8::from(*x >= midpoint);
+        }
+    }
+    codes
 }

@@ -10,8 +10,9 @@
 //!
 //! A weight is scale * codebook\[code\]. Each sub-block is laid out as a block of IQ4_NL without its scale.
 
-use super::block32::{f16_at, nibbles};
-use super::iq4_nl::CODEBOOK;
+use super::act::{largest, nearest};
+use super::block32::{f16_at, f16_bytes, join, nibbles, pack_nibbles, quantize};
+use super::iq4_nl::{CODEBOOK, codes, fit};
 use super::superblock::{LEN, Scaled, dequantize_scaled, dot_scaled};
 use super::{ActKind, Format};
 
@@ -23,7 +24,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
-    quantize_row: None,
+    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
 };
 
@@ -49,6 +50,29 @@ pub(super) fn scales(block: &[u8; BYTES]) -> [i8; 8] {
     let high = u16::from_le_bytes([block[2], block[3]]);
     std::array::from_fn(|j| {
         let low = block[4 + j / 2] >> (j % 2 * 4) & 15;
-        (low | (high >> (2 * j) & 3) as u8 * 16) as i8 - 32
+        (low | ((high >> (2 * j) & 3) as u8) << 4) as i8 - 32
     })
+}
+
+/// Each sub-block is fitted by itself as in IQ4_NL. Then the scales are rounded to six bits such that the one of largest size
+/// becomes -32, and the codes are chosen for what they became (before d is rounded to a half, as ggml does).
+fn pack(w: &[f32; LEN]) -> [u8; BYTES] {
+    let subs = w.as_chunks::<32>().0;
+    let mut fits = [0.0f32; 8];
+    for (fitted, w) in fits.iter_mut().zip(subs) {
+        *fitted = fit(w);
+    }
+    let d = -largest(&fits) / 32.0;
+    let id = if d != 0.0 { 1.0 / d } else { 0.0 };
+    let sc = fits.map(|s| nearest(id * s).clamp(-32, 31));
+    let (mut high, mut low, mut qs) = (0u16, [0; 4], [0; 128]);
+    for (j, (w, qs)) in subs.iter().zip(qs.as_chunks_mut().0).enumerate() {
+        let scale = d * sc[j] as f32;
+        let inverse = if scale != 0.0 { 1.0 / scale } else { 0.0 };
+        *qs = pack_nibbles(&codes(w, inverse));
+        let bits = (sc[j] + 32) as u8;
+        low[j / 2] |= (bits & 15) << (j % 2 * 4);
+        high |= u16::from(bits >> 4) << (2 * j);
+    }
+    join(&[&f16_bytes(d), &high.to_le_bytes(), &low, &qs])
 }

@@ -10,8 +10,10 @@ mod block1;
 mod block32;
 mod f16;
 mod f32;
+mod fit;
 mod iq4_nl;
 mod iq4_xs;
+mod k4;
 mod mxfp4;
 mod q2_k;
 mod q3_k;
@@ -38,6 +40,9 @@ pub enum ActKind {
     Q8K,
 }
 
+/// Whole blocks of f32 to whole blocks of a format; panics if the lengths don't match.
+pub type QuantizeRow = fn(src: &[f32], dst: &mut [u8]);
+
 /// A number format: the constants of its block and its scalar functions.
 pub struct Format {
     /// The type's number in a GGUF file.
@@ -53,7 +58,7 @@ pub struct Format {
     /// Whole blocks to f32: `src.len() / block_bytes * block_len == dst.len()`, else it panics.
     pub dequantize_row: fn(src: &[u8], dst: &mut [f32]),
     /// f32 to whole blocks, as ggml's reference quantiser does; `None` where there is none.
-    pub quantize_row: Option<fn(src: &[f32], dst: &mut [u8])>,
+    pub quantize_row: Option<QuantizeRow>,
     /// The dot product with as many activations of kind `act`, in scalar code. It defines the result: the order of its
     /// operations is the order of every kernel. Panics if the lengths don't match.
     pub vec_dot: fn(row: &[u8], x: ActRow<'_>) -> f32,
@@ -63,7 +68,7 @@ impl Format {
     /// Bytes of a row of `n` weights; `None` if `n` isn't a whole number of blocks or the size overflows.
     pub fn row_bytes(&self, n: u64) -> Option<u64> {
         let len = self.block_len as u64;
-        (n % len == 0).then(|| (n / len).checked_mul(self.block_bytes as u64)).flatten()
+        (n.is_multiple_of(len)).then(|| (n / len).checked_mul(self.block_bytes as u64)).flatten()
     }
 }
 
@@ -102,3 +107,6 @@ pub fn by_id(id: u32) -> Option<&'static Format> {
 pub fn by_name(name: &str) -> Option<&'static Format> {
     FORMATS.iter().copied().find(|f| f.name.eq_ignore_ascii_case(name))
 }
+
+#[cfg(test)]
+mod tests;

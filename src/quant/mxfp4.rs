@@ -10,7 +10,8 @@
 //! that, which is whole, and the scale is halved: 2^(e - 128). The specification's NaN (e = 255) is read as
 //! 2^127, as ggml does.
 
-use super::block32::{dequantize_scaled, dot_scaled, nibbles};
+use super::act::largest;
+use super::block32::{dequantize_scaled, dot_scaled, join, nibbles, pack_nibbles, quantize};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -21,7 +22,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8_0,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
-    quantize_row: None,
+    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
 };
 
@@ -45,4 +46,25 @@ pub(super) fn half_scale(e: u8) -> f32 {
 pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32) {
     let (_, qs) = block.split_last_chunk::<16>().expect("a block has its codes");
     (nibbles(qs).map(|q| CODEBOOK[q as usize]), half_scale(block[0]))
+}
+
+/// The exponent is that of the weight of largest size, less two, so that it falls on 4 or 6 (or is cut to 6);
+/// each weight becomes the nearest value, ties to the lower code.
+fn pack(w: &[f32; 32]) -> [u8; BYTES] {
+    let amax = largest(w).abs();
+    // The logarithm is rounded to f32 before it is cut, as in ggml: a hair below a power of two counts as one. By way of f64,
+    // since a C library's log2f differs between systems.
+    let e = if amax > 0.0 { ((f64::from(amax).log2() as f32).floor() - 2.0 + 127.0) as u8 } else { 0 };
+    let d = half_scale(e);
+    let (mut codes, mut least) = ([0; 32], w.map(f32::abs));
+    for (code, value) in CODEBOOK.iter().enumerate().skip(1) {
+        let value = f32::from(*value) * d;
+        for ((x, least), best) in w.iter().zip(&mut least).zip(&mut codes) {
+            let error = (value - x).abs();
+            if error < *least {
+                (*least, *best) = (error, code as u8);
+            }
+        }
+    }
+    join(&[&[e], &pack_nibbles(&codes)])
 }

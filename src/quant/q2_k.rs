@@ -10,8 +10,12 @@
 //! A weight is scale * code - offset. The four codes of a byte are 32 weights apart: a shift and a mask of 32
 //! bytes give 32 weights in order.
 
-use super::block32::f16_at;
-use super::superblock::{Affine, LEN, dequantize_affine, dot_affine, two_bits};
+use half::f16;
+
+use super::act::nearest;
+use super::block32::{f16_at, join, quantize};
+use super::fit::{AffineSearch, affine, recode_affine};
+use super::superblock::{Affine, LEN, dequantize_affine, dot_affine, pack_two_bits, two_bits};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -22,7 +26,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
-    quantize_row: None,
+    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_affine(row, x, unpack),
 };
 
@@ -35,4 +39,33 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> Affine<16> {
     let (qs, _) = rest.split_first_chunk::<64>().expect("64 bytes of codes");
     let (d, dmin) = (f16_at(block, 80), f16_at(block, 82));
     Affine { w: two_bits(qs), d: scales.map(|s| d * f32::from(s & 15)), m: scales.map(|s| dmin * f32::from(s >> 4)) }
+}
+
+const SEARCH: AffineSearch = AffineSearch { n_max: 3, first: -0.5, more: 15, absolute: true };
+
+/// Each sub-block is fitted by itself, a weight counting as much as its size. Then scales and offsets are rounded to four
+/// bits of the largest, and the codes chosen anew for what they became.
+fn pack(w: &[f32; LEN]) -> [u8; BYTES] {
+    let (subs, mut codes) = (w.as_chunks::<16>().0, [0; LEN]);
+    let (mut scales, mut offsets) = ([0.0f32; 16], [0.0f32; 16]);
+    for (j, (w, codes)) in subs.iter().zip(codes.as_chunks_mut().0).enumerate() {
+        let fit = affine(w, &w.map(f32::abs), &SEARCH);
+        (scales[j], offsets[j], *codes) = (fit.scale, fit.offset, fit.codes);
+    }
+    let (d, sc) = to_4_bits(&scales);
+    let (dmin, m) = to_4_bits(&offsets);
+    for (j, (w, codes)) in subs.iter().zip(codes.as_chunks_mut::<16>().0).enumerate() {
+        let (d, offset) = (d.to_f32() * f32::from(sc[j]), dmin.to_f32() * f32::from(m[j]));
+        recode_affine(w, d, offset, SEARCH.n_max, codes);
+    }
+    let packed: [u8; 16] = std::array::from_fn(|j| sc[j] | m[j] << 4);
+    join(&[&packed, &pack_two_bits(&codes), &d.to_le_bytes(), &dmin.to_le_bytes()])
+}
+
+/// Numbers of at least zero as `d` times four bits.
+fn to_4_bits(numbers: &[f32; 16]) -> (f16, [u8; 16]) {
+    let max = numbers.iter().fold(0.0, |max, x| if *x > max { *x } else { max });
+    let inverse = if max > 0.0 { 15.0 / max } else { 0.0 };
+    let bits = numbers.map(|x| nearest(inverse * x).clamp(0, 15) as u8);
+    (f16::from_f32(max / 15.0), bits)
 }

@@ -10,8 +10,12 @@
 //! A weight is scale * (code - 4). Third bits and low bits are laid out so that shifts and masks of 32 bytes give
 //! 32 weights in order.
 
-use super::block32::f16_at;
-use super::superblock::{LEN, Scaled, dequantize_scaled, dot_scaled, two_bits};
+use half::f16;
+
+use super::act::{largest, nearest};
+use super::block32::{f16_at, join, quantize};
+use super::fit::{recode_signed, signed_3_bits};
+use super::superblock::{LEN, Scaled, dequantize_scaled, dot_scaled, pack_bit_plane, pack_two_bits, two_bits};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -22,7 +26,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
-    quantize_row: None,
+    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
 };
 
@@ -54,4 +58,38 @@ pub(super) fn scales(packed: &[u8; 12]) -> [i8; 16] {
         let high = packed[8 + j % 4] >> (j / 4 * 2) & 3;
         (low | high << 4) as i8 - 32
     })
+}
+
+/// Each sub-block is fitted by itself. Then the scales are rounded to six bits such that the one of largest size becomes
+/// -32, and the codes are chosen anew for what they became.
+fn pack(w: &[f32; LEN]) -> [u8; BYTES] {
+    let (subs, mut codes) = (w.as_chunks::<16>().0, [0; LEN]);
+    let mut fits = [0.0f32; 16];
+    for (j, (w, codes)) in subs.iter().zip(codes.as_chunks_mut().0).enumerate() {
+        (fits[j], *codes) = signed_3_bits(w);
+    }
+    let max = largest(&fits);
+    // With nothing to scale, ggml leaves the packed bits zero, which mean -32.
+    let (mut d, mut sc) = (f16::ZERO, [-32i8; 16]);
+    if max != 0.0 {
+        let inverse = -32.0 / max;
+        d = f16::from_f32(1.0 / inverse);
+        sc = fits.map(|s| nearest(inverse * s).clamp(-32, 31) as i8);
+    }
+    for (j, (w, codes)) in subs.iter().zip(codes.as_chunks_mut::<16>().0).enumerate() {
+        recode_signed(w, d.to_f32() * f32::from(sc[j]), 4, codes);
+    }
+    let low = codes.map(|code| code & 3);
+    join(&[&pack_bit_plane(&codes, 2), &pack_two_bits(&low), &pack_scales(&sc), &d.to_le_bytes()])
+}
+
+/// The inverse of [`scales`].
+fn pack_scales(sc: &[i8; 16]) -> [u8; 12] {
+    let mut packed = [0; 12];
+    for (j, s) in sc.iter().enumerate() {
+        let bits = (s + 32) as u8;
+        packed[j % 8] |= (bits & 15) << (j / 8 * 4);
+        packed[8 + j % 4] |= (bits >> 4) << (j / 4 * 2);
+    }
+    packed
 }

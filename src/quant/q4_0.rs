@@ -8,7 +8,9 @@
 //! A weight is d * (code - 8). The nibbles of a byte are 16 weights apart, not neighbours, so that
 //! a mask and a shift of one 16-byte register give the weights in order.
 
-use super::block32::{dequantize_scaled, dot_scaled, f16_at, nibbles};
+use super::block32::{
+    codes_around_zero, dequantize_scaled, dot_scaled, f16_at, f16_bytes, join, nibbles, pack_nibbles, quantize,
+};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -19,7 +21,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8_0,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
-    quantize_row: None,
+    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
 };
 
@@ -30,4 +32,10 @@ const BYTES: usize = 18;
 pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32) {
     let (_, qs) = block.split_last_chunk::<16>().expect("a block has its codes");
     (nibbles(qs).map(|q| q as i8 - 8), f16_at(block, 0))
+}
+
+/// The weight of largest size becomes code 0; the others are rounded to the grid that it defines.
+fn pack(w: &[f32; 32]) -> [u8; BYTES] {
+    let (codes, d) = codes_around_zero(w, 8);
+    join(&[&f16_bytes(d), &pack_nibbles(&codes)])
 }

@@ -8,7 +8,9 @@
 //!
 //! A weight is d * code + m: no code is wasted where weights aren't centred on zero.
 
-use super::block32::{dequantize_affine, dot_affine, f16_at, nibbles};
+use super::block32::{
+    codes_from_least, dequantize_affine, dot_affine, f16_at, f16_bytes, join, nibbles, pack_nibbles, quantize,
+};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -19,7 +21,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8_0,
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
-    quantize_row: None,
+    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_affine(row, x, unpack),
 };
 
@@ -30,4 +32,10 @@ const BYTES: usize = 20;
 pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32, f32) {
     let (_, qs) = block.split_last_chunk::<16>().expect("a block has its codes");
     (nibbles(qs).map(|q| q as i8), f16_at(block, 0), f16_at(block, 2))
+}
+
+/// The grid spans the block's range.
+fn pack(w: &[f32; 32]) -> [u8; BYTES] {
+    let (codes, d, m) = codes_from_least(w, 15);
+    join(&[&f16_bytes(d), &f16_bytes(m), &pack_nibbles(&codes)])
 }

@@ -4,14 +4,16 @@
 //! |---|---|
 //! | 0..2 | d, f16: a sub-block's scale is d * its six bits |
 //! | 2..4 | dmin, f16: a sub-block's offset is dmin * its six bits |
-//! | 4..16 | the sub-blocks' scales and offsets, see [`scales_k4`] |
+//! | 4..16 | the sub-blocks' scales and offsets, see [`k4::unpack_scales`] |
 //! | 16..144 | codes: byte 32 c + l holds weight 64 c + l (low nibble) and weight 64 c + 32 + l (high nibble) |
 //!
 //! A weight is scale * code - offset. The two nibbles of a byte are 32 weights apart: a byte's low and high
 //! nibbles belong to two sub-blocks, and 32 bytes hold two whole ones.
 
-use super::block32::f16_at;
-use super::superblock::{Affine, LEN, dequantize_affine, dot_affine, four_bits, scales_k4};
+use super::block32::{f16_at, join, quantize};
+use super::fit::AffineSearch;
+use super::k4;
+use super::superblock::{Affine, LEN, dequantize_affine, dot_affine, four_bits, pack_four_bits};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -22,7 +24,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
-    quantize_row: None,
+    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_affine(row, x, unpack),
 };
 
@@ -35,6 +37,13 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> Affine<8> {
     let (head, _) = block.split_first_chunk::<16>().expect("16 bytes of scales");
     let (_, packed) = head.split_last_chunk::<12>().expect("12 of them packed");
     let (d, dmin) = (f16_at(block, 0), f16_at(block, 2));
-    let (sc, m) = scales_k4(packed);
+    let (sc, m) = k4::unpack_scales(packed);
     Affine { w: four_bits(qs), d: sc.map(|s| d * f32::from(s)), m: m.map(|m| dmin * f32::from(m)) }
+}
+
+const SEARCH: AffineSearch = AffineSearch { n_max: 15, first: -1.0, more: 20, absolute: false };
+
+fn pack(w: &[f32; LEN]) -> [u8; BYTES] {
+    let (head, codes) = k4::quantize(w, &SEARCH);
+    join(&[&head, &pack_four_bits(&codes)])
 }

@@ -8,7 +8,10 @@
 //!
 //! A weight is d * (code - 16). The fifth bits stand apart so that the rest is Q4_0's layout.
 
-use super::block32::{dequantize_scaled, dot_scaled, f16_at, fifth_bits, nibbles};
+use super::block32::{
+    codes_around_zero, dequantize_scaled, dot_scaled, f16_at, f16_bytes, fifth_bits, join, nibbles, pack_fifth_bits,
+    pack_nibbles, quantize,
+};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -19,7 +22,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8_0,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
-    quantize_row: None,
+    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
 };
 
@@ -32,4 +35,10 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32) {
     let (_, qh) = head.split_last_chunk::<4>().expect("and their fifth bits");
     let codes = fifth_bits(nibbles(qs), qh);
     (codes.map(|q| q as i8 - 16), f16_at(block, 0))
+}
+
+/// The weight of largest size becomes code 0; the others are rounded to the grid that it defines.
+fn pack(w: &[f32; 32]) -> [u8; BYTES] {
+    let (codes, d) = codes_around_zero(w, 16);
+    join(&[&f16_bytes(d), &pack_fifth_bits(&codes), &pack_nibbles(&codes)])
 }

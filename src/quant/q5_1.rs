@@ -9,7 +9,10 @@
 //!
 //! A weight is d * code + m, as in Q4_1; the fifth bits are where Q5_0 has them.
 
-use super::block32::{dequantize_affine, dot_affine, f16_at, fifth_bits, nibbles};
+use super::block32::{
+    codes_from_least, dequantize_affine, dot_affine, f16_at, f16_bytes, fifth_bits, join, nibbles, pack_fifth_bits,
+    pack_nibbles, quantize,
+};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -20,7 +23,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8_0,
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
-    quantize_row: None,
+    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_affine(row, x, unpack),
 };
 
@@ -33,4 +36,10 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32, f32) {
     let (_, qh) = head.split_last_chunk::<4>().expect("and their fifth bits");
     let codes = fifth_bits(nibbles(qs), qh);
     (codes.map(|q| q as i8), f16_at(block, 0), f16_at(block, 2))
+}
+
+/// The grid spans the block's range.
+fn pack(w: &[f32; 32]) -> [u8; BYTES] {
+    let (codes, d, m) = codes_from_least(w, 31);
+    join(&[&f16_bytes(d), &f16_bytes(m), &pack_fifth_bits(&codes), &pack_nibbles(&codes)])
 }

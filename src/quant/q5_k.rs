@@ -4,15 +4,17 @@
 //! |---|---|
 //! | 0..2 | d, f16: a sub-block's scale is d * its six bits |
 //! | 2..4 | dmin, f16: a sub-block's offset is dmin * its six bits |
-//! | 4..16 | the sub-blocks' scales and offsets, see [`scales_k4`] |
+//! | 4..16 | the sub-blocks' scales and offsets, see [`k4::unpack_scales`] |
 //! | 16..48 | the codes' fifth bits: bit k / 32 of byte k % 32 belongs to weight k |
 //! | 48..176 | the codes' low bits: byte 32 c + l holds weight 64 c + l (low nibble) and weight 64 c + 32 + l (high) |
 //!
 //! A weight is scale * code - offset. It is Q4_K with a plane of fifth bits put in between; bit j of those 32
 //! bytes is sub-block j's.
 
-use super::block32::f16_at;
-use super::superblock::{Affine, LEN, dequantize_affine, dot_affine, four_bits, scales_k4};
+use super::block32::{f16_at, join, quantize};
+use super::fit::AffineSearch;
+use super::k4;
+use super::superblock::{Affine, LEN, dequantize_affine, dot_affine, four_bits, pack_bit_plane, pack_four_bits};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -23,7 +25,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
-    quantize_row: None,
+    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_affine(row, x, unpack),
 };
 
@@ -43,6 +45,14 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> Affine<8> {
         }
     }
     let (d, dmin) = (f16_at(block, 0), f16_at(block, 2));
-    let (sc, m) = scales_k4(packed);
+    let (sc, m) = k4::unpack_scales(packed);
     Affine { w, d: sc.map(|s| d * f32::from(s)), m: m.map(|m| dmin * f32::from(m)) }
+}
+
+const SEARCH: AffineSearch = AffineSearch { n_max: 31, first: -0.5, more: 15, absolute: false };
+
+fn pack(w: &[f32; LEN]) -> [u8; BYTES] {
+    let (head, codes) = k4::quantize(w, &SEARCH);
+    let low = codes.map(|code| code & 15);
+    join(&[&head, &pack_bit_plane(&codes, 4), &pack_four_bits(&low)])
 }

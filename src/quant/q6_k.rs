@@ -10,8 +10,12 @@
 //! A weight is scale * (code - 32). Each half of 128 weights is packed by itself: 64 bytes of nibbles and 32 bytes of
 //! bit pairs give 128 weights with shifts and masks alone.
 
-use super::block32::f16_at;
-use super::superblock::{LEN, Scaled, dequantize_scaled, dot_scaled, two_bits};
+use half::f16;
+
+use super::act::{largest, nearest};
+use super::block32::{f16_at, join, quantize};
+use super::fit::{recode_signed, signed_6_bits};
+use super::superblock::{LEN, Scaled, dequantize_scaled, dot_scaled, pack_two_bits, two_bits};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -22,7 +26,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
-    quantize_row: None,
+    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
 };
 
@@ -45,4 +49,37 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> Scaled<16> {
     let d = f16_at(block, 208);
     let d = scales.map(|s| d * f32::from(s as i8));
     Scaled { w, d }
+}
+
+/// Each sub-block is fitted by itself. Then the scales are rounded to eight bits such that the one of largest size becomes
+/// -128, and the codes are chosen anew for what they became.
+fn pack(w: &[f32; LEN]) -> [u8; BYTES] {
+    let (subs, mut codes) = (w.as_chunks::<16>().0, [0; LEN]);
+    let mut fits = [0.0f32; 16];
+    for (j, (w, codes)) in subs.iter().zip(codes.as_chunks_mut().0).enumerate() {
+        (fits[j], *codes) = signed_6_bits(w);
+    }
+    let max = largest(&fits);
+    if max.abs() < 1e-15 {
+        return [0; BYTES];
+    }
+    let inverse = -128.0 / max;
+    let d = f16::from_f32(1.0 / inverse);
+    let sc = fits.map(|s| nearest(inverse * s).clamp(-128, 127) as i8);
+    for (j, (w, codes)) in subs.iter().zip(codes.as_chunks_mut::<16>().0).enumerate() {
+        recode_signed(w, d.to_f32() * f32::from(sc[j]), 32, codes);
+    }
+    let high = codes.map(|code| code >> 4);
+    join(&[&pack_low(&codes), &pack_two_bits(&high), &sc.map(|s| s as u8), &d.to_le_bytes()])
+}
+
+/// The low four bits of the codes, each half of 128 by itself.
+fn pack_low(codes: &[u8; LEN]) -> [u8; 128] {
+    let mut ql = [0; 128];
+    for (ql, codes) in ql.as_chunks_mut::<64>().0.iter_mut().zip(codes.as_chunks::<128>().0) {
+        for (l, q) in ql.iter_mut().enumerate() {
+            *q = codes[l] & 15 | (codes[l + 64] & 15) << 4;
+        }
+    }
+    ql
 }

@@ -7,7 +7,8 @@
 //!
 //! A weight is d * integer. A quantiser writes -127..=127, but a file may hold -128, and it counts.
 
-use super::block32::{dequantize_scaled, dot_scaled, f16_at};
+use super::act::largest;
+use super::block32::{dequantize_scaled, dot_scaled, f16_at, f16_bytes, join, quantize};
 use super::{ActKind, Format};
 
 /// The format's entry in the registry.
@@ -18,7 +19,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8_0,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
-    quantize_row: None,
+    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
 };
 
@@ -29,4 +30,18 @@ const BYTES: usize = 34;
 pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32) {
     let (_, qs) = block.split_last_chunk::<32>().expect("a block has its integers");
     (qs.map(|q| q as i8), f16_at(block, 0))
+}
+
+/// The weight of largest size becomes 127 or -127; the others are rounded, ties away from zero.
+fn pack(w: &[f32; 32]) -> [u8; BYTES] {
+    let d = largest(w).abs() / 127.0;
+    let id = if d != 0.0 { 1.0 / d } else { 0.0 };
+    let qs = w.map(|x| {
+        // As f32::round does, but in instructions that every processor has.
+        let x = (x * id).clamp(-127.0, 127.0);
+        let whole = x as i32;
+        let rest = x - whole as f32;
+        (whole + i32::from(rest >= 0.5) - i32::from(rest <= -0.5)) as u8
+    });
+    join(&[&f16_bytes(d), &qs])
 }

@@ -128,19 +128,35 @@ pub(super) fn four_bits(qs: &[u8; 128]) -> [i8; LEN] {
     codes
 }
 
-/// The 6-bit scales and offsets of Q4_K and Q5_K: eight of each in 12 bytes.
-///
-/// Bytes 0..4 hold scales 0..4 and bytes 4..8 offsets 0..4 in their low six bits. Bytes 8..12 hold
-/// the low four bits of scales 4..8 (below) and offsets 4..8 (above); their high two bits are the
-/// high two bits of bytes 0..4 and 4..8. So the first four need one mask, which matters to SIMD.
-#[inline]
-pub(super) fn scales_k4(packed: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
-    let (mut sc, mut m) = ([0; 8], [0; 8]);
-    for j in 0..4 {
-        sc[j] = packed[j] & 63;
-        m[j] = packed[j + 4] & 63;
-        sc[j + 4] = packed[j + 8] & 15 | packed[j] >> 6 << 4;
-        m[j + 4] = packed[j + 8] >> 4 | packed[j + 4] >> 6 << 4;
+/// The inverse of [`two_bits`], for codes below 4.
+pub(super) fn pack_two_bits(codes: &[u8; LEN]) -> [u8; 64] {
+    let mut qs = [0; 64];
+    for (j, run) in codes.as_chunks::<32>().0.iter().enumerate() {
+        for (q, code) in qs[j / 4 * 32..].iter_mut().zip(run) {
+            *q |= code << (j % 4 * 2);
+        }
     }
-    (sc, m)
+    qs
+}
+
+/// The inverse of [`four_bits`], for codes below 16.
+pub(super) fn pack_four_bits(codes: &[u8; LEN]) -> [u8; 128] {
+    let mut qs = [0; 128];
+    for (j, run) in codes.as_chunks::<32>().0.iter().enumerate() {
+        for (q, code) in qs[j / 2 * 32..].iter_mut().zip(run) {
+            *q |= code << (j % 2 * 4);
+        }
+    }
+    qs
+}
+
+/// One bit of each code as 32 bytes: bit k / 32 of byte k % 32 is code k's.
+pub(super) fn pack_bit_plane(codes: &[u8; LEN], bit: u32) -> [u8; 32] {
+    let mut plane = [0; 32];
+    for (j, run) in codes.as_chunks::<32>().0.iter().enumerate() {
+        for (p, code) in plane.iter_mut().zip(run) {
+            *p |= (code >> bit & 1) << j;
+        }
+    }
+    plane
 }
