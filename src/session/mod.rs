@@ -3,3 +3,4 @@
 mod rng;
 pub mod sampler;
 pub mod stop;
+pub mod tokenizer;
