@@ -156,7 +156,7 @@ impl Gguf {
         self.files.iter().map(ModelFile::n_bytes).sum()
     }
 
-    /// Reads a tensor's bytes from `offset` in it on, as many as `buf` holds.
+    /// Reads bytes of one of this model's tensors, from `offset` in it on, as many as `buf` holds.
     pub fn read_at(&self, tensor: &Tensor, offset: u64, buf: &mut [u8]) -> Result<(), GgufError> {
         let inside = offset.checked_add(buf.len() as u64).is_some_and(|end| end <= tensor.n_bytes);
         if !inside {

@@ -27,8 +27,8 @@ const MAX_DEPTH: u32 = 4;
 pub(super) const MAX_ALIGNMENT: u64 = 1 << 20;
 /// A key's length, a value's type, a byte.
 const MIN_KEY_BYTES: u64 = 8 + 4 + 1;
-/// A name's length, a count of dimensions, one dimension, a format, an offset.
-const MIN_TENSOR_BYTES: u64 = 8 + 4 + 8 + 4 + 8;
+/// A name's length, a count of dimensions, a format, an offset.
+const MIN_TENSOR_BYTES: u64 = 8 + 4 + 4 + 8;
 
 /// A checked header.
 #[derive(Debug)]
@@ -153,7 +153,16 @@ fn read_entry(cur: &mut Cursor<'_>) -> Result<Entry, HeaderError> {
 
 fn read_type(cur: &mut Cursor<'_>, key: &str) -> Result<ValueType, HeaderError> {
     let id = cur.u32("a value's type")?;
-    ValueType::by_id(id).ok_or_else(|| HeaderError::ValueType { key: key.into(), id })
+    ValueType::by_id(id).ok_or_else(|| HeaderError::ValueType { key: shown(key), id })
+}
+
+/// A key for a message: one that fills the screen helps nobody.
+fn shown(key: &str) -> String {
+    const MAX_CHARS: usize = 80;
+    match key.char_indices().nth(MAX_CHARS) {
+        Some((end, _)) => format!("{}…", &key[..end]),
+        None => key.into(),
+    }
 }
 
 /// Steps over `n` values of a type and checks them, arrays to a limited depth.
@@ -166,7 +175,7 @@ fn check_values(cur: &mut Cursor<'_>, key: &str, ty: ValueType, n: u64, depth: u
         }
         ValueType::Array => {
             if depth == MAX_DEPTH {
-                return Err(HeaderError::Depth { key: key.into(), max: MAX_DEPTH });
+                return Err(HeaderError::Depth { key: shown(key), max: MAX_DEPTH });
             }
             for _ in 0..n {
                 let element = read_type(cur, key)?;
@@ -180,7 +189,7 @@ fn check_values(cur: &mut Cursor<'_>, key: &str, ty: ValueType, n: u64, depth: u
             if scalar == ValueType::Bool
                 && let Some(&value) = values.iter().find(|&&b| b > 1)
             {
-                return Err(HeaderError::Bool { key: key.into(), value });
+                return Err(HeaderError::Bool { key: shown(key), value });
             }
         }
     }
@@ -193,7 +202,7 @@ fn sort_keys(bytes: &[u8], entries: &[Entry]) -> Result<Vec<u32>, HeaderError> {
     let mut order: Vec<u32> = (0..entries.len() as u32).collect();
     order.sort_unstable_by_key(|&i| key(i));
     match order.windows(2).find(|w| key(w[0]) == key(w[1])) {
-        Some(w) => Err(HeaderError::DuplicateKey { key: String::from_utf8_lossy(key(w[0])).into() }),
+        Some(w) => Err(HeaderError::DuplicateKey { key: shown(&String::from_utf8_lossy(key(w[0]))) }),
         None => Ok(order),
     }
 }
