@@ -15,6 +15,8 @@ pub const LANES: usize = 16;
 
 /// Sixteen f32 values that an operation is applied to side by side.
 pub trait Lanes: Copy {
+    /// Whether at least 28 of them fit in registers.
+    const MANY_REGISTERS: bool;
     /// `x` in every lane.
     fn splat(x: f32) -> Self;
     /// The values at `p`.

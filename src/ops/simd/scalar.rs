@@ -15,6 +15,7 @@ impl Scalar {
 }
 
 impl Lanes for Scalar {
+    const MANY_REGISTERS: bool = false;
     #[inline(always)]
     fn splat(x: f32) -> Self {
         Scalar([x; LANES])

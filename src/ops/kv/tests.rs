@@ -1,0 +1,174 @@
+use super::*;
+use crate::ops::elementwise::tests::noise;
+use proptest::prelude::*;
+
+const LAYERS: [KvLayer; 2] =
+    [KvLayer { n_head_kv: 2, head_dim_k: 8, head_dim_v: 20 }, KvLayer { n_head_kv: 1, head_dim_k: 33, head_dim_v: 16 }];
+
+fn pool(t: KvType, n_blocks: usize) -> Arc<KvPool> {
+    KvPool::new(&LAYERS, t, t, n_blocks).unwrap()
+}
+
+/// Appends `n` positions whose contents are made from `seed` and the position.
+fn append(seq: &mut SeqKv, n: usize, seed: u64) -> Result<(), KvError> {
+    seq.reserve(n)?;
+    for pos in seq.len()..seq.len() + n {
+        for (l, s) in LAYERS.iter().enumerate() {
+            for h in 0..s.n_head_kv {
+                let x = noise(64, seed * 1_000_003 + (pos * 10 + l * 3 + h) as u64);
+                let (k, v) = (Rows::new(&x, 64, 0), Rows::new(&x, 64, 30));
+                // SAFETY: one thread.
+                unsafe { seq.write(l, h, pos, 1, k, v) };
+            }
+        }
+    }
+    seq.advance(n);
+    Ok(())
+}
+
+fn saved(seq: &SeqKv) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    seq.save(&mut bytes).unwrap();
+    assert_eq!(bytes.len(), seq.pool().saved_bytes(seq.len()));
+    bytes
+}
+
+/// The bytes that a fresh pool holds after the same appends: `(from, to, seed)`.
+fn expected(t: KvType, pieces: &[(usize, usize, u64)]) -> Vec<u8> {
+    let pool = pool(t, 64);
+    let mut seq = SeqKv::new(&pool);
+    for &(from, to, seed) in pieces {
+        assert_eq!(from, seq.len());
+        append(&mut seq, to - from, seed).unwrap();
+    }
+    saved(&seq)
+}
+
+#[test]
+fn a_block_weighs_what_its_parts_do() {
+    let layer = [KvLayer { n_head_kv: 4, head_dim_k: 128, head_dim_v: 128 }];
+    assert_eq!(KvPool::bytes_per_block(&layer, KvType::F16, KvType::F16), Some(4 * 2 * 128 * 64 * 2));
+    assert_eq!(KvPool::bytes_per_block(&layer, KvType::Q8_0, KvType::Q8_0), Some(4 * 2 * 64 * (128 + 8)));
+    let huge = [KvLayer { n_head_kv: usize::MAX / 2, head_dim_k: 128, head_dim_v: 128 }];
+    assert_eq!(KvPool::bytes_per_block(&huge, KvType::F16, KvType::F16), None);
+    assert!(matches!(KvPool::new(&huge, KvType::F16, KvType::F16, 1), Err(KvError::TooLarge { .. })));
+    assert!(matches!(KvPool::new(&layer, KvType::F16, KvType::F16, 1 << 60), Err(KvError::TooLarge { .. })));
+}
+
+#[test]
+fn a_full_pool_says_so_and_changes_nothing() {
+    let pool = pool(KvType::F16, 2);
+    let mut seq = SeqKv::new(&pool);
+    append(&mut seq, 70, 1).unwrap();
+    let error = seq.reserve(59).unwrap_err();
+    assert!(matches!(error, KvError::Full { wanted: 1, free: 0, total: 2 }), "{error}");
+    append(&mut seq, 58, 1).unwrap();
+    drop(seq);
+    assert_eq!(pool.n_free(), 2);
+}
+
+#[test]
+fn save_and_restore_give_the_same_bytes() {
+    for t in [KvType::F32, KvType::F16, KvType::Q8_0] {
+        let pool = pool(t, 9);
+        for n in [0, 1, 63, 64, 65, 150] {
+            let mut seq = SeqKv::new(&pool);
+            append(&mut seq, n, 5).unwrap();
+            let bytes = saved(&seq);
+            let back = SeqKv::restore(&pool, n, &mut &bytes[..]).unwrap();
+            assert_eq!(saved(&back), bytes);
+            if n > 0 {
+                assert!(matches!(SeqKv::restore(&pool, n, &mut &bytes[1..]), Err(KvError::Restore(_))));
+            }
+        }
+        assert_eq!(pool.n_free(), 9);
+        assert!(matches!(SeqKv::restore(&pool, usize::MAX, &mut &[][..]), Err(KvError::Full { .. })));
+    }
+}
+
+#[test]
+#[should_panic(expected = "isn't reserved")]
+fn writing_what_is_held_already_panics() {
+    let pool = pool(KvType::F16, 2);
+    let mut seq = SeqKv::new(&pool);
+    append(&mut seq, 3, 1).unwrap();
+    seq.reserve(1).unwrap();
+    let x = [0.0; 64];
+    // SAFETY: one thread.
+    unsafe { seq.write(0, 0, 2, 1, Rows::new(&x, 64, 0), Rows::new(&x, 64, 0)) };
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Append(usize, usize),
+    Truncate(usize, usize),
+    Fork(usize),
+    Drop(usize),
+    Restore(usize),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        3 => (any::<usize>(), 0..150usize).prop_map(|(i, n)| Op::Append(i, n)),
+        2 => (any::<usize>(), 0..200usize).prop_map(|(i, n)| Op::Truncate(i, n)),
+        2 => any::<usize>().prop_map(Op::Fork),
+        1 => any::<usize>().prop_map(Op::Drop),
+        1 => any::<usize>().prop_map(Op::Restore),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..Default::default() })]
+
+    /// Whatever is done to the others, each sequence holds what was appended to it, and no block is lost.
+    #[test]
+    fn sequences_keep_their_contents(ops in proptest::collection::vec(op(), 1..24)) {
+        let pool = pool(KvType::Q8_0, 12);
+        let mut seqs = vec![(SeqKv::new(&pool), Vec::<(usize, usize, u64)>::new())];
+        for (seed, op) in ops.into_iter().enumerate() {
+            let seed = seed as u64 + 1;
+            let n_seqs = seqs.len();
+            match op {
+                Op::Append(i, n) => {
+                    let (seq, pieces) = &mut seqs[i % n_seqs];
+                    let (len, free) = (seq.len(), pool.n_free());
+                    match append(seq, n, seed) {
+                        Ok(()) => pieces.push((len, len + n, seed)),
+                        Err(_) => prop_assert_eq!((seq.len(), pool.n_free()), (len, free)),
+                    }
+                }
+                Op::Truncate(i, n) => {
+                    let (seq, pieces) = &mut seqs[i % n_seqs];
+                    seq.truncate(n);
+                    pieces.retain(|p| p.0 < n);
+                    pieces.iter_mut().for_each(|p| p.1 = p.1.min(n));
+                }
+                Op::Fork(i) => {
+                    let (seq, pieces) = &seqs[i % n_seqs];
+                    if let Ok(fork) = seq.fork() {
+                        let pieces = pieces.clone();
+                        seqs.push((fork, pieces));
+                    }
+                }
+                Op::Drop(i) if n_seqs > 1 => drop(seqs.swap_remove(i % n_seqs)),
+                Op::Drop(_) => {}
+                Op::Restore(i) => {
+                    let (seq, pieces) = &seqs[i % n_seqs];
+                    if let Ok(back) = SeqKv::restore(&pool, seq.len(), &mut &saved(seq)[..]) {
+                        let pieces = pieces.clone();
+                        seqs.push((back, pieces));
+                    }
+                }
+            }
+        }
+        for (seq, pieces) in &seqs {
+            prop_assert!(saved(seq) == expected(KvType::Q8_0, pieces));
+        }
+        let mut blocks: Vec<u32> = seqs.iter().flat_map(|(s, _)| s.blocks.clone()).collect();
+        blocks.sort_unstable();
+        blocks.dedup();
+        prop_assert_eq!(pool.n_free() + blocks.len(), pool.n_blocks());
+        drop(seqs);
+        prop_assert_eq!(pool.n_free(), pool.n_blocks());
+    }
+}
