@@ -271,7 +271,7 @@ impl SeqKv {
         let more = end.div_ceil(KV_BLOCK).saturating_sub(self.blocks.len());
         let mut state = self.pool.lock();
         // The block that the next position falls into may be shared since a truncation.
-        let partial = (n > 0 && self.len % KV_BLOCK != 0).then(|| self.len / KV_BLOCK);
+        let partial = (n > 0 && !self.len.is_multiple_of(KV_BLOCK)).then_some(self.len / KV_BLOCK);
         let shared = partial.filter(|&i| state.refs[self.blocks[i] as usize] > 1);
         let mut taken = state.take(more + usize::from(shared.is_some()), self.pool.n_blocks)?;
         if let Some((i, copy)) = shared.and_then(|i| Some((i, taken.pop()?))) {
