@@ -23,3 +23,5 @@ pub mod moe;
 pub mod ops;
 pub mod quant;
 pub mod session;
+#[doc(hidden)]
+pub mod synth;
