@@ -1,7 +1,9 @@
 //! The machine: instruction sets, threads, memory.
 
+pub mod isa;
 mod pages;
 mod team;
 
+pub use isa::{Isa, IsaError};
 pub use pages::Pages;
 pub use team::Team;

@@ -2,7 +2,8 @@
 
 use half::bf16;
 
-use super::{ActKind, Format, block1};
+use super::kernels::{Block, Field, Layout, Number, Vector};
+use super::{ActKind, Format, block1, kernels};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -14,6 +15,7 @@ pub(super) static FORMAT: Format = Format {
     dequantize_row: |src, dst| block1::dequantize(src, dst, value),
     quantize_row: Some(|src, dst| block1::quantize(src, dst, bytes)),
     vec_dot: |row, x| block1::dot(row, x, value),
+    kernels: kernels::number::<Bf16>,
 };
 
 fn value(bytes: [u8; 2]) -> f32 {
@@ -23,4 +25,19 @@ fn value(bytes: [u8; 2]) -> f32 {
 /// Rounds to nearest, ties to even.
 fn bytes(value: f32) -> [u8; 2] {
     bf16::from_f32(value).to_le_bytes()
+}
+
+/// The layout for the kernels.
+struct Bf16;
+
+impl Layout for Bf16 {
+    const BYTES: usize = 2;
+    const FIELDS: &'static [Field] = &[Field::Halves(1)];
+}
+
+impl Number for Bf16 {
+    #[inline(always)]
+    fn value<V: Vector>(v: V, b: Block<V, Self>) -> V::F {
+        v.as_f32(v.shl(b.u16(0), 16))
+    }
 }

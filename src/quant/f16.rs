@@ -3,7 +3,8 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use super::{ActKind, Format, block1};
+use super::kernels::{Block, Field, Layout, Number, Vector};
+use super::{ActKind, Format, block1, kernels};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -15,6 +16,7 @@ pub(super) static FORMAT: Format = Format {
     dequantize_row,
     quantize_row: Some(quantize_row),
     vec_dot: |row, x| block1::dot(row, x, |w| f16::from_le_bytes(w).to_f32()),
+    kernels: kernels::number::<F16>,
 };
 
 /// Numbers converted at once: bytes in a file aren't aligned for `f16`, so they pass through a buffer.
@@ -39,5 +41,20 @@ fn quantize_row(src: &[f32], dst: &mut [u8]) {
         for (d, g) in d.as_chunks_mut::<2>().0.iter_mut().zip(group) {
             *d = g.to_le_bytes();
         }
+    }
+}
+
+/// The layout for the kernels.
+struct F16;
+
+impl Layout for F16 {
+    const BYTES: usize = 2;
+    const FIELDS: &'static [Field] = &[Field::Halves(1)];
+}
+
+impl Number for F16 {
+    #[inline(always)]
+    fn value<V: Vector>(_: V, b: Block<V, Self>) -> V::F {
+        b.f16(0)
     }
 }

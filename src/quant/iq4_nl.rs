@@ -10,7 +10,8 @@
 
 use super::act::largest;
 use super::block32::{dequantize_scaled, dot_scaled, f16_at, f16_bytes, join, nibbles, pack_nibbles, quantize};
-use super::{ActKind, Format};
+use super::kernels::{Block, Block32, Field, Layout, Vector, unpack};
+use super::{ActKind, Format, kernels};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -22,6 +23,7 @@ pub(super) static FORMAT: Format = Format {
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
     quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
+    kernels: kernels::block32::<Iq4Nl>,
 };
 
 const BYTES: usize = 18;
@@ -85,4 +87,27 @@ pub(super) fn codes(w: &[f32; 32], id: f32) -> [u8; 32] {
         }
     }
     codes
+}
+
+/// The layout for the kernels.
+struct Iq4Nl;
+
+impl Layout for Iq4Nl {
+    const BYTES: usize = BYTES;
+    const FIELDS: &'static [Field] = &[Field::Halves(1), Field::Words(4)];
+}
+
+impl Block32 for Iq4Nl {
+    const BITS: u32 = 8;
+    const ZERO: i32 = 0;
+
+    #[inline(always)]
+    fn codes<V: Vector>(v: V, b: Block<V, Self>) -> [V::I; 8] {
+        unpack::signed(v, unpack::codebook(v, &CODEBOOK, unpack::nibbles(v, b, 2)))
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(_: V, b: Block<V, Self>) -> V::F {
+        b.f16(0)
+    }
 }

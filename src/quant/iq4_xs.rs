@@ -13,8 +13,9 @@
 use super::act::{largest, nearest};
 use super::block32::{f16_at, f16_bytes, join, nibbles, pack_nibbles, quantize};
 use super::iq4_nl::{CODEBOOK, codes, fit};
+use super::kernels::{Block, Field, Layout, Superblock, Vector, unpack};
 use super::superblock::{LEN, Scaled, dequantize_scaled, dot_scaled};
-use super::{ActKind, Format};
+use super::{ActKind, Format, kernels};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -26,6 +27,7 @@ pub(super) static FORMAT: Format = Format {
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
     quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
+    kernels: kernels::superblock::<Iq4Xs>,
 };
 
 const BYTES: usize = 136;
@@ -75,4 +77,39 @@ fn pack(w: &[f32; LEN]) -> [u8; BYTES] {
         high |= u16::from(bits >> 4) << (2 * j);
     }
     join(&[&f16_bytes(d), &high.to_le_bytes(), &low, &qs])
+}
+
+/// The layout for the kernels.
+struct Iq4Xs;
+
+impl Layout for Iq4Xs {
+    const BYTES: usize = BYTES;
+    const FIELDS: &'static [Field] = &[Field::Halves(2), Field::Words(1 + 32)];
+}
+
+impl Superblock for Iq4Xs {
+    const BITS: u32 = 8;
+    const ZERO: i32 = 0;
+    const SUB: usize = 32;
+    /// d, and the scales' high and low bits.
+    type Head<V: Vector> = (V::F, V::I, V::I);
+
+    #[inline(always)]
+    fn head<V: Vector>(_: V, b: Block<V, Self>) -> Self::Head<V> {
+        (b.f16(0), b.u16(2), b.word(4))
+    }
+
+    #[inline(always)]
+    fn codes<V: Vector>(v: V, b: Block<V, Self>, _: &Self::Head<V>, s: usize) -> [V::I; 8] {
+        unpack::signed(v, unpack::codebook(v, &CODEBOOK, unpack::nibbles(v, b, 8 + 16 * s)))
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
+        let (d, high, low) = *head;
+        let low = v.and(v.shr(low, 4 * j as u32), v.splat(15));
+        let high = v.and(v.shr(high, 2 * j as u32), v.splat(3));
+        let scale = v.or(low, v.shl(high, 4));
+        v.mul(d, v.to_f32(v.add_i32(scale, v.splat((-32i32).cast_unsigned()))))
+    }
 }

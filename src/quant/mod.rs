@@ -14,6 +14,7 @@ mod fit;
 mod iq4_nl;
 mod iq4_xs;
 mod k4;
+pub(crate) mod kernels;
 mod mxfp4;
 mod q2_k;
 mod q3_k;
@@ -29,6 +30,8 @@ mod superblock;
 
 pub use act::ActRow;
 
+use crate::cpu::Isa;
+
 /// What a row of activations is quantised to before it meets a format's blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ActKind {
@@ -42,6 +45,17 @@ pub enum ActKind {
 
 /// Whole blocks of f32 to whole blocks of a format; panics if the lengths don't match.
 pub type QuantizeRow = fn(src: &[f32], dst: &mut [u8]);
+
+impl ActKind {
+    /// Activations in a block.
+    pub const fn block_len(self) -> usize {
+        match self {
+            Self::F32 => 1,
+            Self::Q8_0 => 32,
+            Self::Q8K => 256,
+        }
+    }
+}
 
 /// A number format: the constants of its block and its scalar functions.
 pub struct Format {
@@ -62,6 +76,8 @@ pub struct Format {
     /// The dot product with as many activations of kind `act`, in scalar code. It defines the result: the order of its
     /// operations is the order of every kernel. Panics if the lengths don't match.
     pub vec_dot: fn(row: &[u8], x: ActRow<'_>) -> f32,
+    /// Its kernels on an instruction set, if they are compiled for this machine.
+    pub(crate) kernels: fn(Isa) -> Option<&'static kernels::Kernels>,
 }
 
 impl Format {

@@ -12,7 +12,8 @@
 
 use super::act::largest;
 use super::block32::{dequantize_scaled, dot_scaled, join, nibbles, pack_nibbles, quantize};
-use super::{ActKind, Format};
+use super::kernels::{Block, Block32, Field, Layout, Vector, unpack};
+use super::{ActKind, Format, kernels};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -24,6 +25,7 @@ pub(super) static FORMAT: Format = Format {
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
     quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
+    kernels: kernels::block32::<Mxfp4>,
 };
 
 const BYTES: usize = 17;
@@ -67,4 +69,38 @@ fn pack(w: &[f32; 32]) -> [u8; BYTES] {
         }
     }
     join(&[&[e], &pack_nibbles(&codes)])
+}
+
+/// The layout for the kernels.
+struct Mxfp4;
+
+/// The codebook plus [`Mxfp4::ZERO`](Block32::ZERO), so that it has no sign.
+const UNSIGNED_CODEBOOK: [i8; 16] = {
+    let mut table = CODEBOOK;
+    let mut i = 0;
+    while i < table.len() {
+        table[i] += Mxfp4::ZERO as i8;
+        i += 1;
+    }
+    table
+};
+
+impl Layout for Mxfp4 {
+    const BYTES: usize = BYTES;
+    const FIELDS: &'static [Field] = &[Field::Byte, Field::Words(4)];
+}
+
+impl Block32 for Mxfp4 {
+    const BITS: u32 = 5;
+    const ZERO: i32 = 12;
+
+    #[inline(always)]
+    fn codes<V: Vector>(v: V, b: Block<V, Self>) -> [V::I; 8] {
+        unpack::codebook(v, &UNSIGNED_CODEBOOK, unpack::nibbles(v, b, 1))
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(v: V, b: Block<V, Self>) -> V::F {
+        v.e8m0_half(b.byte(0))
+    }
 }

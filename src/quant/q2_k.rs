@@ -15,8 +15,9 @@ use half::f16;
 use super::act::nearest;
 use super::block32::{f16_at, join, quantize};
 use super::fit::{AffineSearch, affine, recode_affine};
+use super::kernels::{Block, Field, Layout, Superblock, Vector, unpack};
 use super::superblock::{Affine, LEN, dequantize_affine, dot_affine, pack_two_bits, two_bits};
-use super::{ActKind, Format};
+use super::{ActKind, Format, kernels};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -28,6 +29,7 @@ pub(super) static FORMAT: Format = Format {
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
     quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_affine(row, x, unpack),
+    kernels: kernels::superblock::<Q2K>,
 };
 
 const BYTES: usize = 84;
@@ -68,4 +70,47 @@ fn to_4_bits(numbers: &[f32; 16]) -> (f16, [u8; 16]) {
     let inverse = if max > 0.0 { 15.0 / max } else { 0.0 };
     let bits = numbers.map(|x| nearest(inverse * x).clamp(0, 15) as u8);
     (f16::from_f32(max / 15.0), bits)
+}
+
+/// The layout for the kernels.
+struct Q2K;
+
+impl Layout for Q2K {
+    const BYTES: usize = BYTES;
+    const FIELDS: &'static [Field] = &[Field::Words(4 + 16), Field::Halves(2)];
+}
+
+impl Superblock for Q2K {
+    const BITS: u32 = 2;
+    const ZERO: i32 = 0;
+    const SUB: usize = 16;
+    const MIN: bool = true;
+    /// d, dmin, and the scales and offsets of four sub-blocks a word.
+    type Head<V: Vector> = ([V::F; 2], [V::I; 4]);
+
+    #[inline(always)]
+    fn head<V: Vector>(_: V, b: Block<V, Self>) -> Self::Head<V> {
+        ([b.f16(80), b.f16(82)], b.words(0))
+    }
+
+    #[inline(always)]
+    fn codes<V: Vector>(v: V, b: Block<V, Self>, _: &Self::Head<V>, s: usize) -> [V::I; 8] {
+        let mut codes: [V::I; 8] = b.words(16 + 32 * (s / 4));
+        let mut j = 0;
+        while j < 8 {
+            codes[j] = unpack::pair(v, codes[j], s % 4);
+            j += 1;
+        }
+        codes
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
+        v.mul(head.0[0], v.to_f32(unpack::byte(v, unpack::low(v, head.1[j / 4]), j % 4)))
+    }
+
+    #[inline(always)]
+    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
+        v.mul(head.0[1], v.to_f32(unpack::byte(v, unpack::high(v, head.1[j / 4]), j % 4)))
+    }
 }

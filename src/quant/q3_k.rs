@@ -15,8 +15,9 @@ use half::f16;
 use super::act::{largest, nearest};
 use super::block32::{f16_at, join, quantize};
 use super::fit::{recode_signed, signed_3_bits};
+use super::kernels::{Block, Field, Layout, Superblock, Vector, unpack};
 use super::superblock::{LEN, Scaled, dequantize_scaled, dot_scaled, pack_bit_plane, pack_two_bits, two_bits};
-use super::{ActKind, Format};
+use super::{ActKind, Format, kernels};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -28,6 +29,7 @@ pub(super) static FORMAT: Format = Format {
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
     quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
+    kernels: kernels::superblock::<Q3K>,
 };
 
 const BYTES: usize = 110;
@@ -92,4 +94,50 @@ fn pack_scales(sc: &[i8; 16]) -> [u8; 12] {
         packed[8 + j % 4] |= (bits >> 4) << (j / 4 * 2);
     }
     packed
+}
+
+/// The layout for the kernels.
+struct Q3K;
+
+impl Layout for Q3K {
+    const BYTES: usize = BYTES;
+    const FIELDS: &'static [Field] = &[Field::Words(8 + 16 + 3), Field::Halves(1)];
+}
+
+impl Superblock for Q3K {
+    const BITS: u32 = 3;
+    const ZERO: i32 = 4;
+    const SUB: usize = 16;
+    /// d and the scales plus 32, four a word.
+    type Head<V: Vector> = (V::F, [V::I; 4]);
+
+    #[inline(always)]
+    fn head<V: Vector>(v: V, b: Block<V, Self>) -> Self::Head<V> {
+        let [a, c, top] = b.words(96);
+        let (low, high) = (unpack::low::<V>, unpack::high::<V>);
+        let mut scales = [low(v, a), low(v, c), high(v, a), high(v, c)];
+        let mut i = 0;
+        while i < 4 {
+            scales[i] = v.or(scales[i], v.shl(unpack::pair(v, top, i), 4));
+            i += 1;
+        }
+        (b.f16(108), scales)
+    }
+
+    #[inline(always)]
+    fn codes<V: Vector>(v: V, b: Block<V, Self>, _: &Self::Head<V>, s: usize) -> [V::I; 8] {
+        let mut codes: [V::I; 8] = b.words(32 + 32 * (s / 4));
+        let mut j = 0;
+        while j < 8 {
+            codes[j] = v.or(unpack::pair(v, codes[j], s % 4), unpack::bit(v, b.word(4 * j), s, 2));
+            j += 1;
+        }
+        codes
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
+        let scale = unpack::byte(v, head.1[j / 4], j % 4);
+        v.mul(head.0, v.to_f32(v.add_i32(scale, v.splat((-32i32).cast_unsigned()))))
+    }
 }

@@ -11,7 +11,8 @@
 use super::block32::{
     codes_around_zero, dequantize_scaled, dot_scaled, f16_at, f16_bytes, join, nibbles, pack_nibbles, quantize,
 };
-use super::{ActKind, Format};
+use super::kernels::{Block, Block32, Field, Layout, Vector, unpack};
+use super::{ActKind, Format, kernels};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -23,6 +24,7 @@ pub(super) static FORMAT: Format = Format {
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
     quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
+    kernels: kernels::block32::<Q4_0>,
 };
 
 const BYTES: usize = 18;
@@ -38,4 +40,27 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32) {
 fn pack(w: &[f32; 32]) -> [u8; BYTES] {
     let (codes, d) = codes_around_zero(w, 8);
     join(&[&f16_bytes(d), &pack_nibbles(&codes)])
+}
+
+/// The layout for the kernels.
+struct Q4_0;
+
+impl Layout for Q4_0 {
+    const BYTES: usize = BYTES;
+    const FIELDS: &'static [Field] = &[Field::Halves(1), Field::Words(4)];
+}
+
+impl Block32 for Q4_0 {
+    const BITS: u32 = 4;
+    const ZERO: i32 = 8;
+
+    #[inline(always)]
+    fn codes<V: Vector>(v: V, b: Block<V, Self>) -> [V::I; 8] {
+        unpack::nibbles(v, b, 2)
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(_: V, b: Block<V, Self>) -> V::F {
+        b.f16(0)
+    }
 }

@@ -13,8 +13,10 @@
 use super::block32::{f16_at, join, quantize};
 use super::fit::AffineSearch;
 use super::k4;
+use super::kernels::unpack::{self, ScalesK4};
+use super::kernels::{Block, Field, Layout, Superblock, Vector};
 use super::superblock::{Affine, LEN, dequantize_affine, dot_affine, four_bits, pack_four_bits};
-use super::{ActKind, Format};
+use super::{ActKind, Format, kernels};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -26,6 +28,7 @@ pub(super) static FORMAT: Format = Format {
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
     quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_affine(row, x, unpack),
+    kernels: kernels::superblock::<Q4K>,
 };
 
 const BYTES: usize = 144;
@@ -46,4 +49,46 @@ const SEARCH: AffineSearch = AffineSearch { n_max: 15, first: -1.0, more: 20, ab
 fn pack(w: &[f32; LEN]) -> [u8; BYTES] {
     let (head, codes) = k4::quantize(w, &SEARCH);
     join(&[&head, &pack_four_bits(&codes)])
+}
+
+/// The layout for the kernels.
+struct Q4K;
+
+impl Layout for Q4K {
+    const BYTES: usize = BYTES;
+    const FIELDS: &'static [Field] = &[Field::Halves(2), Field::Words(3 + 32)];
+}
+
+impl Superblock for Q4K {
+    const BITS: u32 = 4;
+    const ZERO: i32 = 0;
+    const SUB: usize = 32;
+    const MIN: bool = true;
+    type Head<V: Vector> = ScalesK4<V>;
+
+    #[inline(always)]
+    fn head<V: Vector>(v: V, b: Block<V, Self>) -> Self::Head<V> {
+        ScalesK4::load(v, b)
+    }
+
+    #[inline(always)]
+    fn codes<V: Vector>(v: V, b: Block<V, Self>, _: &Self::Head<V>, s: usize) -> [V::I; 8] {
+        let mut codes: [V::I; 8] = b.words(16 + s / 2 * 32);
+        let mut j = 0;
+        while j < 8 {
+            codes[j] = unpack::nibble(v, codes[j], s % 2);
+            j += 1;
+        }
+        codes
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
+        head.scale(v, j)
+    }
+
+    #[inline(always)]
+    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
+        head.min(v, j)
+    }
 }

@@ -12,7 +12,8 @@ use super::block32::{
     codes_around_zero, dequantize_scaled, dot_scaled, f16_at, f16_bytes, fifth_bits, join, nibbles, pack_fifth_bits,
     pack_nibbles, quantize,
 };
-use super::{ActKind, Format};
+use super::kernels::{Block, Block32, Field, Layout, Vector, unpack};
+use super::{ActKind, Format, kernels};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -24,6 +25,7 @@ pub(super) static FORMAT: Format = Format {
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
     quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
+    kernels: kernels::block32::<Q5_0>,
 };
 
 const BYTES: usize = 22;
@@ -41,4 +43,27 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32) {
 fn pack(w: &[f32; 32]) -> [u8; BYTES] {
     let (codes, d) = codes_around_zero(w, 16);
     join(&[&f16_bytes(d), &pack_fifth_bits(&codes), &pack_nibbles(&codes)])
+}
+
+/// The layout for the kernels.
+struct Q5_0;
+
+impl Layout for Q5_0 {
+    const BYTES: usize = BYTES;
+    const FIELDS: &'static [Field] = &[Field::Halves(1), Field::FifthBits, Field::Words(4)];
+}
+
+impl Block32 for Q5_0 {
+    const BITS: u32 = 5;
+    const ZERO: i32 = 16;
+
+    #[inline(always)]
+    fn codes<V: Vector>(v: V, b: Block<V, Self>) -> [V::I; 8] {
+        unpack::fifth_bits(v, b, 2, unpack::nibbles(v, b, 6))
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(_: V, b: Block<V, Self>) -> V::F {
+        b.f16(0)
+    }
 }

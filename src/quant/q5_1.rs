@@ -13,7 +13,8 @@ use super::block32::{
     codes_from_least, dequantize_affine, dot_affine, f16_at, f16_bytes, fifth_bits, join, nibbles, pack_fifth_bits,
     pack_nibbles, quantize,
 };
-use super::{ActKind, Format};
+use super::kernels::{Block, Block32, Field, Layout, Vector, unpack};
+use super::{ActKind, Format, kernels};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -25,6 +26,7 @@ pub(super) static FORMAT: Format = Format {
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
     quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_affine(row, x, unpack),
+    kernels: kernels::block32::<Q5_1>,
 };
 
 const BYTES: usize = 24;
@@ -42,4 +44,33 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> ([i8; 32], f32, f32) {
 fn pack(w: &[f32; 32]) -> [u8; BYTES] {
     let (codes, d, m) = codes_from_least(w, 31);
     join(&[&f16_bytes(d), &f16_bytes(m), &pack_fifth_bits(&codes), &pack_nibbles(&codes)])
+}
+
+/// The layout for the kernels.
+struct Q5_1;
+
+impl Layout for Q5_1 {
+    const BYTES: usize = BYTES;
+    const FIELDS: &'static [Field] = &[Field::Halves(2), Field::FifthBits, Field::Words(4)];
+}
+
+impl Block32 for Q5_1 {
+    const BITS: u32 = 5;
+    const ZERO: i32 = 0;
+    const MIN: bool = true;
+
+    #[inline(always)]
+    fn codes<V: Vector>(v: V, b: Block<V, Self>) -> [V::I; 8] {
+        unpack::fifth_bits(v, b, 4, unpack::nibbles(v, b, 8))
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(_: V, b: Block<V, Self>) -> V::F {
+        b.f16(0)
+    }
+
+    #[inline(always)]
+    fn min<V: Vector>(_: V, b: Block<V, Self>) -> V::F {
+        b.f16(2)
+    }
 }

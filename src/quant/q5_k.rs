@@ -14,8 +14,10 @@
 use super::block32::{f16_at, join, quantize};
 use super::fit::AffineSearch;
 use super::k4;
+use super::kernels::unpack::{self, ScalesK4};
+use super::kernels::{Block, Field, Layout, Superblock, Vector};
 use super::superblock::{Affine, LEN, dequantize_affine, dot_affine, four_bits, pack_bit_plane, pack_four_bits};
-use super::{ActKind, Format};
+use super::{ActKind, Format, kernels};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -27,6 +29,7 @@ pub(super) static FORMAT: Format = Format {
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
     quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_affine(row, x, unpack),
+    kernels: kernels::superblock::<Q5K>,
 };
 
 const BYTES: usize = 176;
@@ -55,4 +58,47 @@ fn pack(w: &[f32; LEN]) -> [u8; BYTES] {
     let (head, codes) = k4::quantize(w, &SEARCH);
     let low = codes.map(|code| code & 15);
     join(&[&head, &pack_bit_plane(&codes, 4), &pack_four_bits(&low)])
+}
+
+/// The layout for the kernels.
+struct Q5K;
+
+impl Layout for Q5K {
+    const BYTES: usize = BYTES;
+    const FIELDS: &'static [Field] = &[Field::Halves(2), Field::Words(3 + 8 + 32)];
+}
+
+impl Superblock for Q5K {
+    const BITS: u32 = 5;
+    const ZERO: i32 = 0;
+    const SUB: usize = 32;
+    const MIN: bool = true;
+    type Head<V: Vector> = (ScalesK4<V>, [V::I; 8]);
+
+    #[inline(always)]
+    fn head<V: Vector>(v: V, b: Block<V, Self>) -> Self::Head<V> {
+        (ScalesK4::load(v, b), b.words(16))
+    }
+
+    #[inline(always)]
+    fn codes<V: Vector>(v: V, b: Block<V, Self>, head: &Self::Head<V>, s: usize) -> [V::I; 8] {
+        let mut codes: [V::I; 8] = b.words(48 + s / 2 * 32);
+        let mut j = 0;
+        while j < 8 {
+            let low = unpack::nibble(v, codes[j], s % 2);
+            codes[j] = v.or(low, unpack::bit(v, head.1[j], s, 4));
+            j += 1;
+        }
+        codes
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
+        head.0.scale(v, j)
+    }
+
+    #[inline(always)]
+    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
+        head.0.min(v, j)
+    }
 }

@@ -15,8 +15,9 @@ use half::f16;
 use super::act::{largest, nearest};
 use super::block32::{f16_at, join, quantize};
 use super::fit::{recode_signed, signed_6_bits};
+use super::kernels::{Block, Field, Layout, Superblock, Vector, unpack};
 use super::superblock::{LEN, Scaled, dequantize_scaled, dot_scaled, pack_two_bits, two_bits};
-use super::{ActKind, Format};
+use super::{ActKind, Format, kernels};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -28,6 +29,7 @@ pub(super) static FORMAT: Format = Format {
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
     quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
+    kernels: kernels::superblock::<Q6K>,
 };
 
 const BYTES: usize = 210;
@@ -82,4 +84,45 @@ fn pack_low(codes: &[u8; LEN]) -> [u8; 128] {
         }
     }
     ql
+}
+
+/// The layout for the kernels.
+struct Q6K;
+
+impl Layout for Q6K {
+    const BYTES: usize = BYTES;
+    const FIELDS: &'static [Field] = &[Field::Words(32 + 16 + 4), Field::Halves(1)];
+}
+
+impl Superblock for Q6K {
+    const BITS: u32 = 6;
+    const ZERO: i32 = 32;
+    const SUB: usize = 16;
+    /// d and the scales, four a word.
+    type Head<V: Vector> = (V::F, [V::I; 4]);
+
+    #[inline(always)]
+    fn head<V: Vector>(_: V, b: Block<V, Self>) -> Self::Head<V> {
+        (b.f16(208), b.words(192))
+    }
+
+    #[inline(always)]
+    fn codes<V: Vector>(v: V, b: Block<V, Self>, _: &Self::Head<V>, s: usize) -> [V::I; 8] {
+        let (half, quarter) = (s / 4, s % 4);
+        let mut codes: [V::I; 8] = b.words(64 * half + 32 * (quarter % 2));
+        let mut j = 0;
+        while j < 8 {
+            let low = unpack::nibble(v, codes[j], quarter / 2);
+            let top = b.word(128 + 32 * half + 4 * j);
+            let top = if quarter < 2 { v.shl(top, 4 - 2 * quarter as u32) } else { v.shr(top, 2 * quarter as u32 - 4) };
+            codes[j] = v.or(low, v.and(top, v.splat(0x3030_3030)));
+            j += 1;
+        }
+        codes
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
+        v.mul(head.0, v.to_f32(unpack::signed_byte(v, head.1[j / 4], j % 4)))
+    }
 }

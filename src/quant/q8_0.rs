@@ -9,7 +9,8 @@
 
 use super::act::largest;
 use super::block32::{dequantize_scaled, dot_scaled, f16_at, f16_bytes, join, quantize};
-use super::{ActKind, Format};
+use super::kernels::{Block, Block32, Field, Layout, Vector, unpack};
+use super::{ActKind, Format, kernels};
 
 /// The format's entry in the registry.
 pub(super) static FORMAT: Format = Format {
@@ -21,6 +22,7 @@ pub(super) static FORMAT: Format = Format {
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
     quantize_row: Some(|src, dst| quantize(src, dst, pack)),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
+    kernels: kernels::block32::<Q8_0>,
 };
 
 const BYTES: usize = 34;
@@ -44,4 +46,27 @@ fn pack(w: &[f32; 32]) -> [u8; BYTES] {
         (whole + i32::from(rest >= 0.5) - i32::from(rest <= -0.5)) as u8
     });
     join(&[&f16_bytes(d), &qs])
+}
+
+/// The layout for the kernels.
+struct Q8_0;
+
+impl Layout for Q8_0 {
+    const BYTES: usize = BYTES;
+    const FIELDS: &'static [Field] = &[Field::Halves(1), Field::Words(8)];
+}
+
+impl Block32 for Q8_0 {
+    const BITS: u32 = 8;
+    const ZERO: i32 = 0;
+
+    #[inline(always)]
+    fn codes<V: Vector>(v: V, b: Block<V, Self>) -> [V::I; 8] {
+        unpack::signed(v, b.words(2))
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(_: V, b: Block<V, Self>) -> V::F {
+        b.f16(0)
+    }
 }

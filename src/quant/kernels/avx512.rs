@@ -1,0 +1,138 @@
+//! The vector operations on AVX-512 with VNNI: sixteen lanes.
+
+use super::vector::Vector;
+use core::arch::x86_64::*;
+
+/// Proof of AVX-512 F, BW, VL and VNNI.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512(());
+
+impl Avx512 {
+    /// # Safety
+    /// The processor has [`Isa::Avx512Vnni`](crate::cpu::isa::Isa), and so has the caller's `target_feature`.
+    #[inline(always)]
+    pub(super) unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+/// Intrinsics in a method of [`Avx512`].
+macro_rules! op {
+    ($e:expr) => {{
+        // SAFETY: `self` proves that the processor has the instruction set; an address is the caller's promise.
+        unsafe { $e }
+    }};
+}
+
+impl Vector for Avx512 {
+    const LANES: usize = 16;
+    const SIGNED_ZERO: i32 = 128;
+    type I = __m512i;
+    type F = __m512;
+
+    #[inline(always)]
+    unsafe fn load(self, p: *const u8) -> Self::I {
+        op!(_mm512_loadu_si512(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn load_u8(self, p: *const u8) -> Self::I {
+        op!(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())))
+    }
+    #[inline(always)]
+    unsafe fn load_u16(self, p: *const u8) -> Self::I {
+        op!(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())))
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const u8) -> Self::F {
+        op!(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast())))
+    }
+    #[inline(always)]
+    unsafe fn store_f32(self, p: *mut f32, x: Self::F) {
+        op!(_mm512_storeu_ps(p, x))
+    }
+
+    #[inline(always)]
+    fn splat(self, x: u32) -> Self::I {
+        op!(_mm512_set1_epi32(x.cast_signed()))
+    }
+    #[inline(always)]
+    fn and(self, a: Self::I, b: Self::I) -> Self::I {
+        op!(_mm512_and_si512(a, b))
+    }
+    #[inline(always)]
+    fn or(self, a: Self::I, b: Self::I) -> Self::I {
+        op!(_mm512_or_si512(a, b))
+    }
+    #[inline(always)]
+    fn shl(self, a: Self::I, n: u32) -> Self::I {
+        op!(_mm512_sll_epi32(a, _mm_cvtsi32_si128(n.cast_signed())))
+    }
+    #[inline(always)]
+    fn shr(self, a: Self::I, n: u32) -> Self::I {
+        op!(_mm512_srl_epi32(a, _mm_cvtsi32_si128(n.cast_signed())))
+    }
+    #[inline(always)]
+    fn sar(self, a: Self::I, n: u32) -> Self::I {
+        op!(_mm512_sra_epi32(a, _mm_cvtsi32_si128(n.cast_signed())))
+    }
+    #[inline(always)]
+    fn add_i32(self, a: Self::I, b: Self::I) -> Self::I {
+        op!(_mm512_add_epi32(a, b))
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[i8; 16], codes: Self::I) -> Self::I {
+        op!(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())), codes))
+    }
+
+    #[inline(always)]
+    fn signed(self, w: Self::I) -> Self::I {
+        op!(_mm512_xor_si512(w, _mm512_set1_epi8(-128)))
+    }
+    #[inline(always)]
+    unsafe fn dot<const N: usize>(self, start: Self::I, w: &[Self::I; N], q: *const i8, _: u32) -> Self::I {
+        let mut sum = start;
+        let mut j = 0;
+        while j < N {
+            let q = op!(_mm512_set1_epi32(q.add(4 * j).cast::<i32>().read_unaligned()));
+            sum = op!(_mm512_dpbusd_epi32(sum, w[j], q));
+            j += 1;
+        }
+        sum
+    }
+
+    #[inline(always)]
+    fn to_f32(self, a: Self::I) -> Self::F {
+        op!(_mm512_cvtepi32_ps(a))
+    }
+    #[inline(always)]
+    fn e8m0_half(self, e: Self::I) -> Self::F {
+        let normal = op!(_mm512_slli_epi32::<23>(_mm512_sub_epi32(e, _mm512_set1_epi32(1))));
+        let subnormal = op!(_mm512_sllv_epi32(_mm512_set1_epi32(1 << 21), e));
+        let is_normal = op!(_mm512_cmpgt_epi32_mask(e, _mm512_set1_epi32(1)));
+        self.as_f32(op!(_mm512_mask_blend_epi32(is_normal, subnormal, normal)))
+    }
+    #[inline(always)]
+    fn as_f32(self, a: Self::I) -> Self::F {
+        op!(_mm512_castsi512_ps(a))
+    }
+    #[inline(always)]
+    fn splat_f32(self, x: f32) -> Self::F {
+        op!(_mm512_set1_ps(x))
+    }
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(_mm512_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(_mm512_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        op!(_mm512_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        op!(_mm512_fnmadd_ps(a, b, c))
+    }
+}

@@ -1,0 +1,59 @@
+//! What a kernel is asked to do.
+
+use std::marker::PhantomData;
+
+/// The most tokens of one job: the accumulators of a group for that many stay in the cache.
+pub(crate) const MAX_TOKENS: usize = 128;
+
+/// A token's activations: where the parts that the format needs begin; the others are null.
+#[derive(Clone, Copy)]
+pub(crate) struct Act {
+    /// F32: the activations.
+    pub x: *const f32,
+    /// The integers.
+    pub q: *const i8,
+    /// The scales of blocks (32) or superblocks (256).
+    pub d: *const f32,
+    /// The integers' sums over each block or sub-block.
+    pub sum: *const i32,
+    /// The same as f32, and with blocks of 32 times their scale.
+    pub offset: *const f32,
+}
+
+impl Act {
+    /// Nothing.
+    pub const NONE: Self = Self {
+        x: std::ptr::null(),
+        q: std::ptr::null(),
+        d: std::ptr::null(),
+        sum: std::ptr::null(),
+        offset: std::ptr::null(),
+    };
+}
+
+/// Some groups of a matrix times some tokens.
+///
+/// Whoever makes one promises: `n_groups` packed groups of `n_blocks` blocks a row can be read at `w`; each token of `x`
+/// has as many blocks; `out(token, row)` can be written for all of them, and nobody else touches it meanwhile.
+pub(crate) struct Job<'a> {
+    pub w: *const u8,
+    pub n_groups: usize,
+    pub n_blocks: usize,
+    pub x: &'a [Act],
+    pub out: *mut f32,
+    /// From one token's row of `out` to the next, in f32.
+    pub stride: usize,
+    pub lives: PhantomData<&'a mut f32>,
+}
+
+impl Job<'_> {
+    /// Where the element of a token and of a row, counted from the first group's first, goes.
+    ///
+    /// # Safety
+    /// Both are within the job.
+    #[inline(always)]
+    pub unsafe fn out(&self, token: usize, row: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.out.add(token * self.stride + row) }
+    }
+}

@@ -1,0 +1,167 @@
+//! Matrix kernels: every format on every instruction set, from one algorithm.
+//!
+//! A lane is a row: see [`layout`]. The integer sum of a block is complete in its lane; one fused multiply-add follows.
+//! So one token or many, one instruction set or another: the operations on an output element are those of the
+//! format's scalar `vec_dot`, in the same order, and give the same bits.
+//!
+//! An instruction set is an implementation of [`vector::Vector`]; a format says how its block comes apart in registers
+//! ([`Block32`], [`Superblock`] or [`Number`]); the two kernels, `gemv` for 1 to 4 tokens and `gemm` for more, are written
+//! once for each of these three kinds of format. They are compiled for each pair, in functions
+//! that have the instruction set's features, everything inlined.
+
+#![allow(unsafe_code)]
+
+mod acts;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod block32;
+mod job;
+mod layout;
+mod number;
+mod run;
+mod scalar;
+mod superblock;
+pub(crate) mod unpack;
+mod vector;
+
+#[cfg(test)]
+mod tests;
+
+use crate::cpu::Isa;
+
+pub use acts::Acts;
+pub(crate) use block32::Block32;
+use job::Job;
+pub(crate) use layout::{Block, Field, Layout};
+pub(crate) use number::Number;
+pub use run::{OutRows, Packed, matmul_groups, pack_in_place};
+pub(crate) use superblock::Superblock;
+pub(crate) use vector::Vector;
+
+/// Stands where a kind of format has no scale or offset and the value is never used.
+const NO_SCALE: f32 = 0.0;
+
+/// The most tokens of `gemv`.
+const MAX_GEMV: usize = 4;
+
+/// The two kernels of a format, for any instruction set.
+trait Kernel: 'static {
+    type Layout: Layout;
+    /// Activations whose sums it reads together; 0 if it reads none.
+    const SUB: usize;
+
+    /// `T` tokens, weights unpacked in registers.
+    ///
+    /// # Safety
+    /// The job's promise, with `T` tokens.
+    unsafe fn gemv<V: Vector, const T: usize>(v: V, job: &Job<'_>);
+
+    /// Up to [`MAX_TOKENS`] tokens, `N` at a time; weights unpacked once into the cache.
+    ///
+    /// # Safety
+    /// The job's promise.
+    unsafe fn gemm<V: Vector, const N: usize>(v: V, job: &Job<'_>);
+}
+
+/// A format's kernels on one instruction set.
+pub(crate) struct Kernels {
+    /// Rows of a group.
+    pub lanes: usize,
+    /// [`Kernel::SUB`].
+    pub sub: usize,
+    /// Interleaves a group in place: `(lanes, group, scratch of the same size)`.
+    pub pack: fn(usize, &mut [u8], &mut [u8]),
+    /// For 1 to 4 tokens.
+    pub gemv: [unsafe fn(&Job<'_>); MAX_GEMV],
+    /// For up to [`MAX_TOKENS`].
+    pub gemm: unsafe fn(&Job<'_>),
+}
+
+/// Compiles the kernels for an instruction set: a module of functions with its features.
+macro_rules! instruction_set {
+    ($name:ident, $vector:ty, $features:literal, $tile:literal) => {
+        mod $name {
+            use super::*;
+
+            #[target_feature(enable = $features)]
+            unsafe fn gemv<K: Kernel, const T: usize>(job: &Job<'_>) {
+                // SAFETY: the function has the features that the vector stands for; the rest is the caller's promise.
+                unsafe { K::gemv::<$vector, T>(<$vector>::new(), job) }
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn gemm<K: Kernel>(job: &Job<'_>) {
+                // SAFETY: as above.
+                unsafe { K::gemm::<$vector, $tile>(<$vector>::new(), job) }
+            }
+
+            pub(super) const fn kernels<K: Kernel>() -> Kernels {
+                Kernels {
+                    lanes: <$vector as Vector>::LANES,
+                    sub: K::SUB,
+                    pack: layout::pack::<K::Layout>,
+                    gemv: [gemv::<K, 1>, gemv::<K, 2>, gemv::<K, 3>, gemv::<K, 4>],
+                    gemm: gemm::<K>,
+                }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+instruction_set!(on_avx2, avx2::Avx2, "avx2,fma,f16c", 4);
+#[cfg(target_arch = "x86_64")]
+instruction_set!(on_avx512, avx512::Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", 8);
+
+/// Plain Rust, which isn't for speed: one small function serves any number of tokens.
+mod on_scalar {
+    use super::*;
+
+    unsafe fn each_token<K: Kernel>(job: &Job<'_>) {
+        for (t, x) in job.x.iter().enumerate() {
+            // SAFETY: the job's promise: it has a token `t`, and this is its part of the job.
+            unsafe {
+                let x = std::slice::from_ref(x);
+                K::gemv::<_, 1>(scalar::Scalar::new(), &Job { x, out: job.out(t, 0), ..*job });
+            }
+        }
+    }
+
+    pub(super) const fn kernels<K: Kernel>() -> Kernels {
+        Kernels {
+            lanes: scalar::Scalar::LANES,
+            sub: K::SUB,
+            pack: layout::pack::<K::Layout>,
+            gemv: [each_token::<K>; MAX_GEMV],
+            gemm: each_token::<K>,
+        }
+    }
+}
+
+fn of<K: Kernel>(isa: Isa) -> Option<&'static Kernels> {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => Some(const { &on_avx2::kernels::<K>() }),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni => Some(const { &on_avx512::kernels::<K>() }),
+        Isa::Scalar => Some(const { &on_scalar::kernels::<K>() }),
+        _ => None,
+    }
+}
+
+/// The kernels of a format with blocks of 32 on an instruction set, if they are compiled for this machine.
+pub(crate) fn block32<L: Block32>(isa: Isa) -> Option<&'static Kernels> {
+    of::<block32::Blocks<L>>(isa)
+}
+
+/// The kernels of a format with superblocks of 256, likewise.
+pub(crate) fn superblock<L: Superblock>(isa: Isa) -> Option<&'static Kernels> {
+    of::<superblock::Superblocks<L>>(isa)
+}
+
+/// The kernels of a format without blocks, likewise.
+pub(crate) fn number<L: Number>(isa: Isa) -> Option<&'static Kernels> {
+    of::<number::Numbers<L>>(isa)
+}

@@ -1,0 +1,114 @@
+//! The kernels of formats without blocks: f32 and what becomes f32 exactly.
+
+use std::marker::PhantomData;
+
+use super::Kernel;
+use super::job::{Act, Job, MAX_TOKENS};
+use super::layout::{Block, Layout};
+use super::vector::Vector;
+
+/// How a weight becomes f32.
+pub(crate) trait Number: Layout {
+    /// The weights of a column.
+    fn value<V: Vector>(v: V, b: Block<V, Self>) -> V::F
+    where
+        Self: Sized;
+}
+
+/// The kernels of a [`Number`].
+pub(super) struct Numbers<L>(PhantomData<L>);
+
+/// The four partial sums of a row, weight k in k % 4.
+type Partial<V> = [<V as Vector>::F; 4];
+
+impl<L: Number> Numbers<L> {
+    /// The sum of the partial sums.
+    #[inline(always)]
+    fn total<V: Vector>(v: V, p: Partial<V>) -> V::F {
+        v.add(v.add(p[0], p[1]), v.add(p[2], p[3]))
+    }
+
+    /// # Safety
+    /// The token has an activation `k`.
+    #[inline(always)]
+    unsafe fn step<V: Vector>(v: V, w: V::F, x: &Act, k: usize, p: V::F) -> V::F {
+        // SAFETY: the caller's promise.
+        v.fma(w, unsafe { v.splat_f32(*x.x.add(k)) }, p)
+    }
+}
+
+impl<L: Number> Kernel for Numbers<L> {
+    type Layout = L;
+    const SUB: usize = 0;
+
+    #[inline(always)]
+    unsafe fn gemv<V: Vector, const T: usize>(v: V, job: &Job<'_>) {
+        let x: &[Act; T] = job.x.try_into().expect("as many tokens as the kernel is for");
+        let bytes = L::BYTES * V::LANES;
+        for g in 0..job.n_groups {
+            let mut p: [Partial<V>; T] = [[v.splat_f32(0.0); 4]; T];
+            for k0 in (0..job.n_blocks).step_by(4) {
+                for k in 0..4 {
+                    if k0 + k < job.n_blocks {
+                        // SAFETY: the job's promise: the groups' columns and the tokens' activations are there.
+                        unsafe {
+                            let b = Block::new(v, job.w.add((g * job.n_blocks + k0 + k) * bytes));
+                            let w = L::value(v, b);
+                            for t in 0..T {
+                                p[t][k] = Self::step(v, w, &x[t], k0 + k, p[t][k]);
+                            }
+                        }
+                    }
+                }
+            }
+            for t in 0..T {
+                // SAFETY: the job's promise: each token's row has room for the groups' rows.
+                unsafe { v.store_f32(job.out(t, g * V::LANES), Self::total(v, p[t])) };
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn gemm<V: Vector, const N: usize>(v: V, job: &Job<'_>) {
+        /// Columns that are unpacked at once: with 16 lanes 8 KiB, a quarter of the L1 cache.
+        const DEPTH: usize = 128;
+        let bytes = L::BYTES * V::LANES;
+        let zero = v.splat_f32(0.0);
+        for g in 0..job.n_groups {
+            let mut acc = [[zero; 4]; MAX_TOKENS];
+            let mut panel = [zero; DEPTH];
+            for first in (0..job.n_blocks).step_by(DEPTH) {
+                let n = DEPTH.min(job.n_blocks - first);
+                for (k, w) in panel[..n].iter_mut().enumerate() {
+                    // SAFETY: the job's promise.
+                    *w = unsafe { L::value(v, Block::new(v, job.w.add((g * job.n_blocks + first + k) * bytes))) };
+                }
+                for t0 in (0..job.x.len()).step_by(N) {
+                    // Past the last token the last is computed again: cheaper than a kernel for each remainder.
+                    let mut x = [job.x[job.x.len() - 1]; N];
+                    let n_tokens = N.min(job.x.len() - t0);
+                    x[..n_tokens].copy_from_slice(&job.x[t0..t0 + n_tokens]);
+                    for part in 0..4 {
+                        let mut p = [zero; N];
+                        for t in 0..N {
+                            p[t] = acc[t0 + t][part];
+                        }
+                        for k in (part..n).step_by(4) {
+                            for t in 0..N {
+                                // SAFETY: the job's promise.
+                                p[t] = unsafe { Self::step(v, panel[k], &x[t], first + k, p[t]) };
+                            }
+                        }
+                        for t in 0..N {
+                            acc[t0 + t][part] = p[t];
+                        }
+                    }
+                }
+            }
+            for t in 0..job.x.len() {
+                // SAFETY: the job's promise.
+                unsafe { v.store_f32(job.out(t, g * V::LANES), Self::total(v, acc[t])) };
+            }
+        }
+    }
+}

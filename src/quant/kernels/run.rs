@@ -1,0 +1,196 @@
+//! The safe way into the kernels: matrices, places for results, and the checks that make it safe.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use super::acts::Acts;
+use super::job::{Act, Job, MAX_TOKENS};
+use super::{Kernels, MAX_GEMV};
+use crate::cpu::Isa;
+use crate::quant::Format;
+
+/// A matrix of weights as the kernels of one instruction set read it, see [`pack_in_place`].
+///
+/// Rows are in groups, the unit of work that is handed to threads. Rows beyond the last full group form one more.
+#[derive(Clone, Copy)]
+pub struct Packed<'a> {
+    format: &'static Format,
+    kernels: &'static Kernels,
+    n_rows: usize,
+    n_cols: usize,
+    row_bytes: usize,
+    data: &'a [u8],
+}
+
+/// The kernels and the bytes of a row.
+fn kernels_of(format: &'static Format, isa: Isa, n_cols: usize) -> (&'static Kernels, usize) {
+    assert!(isa.is_available(), "this processor lacks {isa}");
+    let kernels = (format.kernels)(isa).expect("an available instruction set has its kernels");
+    let row_bytes = format.row_bytes(n_cols as u64).and_then(|n| usize::try_from(n).ok());
+    (kernels, row_bytes.unwrap_or_else(|| panic!("{n_cols} weights aren't whole blocks of {format:?}")))
+}
+
+/// Brings the rows of a file into the order that the kernels of an instruction set read, in the same place: a group of rows at a
+/// time through `scratch`, which grows to that size.
+///
+/// # Panics
+/// If the processor lacks the instruction set, or the data isn't `n_rows` whole rows.
+pub fn pack_in_place(
+    format: &'static Format,
+    isa: Isa,
+    n_rows: usize,
+    n_cols: usize,
+    data: &mut [u8],
+    scratch: &mut Vec<u8>,
+) {
+    let (kernels, row_bytes) = kernels_of(format, isa, n_cols);
+    assert_eq!(Some(data.len()), n_rows.checked_mul(row_bytes));
+    let group_bytes = kernels.lanes * row_bytes;
+    if group_bytes == 0 {
+        return;
+    }
+    scratch.resize(group_bytes, 0);
+    for group in data.chunks_exact_mut(group_bytes) {
+        (kernels.pack)(kernels.lanes, group, scratch);
+    }
+}
+
+impl<'a> Packed<'a> {
+    /// A matrix `(n_rows, n_cols)` that [`pack_in_place`] has prepared for the same instruction set.
+    ///
+    /// # Panics
+    /// If the processor lacks the instruction set, or the data isn't `n_rows` whole rows.
+    pub fn new(format: &'static Format, isa: Isa, n_rows: usize, n_cols: usize, data: &'a [u8]) -> Self {
+        let (kernels, row_bytes) = kernels_of(format, isa, n_cols);
+        assert_eq!(Some(data.len()), n_rows.checked_mul(row_bytes));
+        Self { format, kernels, n_rows, n_cols, row_bytes, data }
+    }
+
+    /// The weights' format.
+    pub fn format(&self) -> &'static Format {
+        self.format
+    }
+
+    /// Rows, which are outputs.
+    pub fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+
+    /// Columns, which are inputs.
+    pub fn n_cols(&self) -> usize {
+        self.n_cols
+    }
+
+    /// Groups of rows.
+    pub fn n_groups(&self) -> usize {
+        self.n_rows.div_ceil(self.kernels.lanes)
+    }
+
+    /// The rows of a group.
+    pub fn rows_of(&self, group: usize) -> Range<usize> {
+        let lanes = self.kernels.lanes;
+        group * lanes..((group + 1) * lanes).min(self.n_rows)
+    }
+}
+
+/// Where the results of a token block go: rows of tokens, columns of outputs.
+///
+/// It can be copied to many threads: each writes other columns, as [`matmul_groups`] says.
+#[derive(Clone, Copy)]
+pub struct OutRows<'a> {
+    data: *mut f32,
+    n_rows: usize,
+    n_cols: usize,
+    stride: usize,
+    lives: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: it is written in disjoint places only, which is what `matmul_groups` asks of its callers.
+unsafe impl Send for OutRows<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for OutRows<'_> {}
+
+impl<'a> OutRows<'a> {
+    /// Rows of `n_cols` in `data`, one after the other.
+    ///
+    /// # Panics
+    /// If `data` isn't whole rows.
+    pub fn new(data: &'a mut [f32], n_cols: usize) -> Self {
+        assert!(n_cols > 0 && data.len().is_multiple_of(n_cols));
+        Self { data: data.as_mut_ptr(), n_rows: data.len() / n_cols, n_cols, stride: n_cols, lives: PhantomData }
+    }
+
+    /// Some of the columns.
+    ///
+    /// # Panics
+    /// If they aren't there.
+    pub fn columns(self, columns: Range<usize>) -> Self {
+        assert!(columns.start <= columns.end && columns.end <= self.n_cols);
+        // SAFETY: the offset is within a row, or at the end of the last; `n_rows` of them begin there unless it is empty.
+        Self { data: unsafe { self.data.add(columns.start) }, n_cols: columns.len(), ..self }
+    }
+}
+
+/// The rows of some groups of `w` times some tokens: element `r` of `out`'s row `i` becomes the dot product of row `r` of `w` with
+/// the activations of token `tokens[i]`.
+///
+/// Single-threaded; threads share a matrix by its groups. Calls for *different* groups may run at the same time on copies
+/// of the same `out`; two that write the same elements must not.
+///
+/// The result of an element depends on its row and its token alone: not on the groups, the other tokens, or the thread.
+///
+/// # Panics
+/// If a group, a token or a place in `out` doesn't exist, or the widths differ.
+pub fn matmul_groups(w: Packed<'_>, groups: Range<usize>, x: &Acts, tokens: &[u32], out: OutRows<'_>) {
+    assert!(groups.start <= groups.end && groups.end <= w.n_groups());
+    assert!(tokens.len() <= out.n_rows && w.n_rows <= out.n_cols);
+    assert_eq!(x.width(), w.n_cols);
+    let mut done = 0;
+    for tokens in tokens.chunks(MAX_TOKENS) {
+        if tokens.len() <= MAX_GEMV {
+            run::<MAX_GEMV>(w, &groups, x, tokens, out, done);
+        } else {
+            run::<MAX_TOKENS>(w, &groups, x, tokens, out, done);
+        }
+        done += tokens.len();
+    }
+}
+
+/// Up to `N` tokens, whose rows of `out` begin at `first`.
+fn run<const N: usize>(w: Packed<'_>, groups: &Range<usize>, x: &Acts, tokens: &[u32], out: OutRows<'_>, first: usize) {
+    let (kernels, format) = (w.kernels, w.format);
+    let mut acts = [Act::NONE; N];
+    for (act, token) in acts.iter_mut().zip(tokens) {
+        *act = x.act(format.act, kernels.sub, *token as usize);
+    }
+    let full = w.n_rows / kernels.lanes;
+    let packed = groups.start.min(full)..groups.end.min(full);
+    if !packed.is_empty() {
+        let at = packed.start * kernels.lanes;
+        let kernel = if tokens.len() <= MAX_GEMV { kernels.gemv[tokens.len() - 1] } else { kernels.gemm };
+        // SAFETY: `new` checked that the processor has the instructions and that the data holds the rows;
+        // `matmul_groups` that the groups and the places are there; `act` that the tokens are there and complete.
+        // That nobody writes the same places is what `matmul_groups` asks of its callers.
+        unsafe {
+            kernel(&Job {
+                w: w.data[at * w.row_bytes..].as_ptr(),
+                n_groups: packed.len(),
+                n_blocks: w.n_cols / format.block_len,
+                x: &acts[..tokens.len()],
+                out: out.data.add(first * out.stride + at),
+                stride: out.stride,
+                lives: PhantomData,
+            });
+        }
+    }
+    if groups.end > full {
+        for row in full * kernels.lanes..w.n_rows {
+            let weights = &w.data[row * w.row_bytes..][..w.row_bytes];
+            for (i, token) in tokens.iter().enumerate() {
+                let y = (format.vec_dot)(weights, x.row(format, *token as usize));
+                // SAFETY: as above.
+                unsafe { *out.data.add((first + i) * out.stride + row) = y };
+            }
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Every format on every instruction set that this machine has, against the scalar dot product, bit for bit.
+
+use super::{Acts, OutRows, Packed, matmul_groups, pack_in_place};
+use crate::cpu::Isa;
+use crate::quant::{FORMATS, Format};
+
+/// Small and repeatable: a 64-bit linear congruential generator's upper half.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 32) as u32
+    }
+
+    /// -1.0..1.0, now and then much smaller, as activations are.
+    fn activation(&mut self) -> f32 {
+        let x = self.next() as i32 as f32 / 2147483648.0;
+        if self.next().is_multiple_of(5) { x / 300.0 } else { x }
+    }
+}
+
+/// Blocks of any bits whose weights are numbers of ordinary size.
+fn random_rows(format: &Format, n_rows: usize, n_cols: usize, rng: &mut Rng) -> Vec<u8> {
+    let mut data = vec![0; format.row_bytes(n_cols as u64).unwrap() as usize * n_rows];
+    let mut weights = vec![0.0; format.block_len];
+    for block in data.chunks_exact_mut(format.block_bytes) {
+        loop {
+            block.fill_with(|| rng.next() as u8);
+            (format.dequantize_row)(block, &mut weights);
+            if weights.iter().all(|w| w.abs() < 1e3) {
+                break;
+            }
+        }
+    }
+    data
+}
+
+/// Token rows, one of them zero, one tiny, one huge.
+fn random_acts(format: &Format, n_tokens: usize, n_cols: usize, rng: &mut Rng) -> Acts {
+    let mut acts = Acts::new();
+    acts.reset(n_tokens, n_cols, &[format.act]);
+    for t in 0..n_tokens {
+        let size = match t {
+            1 => 0.0,
+            2 => 1e-30,
+            3 => 1e4,
+            _ => 1.0,
+        };
+        let row: Vec<f32> = (0..n_cols).map(|_| rng.activation() * size).collect();
+        acts.put(t, &row);
+    }
+    acts
+}
+
+/// One shape: all tokens at once (gemm), one to four at a time (gemv), with the groups in two calls.
+fn check(format: &'static Format, isa: Isa, n_rows: usize, n_blocks: usize, n_tokens: usize, rng: &mut Rng) {
+    let n_cols = n_blocks * format.block_len;
+    let rows = random_rows(format, n_rows, n_cols, rng);
+    let acts = random_acts(format, n_tokens, n_cols, rng);
+    let row_bytes = rows.len() / n_rows;
+    let expected = |t: usize, r: usize| (format.vec_dot)(&rows[r * row_bytes..][..row_bytes], acts.row(format, t));
+
+    // A file's tensors are aligned to 32 bytes, a slot's experts to nothing.
+    let mut memory = vec![0xaa; rows.len() + 3];
+    let packed = &mut memory[3..];
+    packed.copy_from_slice(&rows);
+    pack_in_place(format, isa, n_rows, n_cols, packed, &mut Vec::new());
+    let w = Packed::new(format, isa, n_rows, n_cols, packed);
+
+    let (before, after) = (2, 3);
+    let stride = before + n_rows + after;
+    // Tokens in another order than their rows.
+    let tokens: Vec<u32> = (0..n_tokens as u32).rev().collect();
+    for at_once in [n_tokens, 1, 2, 3, 4] {
+        let mut out = vec![f32::NAN; n_tokens * stride];
+        for (tokens, out) in tokens.chunks(at_once).zip(out.chunks_mut(at_once * stride)) {
+            let out = OutRows::new(out, stride).columns(before..before + n_rows);
+            let middle = w.n_groups() / 2;
+            matmul_groups(w, 0..middle, &acts, tokens, out);
+            matmul_groups(w, middle..w.n_groups(), &acts, tokens, out);
+        }
+        for (i, row) in out.chunks(stride).enumerate() {
+            for (c, y) in row.iter().enumerate() {
+                if (before..before + n_rows).contains(&c) {
+                    let e = expected(tokens[i] as usize, c - before);
+                    assert!(
+                        y.to_bits() == e.to_bits(),
+                        "{format:?} on {isa}, {n_rows} x {n_cols}, {n_tokens} tokens, {at_once} at once: token {i} row {} is {y:e}, not {e:e}",
+                        c - before
+                    );
+                } else {
+                    assert!(y.is_nan(), "{format:?} on {isa}: wrote column {c}, outside of its columns");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_format_gives_the_scalar_bits_on_every_instruction_set() {
+    let mut rng = Rng(1);
+    for format in FORMATS {
+        for isa in Isa::available() {
+            for n_rows in [1, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 40] {
+                check(format, isa, n_rows, 3, 5, &mut rng);
+            }
+            let blocks: &[usize] =
+                if format.block_len == 1 { &[1, 2, 5, 63, 127, 128, 130, 515] } else { &[1, 2, 4, 17] };
+            for n_blocks in blocks {
+                check(format, isa, 35, *n_blocks, 7, &mut rng);
+            }
+            for n_tokens in (1..=13).chain([16, 17, 31, 70, 128, 129, 131]) {
+                check(format, isa, 33, 2, n_tokens, &mut rng);
+            }
+        }
+    }
+}
+
+/// Interleaving moves bits and loses none: the packed bytes of distinct rows are distinct.
+#[test]
+fn packing_is_a_permutation_of_bits() {
+    let mut rng = Rng(2);
+    for format in FORMATS {
+        for isa in Isa::available() {
+            let (n_rows, n_cols) = (16, 2 * format.block_len);
+            let rows = random_rows(format, n_rows, n_cols, &mut rng);
+            let mut packed = rows.clone();
+            pack_in_place(format, isa, n_rows, n_cols, &mut packed, &mut Vec::new());
+            let ones = |bytes: &[u8]| bytes.iter().map(|b| b.count_ones()).sum::<u32>();
+            assert_eq!(ones(&rows), ones(&packed), "{format:?} on {isa}");
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "no activations yet")]
+fn tokens_are_put_in_before_they_are_read() {
+    let format = FORMATS[0];
+    let mut acts = Acts::new();
+    acts.reset(1, 4, &[format.act]);
+    let w = [0; 16];
+    let w = Packed::new(format, Isa::Scalar, 1, 4, &w);
+    matmul_groups(w, 0..1, &acts, &[0], OutRows::new(&mut [0.0], 1));
+}
+
+#[test]
+#[should_panic(expected = "already")]
+fn tokens_are_put_in_once() {
+    let mut acts = Acts::new();
+    acts.reset(1, 4, &[FORMATS[0].act]);
+    acts.put(0, &[1.0; 4]);
+    acts.put(0, &[1.0; 4]);
+}

@@ -1,0 +1,86 @@
+//! The few vector operations that all kernels are written in.
+
+/// A vector of [`LANES`](Self::LANES) 32-bit lanes on one instruction set; a lane is a row of the matrix.
+///
+/// A value of an implementing type proves that the processor has the instructions: making one is the
+/// unsafe step (`new`), using it is not. All methods are to be inlined into a function compiled
+/// with the instruction set's features, which is where the value is made.
+pub(crate) trait Vector: Copy + 'static {
+    /// 32-bit lanes.
+    const LANES: usize;
+    /// What [`signed`](Self::signed) adds to weights.
+    const SIGNED_ZERO: i32;
+    /// Integer lanes, or four bytes a lane.
+    type I: Copy;
+    /// f32 lanes.
+    type F: Copy;
+
+    /// The lanes at `p`, `4 * LANES` bytes in any alignment.
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load(self, p: *const u8) -> Self::I;
+    /// `LANES` bytes, each zero-extended.
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load_u8(self, p: *const u8) -> Self::I;
+    /// `LANES` little-endian 16-bit numbers, each zero-extended.
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load_u16(self, p: *const u8) -> Self::I;
+    /// `LANES` half-precision numbers as f32.
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load_f16(self, p: *const u8) -> Self::F;
+    /// Stores `LANES` f32.
+    ///
+    /// # Safety
+    /// They can be written.
+    unsafe fn store_f32(self, p: *mut f32, x: Self::F);
+
+    /// `x` in every lane.
+    fn splat(self, x: u32) -> Self::I;
+    /// Bitwise and.
+    fn and(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Bitwise or.
+    fn or(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Lanes shifted left by `n`.
+    fn shl(self, a: Self::I, n: u32) -> Self::I;
+    /// Lanes shifted right by `n`, zeros coming in.
+    fn shr(self, a: Self::I, n: u32) -> Self::I;
+    /// Lanes shifted right by `n`, copies of the sign coming in.
+    fn sar(self, a: Self::I, n: u32) -> Self::I;
+    /// Sum of lanes.
+    fn add_i32(self, a: Self::I, b: Self::I) -> Self::I;
+    /// The bytes of `codes`, each 0..=15, looked up in the table.
+    fn lookup(self, table: &[i8; 16], codes: Self::I) -> Self::I;
+
+    /// Signed bytes as [`dot`](Self::dot) takes them with `BITS = 8`: plus [`SIGNED_ZERO`](Self::SIGNED_ZERO).
+    fn signed(self, w: Self::I) -> Self::I;
+    /// `start` plus, in each lane, the dot product of the lane's `4 * N` bytes with those at `q`: exact.
+    /// Weights are unsigned and less than `1 << bits`, or, if `bits` is 8, come from [`signed`](Self::signed).
+    ///
+    /// # Safety
+    /// `4 * N` bytes at `q` can be read. They are -127..=127.
+    unsafe fn dot<const N: usize>(self, start: Self::I, w: &[Self::I; N], q: *const i8, bits: u32) -> Self::I;
+
+    /// Signed integers as f32.
+    fn to_f32(self, a: Self::I) -> Self::F;
+    /// `2^(e - 128)` for integers e of 0..=255: MXFP4's scale, halved.
+    fn e8m0_half(self, e: Self::I) -> Self::F;
+    /// Bits as f32.
+    fn as_f32(self, a: Self::I) -> Self::F;
+    /// `x` in every lane.
+    fn splat_f32(self, x: f32) -> Self::F;
+    /// `a + b`.
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b`.
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `c - a * b`, rounded once.
+    fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+}
