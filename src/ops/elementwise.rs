@@ -256,4 +256,23 @@ pub(super) mod tests {
         scale(&mut y, 2.0);
         assert_eq!(y, [22.0, 44.0, 26.0, 48.0]);
     }
+
+    #[test]
+    fn same_bits_on_every_isa() {
+        for n in LENGTHS {
+            let (x, y): (Vec<f32>, _) = (noise(n, 7).iter().map(|x| x * 30.0).collect(), noise(n, 8));
+            simd::tests::same_bits_on_every_isa(|| {
+                let mut out = vec![0.0; 5 * n];
+                let (a, rest) = out.split_at_mut(n);
+                swiglu(&x, &y, a);
+                let (a, rest) = rest.split_at_mut(n);
+                swiglu_oai(&x, &y, 1.702, 7.0, a);
+                for (out, f) in rest.chunks_mut(n.max(1)).zip([softmax, sigmoid, |x: &mut [f32]| softcap(x, 30.0)]) {
+                    out.copy_from_slice(&x);
+                    f(out);
+                }
+                out
+            });
+        }
+    }
 }

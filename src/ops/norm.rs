@@ -37,7 +37,12 @@ impl Kernel for RmsNorm<'_> {
         for row in self.x.chunks_mut(self.weight.len()) {
             let mean = sum_of_squares::<V>(row) / row.len() as f32;
             let scale = V::splat(1.0 / (mean + self.eps).sqrt());
-            simd::zip_map::<V>(row, self.weight, |x, w| x.mul(scale).mul(w));
+            simd::zip_map::<V>(
+                row,
+                self.weight,
+                #[inline(always)]
+                |x, w| x.mul(scale).mul(w),
+            );
         }
     }
 }
@@ -100,6 +105,18 @@ mod tests {
             let mut one = vec![0.0; 96];
             rms_norm(&x[h * 96..][..96], &w, 1e-6, &mut one);
             assert_eq!(one, y[h * 96..][..96]);
+        }
+    }
+
+    #[test]
+    fn same_bits_on_every_isa() {
+        for n in [1, 16, 33, 64, 100, 700] {
+            let (x, w) = (noise(n, 1), noise(n, 2));
+            simd::tests::same_bits_on_every_isa(|| {
+                let mut out = vec![0.0; n];
+                rms_norm(&x, &w, 1e-5, &mut out);
+                out
+            });
         }
     }
 }

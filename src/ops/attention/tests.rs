@@ -264,3 +264,17 @@ fn huge_values_saturate() {
     let out = case.run(&[3], &Team::new(1).unwrap());
     assert!(out.iter().all(|&x| (x - 65504.0).abs() < 0.1), "{out:?}");
 }
+
+#[test]
+fn same_bits_on_every_isa() {
+    let team = Team::new(1).unwrap();
+    for types in [(KvType::F32, KvType::F32), (KvType::F16, KvType::F16), (KvType::Q8_0, KvType::Q8_0)] {
+        for (group, dk, dv) in [(1, 64, 64), (2, 40, 24), (3, 16, 112), (7, 33, 80)] {
+            let sinks = Some(noise(group, 4));
+            let case = Case { types, sinks, softcap: Some(20.0), n_swa: Some(90), ..Case::new(1, group, dk, dv, 200) };
+            simd::tests::same_bits_on_every_isa(|| case.run(&[3, 64], &team));
+        }
+    }
+    let long = Case::new(1, 1, 8, 16, RANGE + 70);
+    simd::tests::same_bits_on_every_isa(|| long.run(&[500], &team));
+}

@@ -8,7 +8,13 @@
 
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use crate::cpu::Isa;
 
 /// Lanes in a [`Lanes`].
 pub const LANES: usize = 16;
@@ -76,9 +82,30 @@ pub trait Kernel {
     fn run<V: Lanes>(self) -> Self::Out;
 }
 
-/// Runs `k` with the best instruction set that this process uses.
+/// Runs `k` with the instruction set of this process.
 pub fn run<K: Kernel>(k: K) -> K::Out {
-    k.run::<scalar::Scalar>()
+    #[cfg(test)]
+    if let Some(isa) = tests::FORCED.get() {
+        return run_on(isa, k);
+    }
+    // A wrong `ONCALL_ISA` has been refused when the engine started; here nothing can be said about it.
+    run_on(Isa::get().unwrap_or(Isa::Scalar), k)
+}
+
+/// Runs `k` with `isa`, or in plain Rust where the processor hasn't got it.
+fn run_on<K: Kernel>(isa: Isa, k: K) -> K::Out {
+    match isa {
+        // SAFETY: the processor has the features: `is_available` asks for all of them.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni if isa.is_available() => unsafe { x86::run_avx512(k) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 if isa.is_available() => unsafe { x86::run_avx2(k) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon | Isa::NeonDot => unsafe { neon::run_neon(k) },
+        _ => k.run::<scalar::Scalar>(),
+    }
 }
 
 /// Loads up to 16 values; the lanes after them are `fill`.
@@ -158,4 +185,4 @@ pub fn exp<V: Lanes>(x: V) -> V {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

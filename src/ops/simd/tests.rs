@@ -1,4 +1,30 @@
 use super::*;
+use crate::ops::elementwise::tests::noise;
+use std::cell::Cell;
+
+thread_local! {
+    /// The instruction set that [`run`] uses on this thread, if a test wants another than the process's.
+    pub static FORCED: Cell<Option<Isa>> = const { Cell::new(None) };
+}
+
+/// Checks that `f` gives the same bits on every instruction set of this machine. What it runs must run on its thread.
+pub fn same_bits_on_every_isa(f: impl Fn() -> Vec<f32>) {
+    let on = |isa| {
+        FORCED.set(Some(isa));
+        let out = f();
+        FORCED.set(None);
+        out
+    };
+    let scalar = on(Isa::Scalar);
+    for isa in Isa::available() {
+        for (i, (a, b)) in on(isa).iter().zip(&scalar).enumerate() {
+            assert!(
+                a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan(),
+                "{isa}: element {i} is {a:e}, in scalar {b:e}"
+            );
+        }
+    }
+}
 
 struct Exp<'a>(&'a mut [f32]);
 impl Kernel for Exp<'_> {
@@ -22,4 +48,50 @@ fn exp_is_accurate_and_saturates() {
     assert_eq!(special[..5], [0.0, 0.0, 0.0, 1.0, 1.0]);
     assert!(special[5] > 1e38 && special[5] == special[6] && special[5].is_finite());
     assert!(special[7].is_nan());
+}
+
+/// Every operation of [`Lanes`], on ordinary and on odd values.
+struct All<'a>(&'a [f32]);
+impl Kernel for All<'_> {
+    type Out = Vec<f32>;
+    #[inline(always)]
+    fn run<V: Lanes>(self) -> Vec<f32> {
+        let mut out = Vec::new();
+        let chunks = self.0.as_chunks::<LANES>().0;
+        for (i, c) in chunks.iter().enumerate() {
+            let (a, b, d): (V, V, V) =
+                (load(c), load(&chunks[(i + 1) % chunks.len()]), load(&chunks[(i + 3) % chunks.len()]));
+            let mut half = [0u16; LANES];
+            let bytes: [i8; LANES] = std::array::from_fn(|j| (i * 37 + j * 101) as i8);
+            // SAFETY: arrays of 16.
+            let (h, n) = unsafe {
+                a.store_f16(half.as_mut_ptr());
+                (V::load_f16(half.as_ptr()), V::load_i8(bytes.as_ptr()))
+            };
+            let magic = n.mul(V::splat(0.5)).add(V::splat(12582912.0)).pow2();
+            for v in [a.add(b), a.sub(b), a.mul(b), a.div(b), a.fma(b, d), a.max(b), a.min(b), a.zero_if_less(b, 0.25)]
+                .into_iter()
+                .chain([h, n, magic, exp(a), exp(a.mul(V::splat(40.0)))])
+            {
+                let mut buf = [0.0; LANES];
+                store(v, &mut buf);
+                out.extend(buf);
+            }
+            out.push(a.sum());
+            if c.iter().all(|x| !x.is_nan()) {
+                out.push(a.max_lane());
+            }
+        }
+        out
+    }
+}
+
+#[test]
+fn lanes_agree_on_every_isa() {
+    let mut x = noise(1024, 7);
+    let odd =
+        [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e-45, -1e-40, 65520.0, -65519.0, 6e-8, 3e-8, 3.4e38];
+    x.iter_mut().zip(odd.into_iter().cycle()).step_by(5).for_each(|(x, o)| *x = o);
+    same_bits_on_every_isa(|| run(All(&x)));
+    same_bits_on_every_isa(|| run(All(&noise(1024, 8))));
 }
