@@ -1,6 +1,6 @@
 //! The small matrix product inside attention: a few rows against a tile.
 
-use crate::ops::simd::{LANES, Lanes};
+use crate::ops::simd::{Kernel, LANES, Lanes};
 
 /// Rows that are multiplied together, at most: what the registers hold of sums.
 const MAX_ROWS: usize = 6;
@@ -61,24 +61,16 @@ pub struct Gemm<S> {
     pub rescale: Option<*const f32>,
 }
 
-impl<S: Source> Gemm<S> {
-    /// The same product with another matrix.
+impl<S: Source> Kernel for Gemm<S> {
+    type Out = ();
     #[inline(always)]
-    pub fn with<T>(self, b: T) -> Gemm<T> {
-        let Gemm { a, a_stride, b: _, c, c_stride, n_rows, n_cols, inner, rescale } = self;
-        Gemm { a, a_stride, b, c, c_stride, n_rows, n_cols, inner, rescale }
-    }
-
-    /// # Safety
-    /// The pointers are valid for the shapes, `c` for writing and apart from the others.
-    #[inline(always)]
-    pub unsafe fn run<V: Lanes>(self) {
+    fn run<V: Lanes>(self) {
         let n_chunks = self.n_rows.div_ceil(MAX_ROWS);
         let mut row = 0;
         for chunk in 0..n_chunks {
             // Even chunks: 8 rows are 4 and 4, so that the tile isn't walked for 2 rows alone.
             let n = (self.n_rows - row).div_ceil(n_chunks - chunk);
-            // SAFETY: the rows are in range.
+            // SAFETY: the rows are in range, by the promise made to `compute`.
             unsafe {
                 match n {
                     1 => self.rows::<V, 1>(row),
@@ -91,6 +83,22 @@ impl<S: Source> Gemm<S> {
             }
             row += n;
         }
+    }
+}
+
+impl<S: Source> Gemm<S> {
+    /// The same product with another matrix.
+    #[inline(always)]
+    pub fn with<T>(self, b: T) -> Gemm<T> {
+        let Gemm { a, a_stride, b: _, c, c_stride, n_rows, n_cols, inner, rescale } = self;
+        Gemm { a, a_stride, b, c, c_stride, n_rows, n_cols, inner, rescale }
+    }
+
+    /// # Safety
+    /// The pointers are valid for the shapes, `c` for writing and apart from the others.
+    #[inline(always)]
+    pub unsafe fn compute<V: Lanes>(self) {
+        V::call(self);
     }
 
     #[inline(always)]

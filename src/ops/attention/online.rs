@@ -239,17 +239,17 @@ fn scores<V: Lanes>(p: &Place, tile: &Tile, rows: Range<usize>, hi: usize, s: &m
     // SAFETY: the tile's keys are `(head_dim_k, 64)`, converted or not; `a` and `c` have `rows.len()` rows.
     unsafe {
         match tile.layout.type_k {
-            KvType::F32 => gemm.run::<V>(),
+            KvType::F32 => gemm.compute::<V>(),
             KvType::F16 if rows.len() <= DIRECT_ROWS => {
-                gemm.with(F16 { ptr: tile.k.cast(), stride: KV_BLOCK }).run::<V>();
+                gemm.with(F16 { ptr: tile.k.cast(), stride: KV_BLOCK }).compute::<V>();
             }
             KvType::F16 => {
                 let b = convert_f16::<V>(tile.k.cast(), dk * KV_BLOCK, &mut s.k);
-                gemm.with(F32 { ptr: b, stride: KV_BLOCK }).run::<V>();
+                gemm.with(F32 { ptr: b, stride: KV_BLOCK }).compute::<V>();
             }
             KvType::Q8_0 => {
                 let b = convert_q8_keys::<V>(tile, n_cols, &mut s.k);
-                gemm.with(F32 { ptr: b, stride: KV_BLOCK }).run::<V>();
+                gemm.with(F32 { ptr: b, stride: KV_BLOCK }).compute::<V>();
             }
         }
     }
@@ -307,17 +307,17 @@ fn accumulate<V: Lanes>(tile: &Tile, rows: Range<usize>, seen: Range<usize>, s: 
     // SAFETY: the tile's values are `(64, dv_pad)`, converted or not; `a` and `c` have `rows.len()` rows.
     unsafe {
         match tile.layout.type_v {
-            KvType::F32 => gemm.run::<V>(),
+            KvType::F32 => gemm.compute::<V>(),
             KvType::F16 if rows.len() <= DIRECT_ROWS => {
-                gemm.with(F16 { ptr: tile.v.cast(), stride: dv_pad }).run::<V>();
+                gemm.with(F16 { ptr: tile.v.cast(), stride: dv_pad }).compute::<V>();
             }
             KvType::F16 => {
                 let b = convert_f16::<V>(tile.v.cast(), seen.end * dv_pad, &mut s.v);
-                gemm.with(F32 { ptr: b, stride: dv_pad }).run::<V>();
+                gemm.with(F32 { ptr: b, stride: dv_pad }).compute::<V>();
             }
             KvType::Q8_0 => {
                 let b = convert_q8_values::<V>(tile, seen, &mut s.v);
-                gemm.with(F32 { ptr: b, stride: dv_pad }).run::<V>();
+                gemm.with(F32 { ptr: b, stride: dv_pad }).compute::<V>();
             }
         }
     }

@@ -23,6 +23,8 @@ pub const LANES: usize = 16;
 pub trait Lanes: Copy {
     /// Whether at least 28 of them fit in registers.
     const MANY_REGISTERS: bool;
+    /// Runs `k` with this instruction set, in a function of its own: for what is large or used in several places.
+    fn call<K: Kernel>(k: K) -> K::Out;
     /// `x` in every lane.
     fn splat(x: f32) -> Self;
     /// The values at `p`.

@@ -37,6 +37,11 @@ impl Lanes for Neon {
     const MANY_REGISTERS: bool = false;
 
     #[inline(always)]
+    fn call<K: Kernel>(k: K) -> K::Out {
+        // SAFETY: see above.
+        unsafe { run_neon(k) }
+    }
+    #[inline(always)]
     fn splat(x: f32) -> Self {
         // SAFETY: see above.
         Neon([unsafe { vdupq_n_f32(x) }; 4])

@@ -1,6 +1,6 @@
 //! Sixteen lanes as an array: what every instruction set must agree with.
 
-use super::{LANES, Lanes};
+use super::{Kernel, LANES, Lanes};
 use half::f16;
 
 /// The lanes.
@@ -16,6 +16,10 @@ impl Scalar {
 
 impl Lanes for Scalar {
     const MANY_REGISTERS: bool = false;
+    #[inline(never)]
+    fn call<K: Kernel>(k: K) -> K::Out {
+        k.run::<Self>()
+    }
     #[inline(always)]
     fn splat(x: f32) -> Self {
         Scalar([x; LANES])

@@ -39,6 +39,11 @@ impl Lanes for Avx512 {
     const MANY_REGISTERS: bool = true;
 
     #[inline(always)]
+    fn call<K: Kernel>(k: K) -> K::Out {
+        // SAFETY: see above.
+        unsafe { run_avx512(k) }
+    }
+    #[inline(always)]
     fn splat(x: f32) -> Self {
         // SAFETY: see above.
         Avx512(unsafe { _mm512_set1_ps(x) })
@@ -140,6 +145,11 @@ impl Lanes for Avx512 {
 impl Lanes for Avx2 {
     const MANY_REGISTERS: bool = false;
 
+    #[inline(always)]
+    fn call<K: Kernel>(k: K) -> K::Out {
+        // SAFETY: see above.
+        unsafe { run_avx2(k) }
+    }
     #[inline(always)]
     fn splat(x: f32) -> Self {
         // SAFETY: see above.
