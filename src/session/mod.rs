@@ -3,4 +3,5 @@
 mod rng;
 pub mod sampler;
 pub mod stop;
+pub mod template;
 pub mod tokenizer;

@@ -344,7 +344,7 @@ impl Sampler {
         let room = k.saturating_mul(2).max(256);
         let mut threshold = f32::NEG_INFINITY;
         for (chunk, first) in logits.chunks(CHUNK).zip((0u32..).step_by(CHUNK)) {
-            if !(chunk.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a }) > threshold) {
+            if chunk.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a }) <= threshold {
                 continue;
             }
             // Strictly above: among equals the earlier ids are already in.
