@@ -120,6 +120,30 @@ impl Team {
         }
     }
 
+    /// Calls `f` with each row of `out`, which are `width` long.
+    pub fn each_row<T: Send>(&self, out: &mut [T], width: usize, f: &(dyn Fn(usize, &mut [T]) + Sync)) {
+        let rows = Rows::new(out, width);
+        // SAFETY: each item takes another row.
+        self.run(rows.len, &|i| f(i, unsafe { rows.take(i) }));
+    }
+
+    /// Calls `f` with the rows of `a` and of `b` whose indices are in `which`, strictly rising.
+    pub fn each_row_of<T: Send>(
+        &self,
+        which: &[u32],
+        a: (&mut [T], usize),
+        b: (&mut [T], usize),
+        f: &(dyn Fn(usize, &mut [T], &mut [T]) + Sync),
+    ) {
+        assert!(which.is_sorted_by(|x, y| x < y), "each row once");
+        let (a, b) = (Rows::new(a.0, a.1), Rows::new(b.0, b.1));
+        self.run(which.len(), &|i| {
+            let i = which[i] as usize;
+            // SAFETY: the indices differ (asserted), so each item takes rows of its own.
+            unsafe { f(i, a.take(i), b.take(i)) }
+        });
+    }
+
     /// Splits `0..n` into ranges of at most `grain` and calls `f` with each.
     pub fn run_ranges(&self, n: usize, grain: usize, f: &(dyn Fn(std::ops::Range<usize>) + Sync)) {
         let grain = grain.max(1);
@@ -136,6 +160,32 @@ impl Drop for Team {
                 let _ = h.join();
             }
         }
+    }
+}
+
+/// Rows of a slice that threads take apart.
+struct Rows<T> {
+    ptr: *mut T,
+    width: usize,
+    len: usize,
+}
+
+// SAFETY: `take`'s callers hand each row to one thread.
+unsafe impl<T: Send> Sync for Rows<T> {}
+
+impl<T> Rows<T> {
+    fn new(x: &mut [T], width: usize) -> Self {
+        assert!(x.is_empty() || (width > 0 && x.len() % width == 0), "whole rows");
+        Rows { ptr: x.as_mut_ptr(), width, len: x.len() / width.max(1) }
+    }
+
+    /// # Safety
+    /// No row is taken twice while the first taking lives, and the slice outlives both.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn take(&self, i: usize) -> &mut [T] {
+        assert!(i < self.len);
+        // SAFETY: in bounds (asserted); the caller promises that nobody else has this row.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(i * self.width), self.width) }
     }
 }
 
@@ -239,6 +289,27 @@ mod tests {
             sum.fetch_add(i, Relaxed);
         });
         assert_eq!(sum.load(Relaxed), 45);
+    }
+
+    #[test]
+    fn rows_are_handed_out_whole_and_once() {
+        let team = Team::new(3).unwrap();
+        let mut x = vec![0u32; 7 * 5];
+        team.each_row(&mut x, 5, &|i, row| row.iter_mut().for_each(|v| *v += i as u32 + 1));
+        assert!(x.chunks(5).enumerate().all(|(i, r)| r.iter().all(|&v| v == i as u32 + 1)));
+        let mut y = vec![0u32; 7 * 2];
+        team.each_row_of(&[1, 4], (&mut x, 5), (&mut y, 2), &|i, a, b| {
+            a[0] = 100;
+            b[1] = i as u32;
+        });
+        assert_eq!([x[5], x[20], y[3], y[9]], [100, 100, 1, 4]);
+        assert_eq!(y.iter().filter(|&&v| v != 0).count(), 2);
+    }
+
+    #[test]
+    #[should_panic(expected = "each row once")]
+    fn a_row_twice_is_refused() {
+        Team::new(1).unwrap().each_row_of(&[2, 2], (&mut [0; 4], 1), (&mut [0; 4], 1), &|_, _: &mut [i32], _| {});
     }
 
     #[test]

@@ -1,1 +1,263 @@
 //! A loaded model and its timelines: the only interface that the front ends see.
+
+mod error;
+mod generate;
+mod saved;
+mod timeline;
+
+pub use error::EngineError;
+pub use generate::{Finish, Generation, GenerationParams, Piece};
+pub use timeline::Session;
+
+use crate::arch::{self, Block, Buffers, Config, Decoder, Dense, Machine};
+use crate::cpu::{Isa, Team};
+use crate::gguf::Gguf;
+use crate::moe::{ExpertStore, StoreStats, policy};
+use crate::ops::attention::KvBatch;
+use crate::ops::kv::{KV_BLOCK, KvPool, KvType, SeqKv};
+use crate::session::tokenizer::Tokenizer;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// The model that is in the program itself: tiny, trained on a grammar of stories.
+static EMBEDDED: &[u8] = include_bytes!("../../models/tinymoe-stories-Q8_0.gguf");
+/// Its file's name.
+pub const EMBEDDED_NAME: &str = "tinymoe-stories-Q8_0.gguf";
+
+/// The context when none is asked for: the model's own, but not more than this.
+const DEFAULT_CTX: usize = 4096;
+/// Tokens of a prompt that go through the layers together when nothing else is asked for.
+pub const DEFAULT_CHUNK: usize = 512;
+/// Threads that read experts. Two to four are best on the disks that were measured; eight are worse.
+const READ_LANES: usize = 4;
+
+/// What an engine is loaded with.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Positions that a session can hold; `None` for the model's own, up to 4096; 0 for the model's own.
+    pub n_ctx: Option<usize>,
+    /// Sessions that can be full at the same time.
+    pub n_sessions: usize,
+    /// Threads that compute; `None` for one on each core that this process may use.
+    pub n_threads: Option<usize>,
+    /// Tokens of a prompt that go through the layers together.
+    pub chunk: usize,
+    /// How keys are stored.
+    pub type_k: KvType,
+    /// How values are stored.
+    pub type_v: KvType,
+    /// Bytes for expert slots; `None` for a slot for every expert.
+    pub expert_bytes: Option<u64>,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        EngineOptions {
+            n_ctx: None,
+            n_sessions: 1,
+            n_threads: None,
+            chunk: DEFAULT_CHUNK,
+            type_k: KvType::F16,
+            type_v: KvType::F16,
+            expert_bytes: None,
+        }
+    }
+}
+
+struct Inner {
+    gguf: Arc<Gguf>,
+    model: Decoder,
+    dense: Dense,
+    store: Option<ExpertStore>,
+    kv: Arc<KvPool>,
+    team: Team,
+    tokenizer: Tokenizer,
+    isa: Isa,
+    n_ctx: usize,
+    chunk: usize,
+    /// One pass at a time; its buffers stay.
+    buffers: Mutex<Buffers>,
+}
+
+/// A loaded model. Cheap to clone: clones share it.
+#[derive(Clone)]
+pub struct Engine(Arc<Inner>);
+
+/// One sequence's part of a pass.
+pub struct Input<'a> {
+    /// The session.
+    pub session: &'a mut Session,
+    /// Its next tokens.
+    pub tokens: &'a [u32],
+    /// Which of their logits are wanted.
+    pub want: Want,
+}
+
+/// Which tokens' logits a pass should give.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// None of them.
+    Nothing,
+    /// The last one's.
+    Last,
+    /// Everyone's.
+    All,
+}
+
+impl Engine {
+    /// Loads the model in a file, or in the first of a split model's files. `progress` is told (bytes done, bytes in all).
+    ///
+    /// # Errors
+    /// Whatever is wrong with the file or the model in it, or what the system refuses.
+    pub fn load(
+        path: &Path,
+        options: &EngineOptions,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Self, EngineError> {
+        Self::from_gguf(Gguf::open(path)?, options, progress)
+    }
+
+    /// Loads the model that is in the program itself.
+    ///
+    /// # Errors
+    /// As [`Engine::load`].
+    pub fn embedded(options: &EngineOptions) -> Result<Self, EngineError> {
+        Self::from_gguf(Gguf::from_static(EMBEDDED_NAME, EMBEDDED)?, options, &|_, _| ())
+    }
+
+    /// Loads the model of a file that is open already.
+    ///
+    /// # Errors
+    /// As [`Engine::load`].
+    pub fn from_gguf(gguf: Gguf, o: &EngineOptions, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Self, EngineError> {
+        let gguf = Arc::new(gguf);
+        let of_model = |source| EngineError::Model { file: gguf.name().into(), source };
+        let system = |what| move |source| EngineError::System { what, source };
+        let isa = Isa::get()?;
+        let (model, loader) = arch::declare(&gguf, isa).map_err(of_model)?;
+        let tokenizer = Tokenizer::from_metadata(gguf.metadata())
+            .map_err(|source| EngineError::Tokenizer { file: gguf.name().into(), source })?;
+        let n_ctx = match o.n_ctx {
+            Some(0) => model.config.n_ctx_train,
+            Some(n) => n,
+            None => model.config.n_ctx_train.min(DEFAULT_CTX),
+        };
+        let n_blocks = n_ctx.div_ceil(KV_BLOCK).saturating_mul(o.n_sessions.max(1));
+        let kv = KvPool::new(&model.kv_layers(), o.type_k, o.type_v, n_blocks)?;
+        let total = loader.declared_bytes();
+        let done = std::sync::atomic::AtomicU64::new(0);
+        let dense = loader
+            .read(&|n| progress(done.fetch_add(n, std::sync::atomic::Ordering::Relaxed) + n, total))
+            .map_err(of_model)?;
+        let store = match model.store_layout() {
+            None => None,
+            Some(layout) => {
+                let bytes = o.expert_bytes.unwrap_or(layout.bytes_for_all());
+                let store = ExpertStore::new(layout, bytes, isa, policy::POLICIES[0].1, gguf.clone(), READ_LANES);
+                Some(store.map_err(system("memory for expert slots, or threads"))?)
+            }
+        };
+        let n_threads = o.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+        let team = Team::new(n_threads).map_err(system("threads"))?;
+        tracing::info!(model = gguf.name(), %isa, n_threads, n_ctx, dense_bytes = dense.n_bytes(), "loaded");
+        let chunk = o.chunk.max(1);
+        let buffers = Mutex::default();
+        Ok(Engine(Arc::new(Inner { gguf, model, dense, store, kv, team, tokenizer, isa, n_ctx, chunk, buffers })))
+    }
+
+    /// A new, empty timeline.
+    pub fn session(&self) -> Session {
+        Session::new(self.clone(), SeqKv::new(&self.0.kv))
+    }
+
+    /// The model's sizes.
+    pub fn config(&self) -> &Config {
+        &self.0.model.config
+    }
+
+    /// The model's file.
+    pub fn gguf(&self) -> &Gguf {
+        &self.0.gguf
+    }
+
+    /// The model's tokeniser.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.0.tokenizer
+    }
+
+    /// The instruction set that it computes with.
+    pub fn isa(&self) -> Isa {
+        self.0.isa
+    }
+
+    /// Positions that a session can hold.
+    pub fn n_ctx(&self) -> usize {
+        self.0.n_ctx
+    }
+
+    /// Threads that compute.
+    pub fn n_threads(&self) -> usize {
+        self.0.team.n_threads()
+    }
+
+    /// What the expert store has done; `None` for a dense model.
+    pub fn store_stats(&self) -> Option<StoreStats> {
+        self.0.store.as_ref().map(ExpertStore::stats)
+    }
+
+    /// Slots, and experts in all; `None` for a dense model.
+    pub fn n_slots(&self) -> Option<(usize, usize)> {
+        self.0.store.as_ref().map(ExpertStore::n_slots)
+    }
+
+    /// Runs the next tokens of one or more sessions through the model together. Each session's logits are then in
+    /// [`Session::logits`]. Tokens of all sessions together are one block: the caller bounds it.
+    ///
+    /// # Errors
+    /// When a context is full, a token doesn't exist or the file can't be read. No session is changed then.
+    pub fn forward(&self, inputs: &mut [Input<'_>]) -> Result<Duration, EngineError> {
+        let e = &*self.0;
+        let n_vocab = e.model.config.n_vocab;
+        let began = Instant::now();
+        let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
+        for i in inputs.iter() {
+            i.session.check_room(i.tokens.len())?;
+            if let Some(&token) = i.tokens.iter().find(|&&t| t as usize >= n_vocab) {
+                return Err(EngineError::NoSuchToken { token, n_vocab });
+            }
+            let first = tokens.len() as u32;
+            tokens.extend_from_slice(i.tokens);
+            let end = tokens.len() as u32;
+            wanted.extend(match i.want {
+                Want::Nothing => end..end,
+                Want::Last => end.saturating_sub(1).max(first)..end,
+                Want::All => first..end,
+            });
+        }
+        if tokens.is_empty() {
+            return Ok(Duration::ZERO);
+        }
+        let mut buffers: MutexGuard<'_, Buffers> = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(store) = &e.store {
+            store.advance(inputs.iter().map(|i| i.tokens.len() as u64).max().unwrap_or(0));
+        }
+        let kv = KvBatch::new(inputs.iter_mut().map(|i| (i.session.kv_mut(), i.tokens.len())))?;
+        let mut block = Block { tokens: &tokens, kv, wanted: &wanted };
+        let machine = Machine { team: &e.team, dense: &e.dense, experts: e.store.as_ref() };
+        e.model.forward(&machine, &mut buffers, &e.gguf, &mut block)?;
+        block.kv.advance();
+        let mut logits = &buffers.logits[..wanted.len() * n_vocab];
+        for i in inputs {
+            let n = match i.want {
+                Want::Nothing => 0,
+                Want::Last => i.tokens.len().min(1),
+                Want::All => i.tokens.len(),
+            };
+            let (own, rest) = logits.split_at(n * n_vocab);
+            i.session.took(i.tokens, own);
+            logits = rest;
+        }
+        Ok(began.elapsed())
+    }
+}

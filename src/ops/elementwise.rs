@@ -35,16 +35,15 @@ pub fn softcap(x: &mut [f32], cap: f32) {
     simd::run(Map(x, Softcap(cap)));
 }
 
-/// `out = silu(gate) * up`, all of equal length (Shazeer 2020).
-pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    out.copy_from_slice(gate);
-    simd::run(ZipMap(out, up, Swiglu));
+/// `gate = silu(gate) * up`, of equal length (Shazeer 2020).
+pub fn swiglu(gate: &mut [f32], up: &[f32]) {
+    simd::run(ZipMap(gate, up, Swiglu));
 }
 
-/// gpt-oss's gated unit: gate is bounded above by `limit`, up on both sides; `gate * sigmoid(alpha * gate) * (up + 1)`.
-pub fn swiglu_oai(gate: &[f32], up: &[f32], alpha: f32, limit: f32, out: &mut [f32]) {
-    out.copy_from_slice(gate);
-    simd::run(ZipMap(out, up, SwigluOai { alpha, limit }));
+/// gpt-oss's gated unit: gate is bounded above by `limit`, up on both sides;
+/// `gate = gate * sigmoid(alpha * gate) * (up + 1)`.
+pub fn swiglu_oai(gate: &mut [f32], up: &[f32], alpha: f32, limit: f32) {
+    simd::run(ZipMap(gate, up, SwigluOai { alpha, limit }));
 }
 
 /// Softmax of the row, in place. An empty row stays empty.
@@ -196,15 +195,15 @@ pub(super) mod tests {
     fn swiglu_matches_the_definition() {
         for n in LENGTHS {
             let (g, u) = (noise(n, 1).iter().map(|x| x * 20.0).collect::<Vec<_>>(), noise(n, 2));
-            let mut out = vec![f32::NAN; n];
-            swiglu(&g, &u, &mut out);
+            let mut out = g.clone();
+            swiglu(&mut out, &u);
             for i in 0..n {
                 let (g, u) = (f64::from(g[i]), f64::from(u[i]));
                 close(out[i], g / (1.0 + (-g).exp()) * u, 4e-7);
             }
         }
-        let mut out = [0.0; 3];
-        swiglu(&[-200.0, 200.0, -0.0], &[1.0; 3], &mut out);
+        let mut out = [-200.0, 200.0, -0.0];
+        swiglu(&mut out, &[1.0; 3]);
         assert!(out[0].abs() < 1e-35 && out[1] == 200.0 && out[2] == 0.0);
     }
 
@@ -213,8 +212,8 @@ pub(super) mod tests {
         for n in LENGTHS {
             let (g, u): (Vec<f32>, Vec<f32>) =
                 (noise(n, 3).iter().map(|x| x * 8.0).collect(), noise(n, 4).iter().map(|x| x * 8.0).collect());
-            let mut out = vec![f32::NAN; n];
-            swiglu_oai(&g, &u, 1.702, 7.0, &mut out);
+            let mut out = g.clone();
+            swiglu_oai(&mut out, &u, 1.702, 7.0);
             for i in 0..n {
                 let (g, u) = (f64::from(g[i]).min(7.0), f64::from(u[i]).clamp(-7.0, 7.0));
                 close(out[i], g / (1.0 + (-1.702f32 as f64 * g).exp()) * (u + 1.0), 4e-6);
@@ -264,9 +263,11 @@ pub(super) mod tests {
             simd::tests::same_bits_on_every_isa(|| {
                 let mut out = vec![0.0; 5 * n];
                 let (a, rest) = out.split_at_mut(n);
-                swiglu(&x, &y, a);
+                a.copy_from_slice(&x);
+                swiglu(a, &y);
                 let (a, rest) = rest.split_at_mut(n);
-                swiglu_oai(&x, &y, 1.702, 7.0, a);
+                a.copy_from_slice(&x);
+                swiglu_oai(a, &y, 1.702, 7.0);
                 for (out, f) in rest.chunks_mut(n.max(1)).zip([softmax, sigmoid, |x: &mut [f32]| softcap(x, 30.0)]) {
                     out.copy_from_slice(&x);
                     f(out);

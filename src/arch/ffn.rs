@@ -1,0 +1,351 @@
+//! The feed-forward half of a layer: a dense network, or experts.
+
+use super::config::{Config, MoeConfig};
+use super::pass::{Buffers, Job, Machine, resize};
+use super::weights::{Loader, Matrix};
+use super::{ModelError, PassError};
+use crate::moe::{LayerParts, Pick, Ready};
+use crate::ops;
+use crate::ops::matmul::OutRows;
+use std::ops::Range;
+
+/// How gate and up become one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Activation {
+    /// silu(gate) * up.
+    Swiglu,
+    /// gpt-oss's clamped variant.
+    SwigluOai,
+}
+
+impl Activation {
+    /// Combines a row of gate with a row of up, into gate.
+    fn apply(self, gate: &mut [f32], up: &[f32]) {
+        match self {
+            Activation::Swiglu => ops::swiglu(gate, up),
+            Activation::SwigluOai => ops::swiglu_oai(gate, up, 1.702, 7.0),
+        }
+    }
+}
+
+/// The second half of a layer.
+pub enum Ffn {
+    /// One network for every token.
+    Dense(DenseFfn),
+    /// Experts chosen by a router, perhaps beside shared ones.
+    Moe(Box<MoeFfn>),
+}
+
+/// gate, up and down.
+pub struct DenseFfn {
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    n_ff: usize,
+}
+
+/// A layer's router, and what its experts have besides their matrices.
+pub struct MoeFfn {
+    router: Matrix,
+    router_bias: Option<Vec<f32>>,
+    /// Added to probabilities for choosing only. (n_expert)
+    choice_bias: Option<Vec<f32>>,
+    /// The experts' biases: gate and up (n_expert, n_ff_exp), down (n_expert, n_embd).
+    biases: Option<[Vec<f32>; 3]>,
+    shared: Option<SharedExpert>,
+    activation: Activation,
+    config: MoeConfig,
+    parts: LayerParts,
+}
+
+/// Experts that every token uses, one network in the file; some models scale it by a gate of its own.
+pub struct SharedExpert {
+    ffn: DenseFfn,
+    /// (n_embd)
+    gate: Option<Vec<f32>>,
+}
+
+impl DenseFfn {
+    /// Declares `blk.N.ffn_{gate,up,down}{suffix}.weight`.
+    pub fn load(
+        l: &mut Loader<'_>,
+        layer: usize,
+        suffix: &str,
+        n_embd: usize,
+        n_ff: usize,
+    ) -> Result<Self, ModelError> {
+        let mut matrix =
+            |part: &str, n_cols, n_rows| l.matrix(&format!("blk.{layer}.ffn_{part}{suffix}.weight"), n_cols, n_rows);
+        Ok(DenseFfn {
+            gate: matrix("gate", n_embd, n_ff)?,
+            up: matrix("up", n_embd, n_ff)?,
+            down: matrix("down", n_ff, n_embd)?,
+            n_ff,
+        })
+    }
+
+    /// Reads `b.acts`, writes `b.o`.
+    fn forward(&self, m: &Machine<'_>, b: &mut Buffers, n_tokens: usize) {
+        resize(&mut b.gate, n_tokens * self.n_ff);
+        resize(&mut b.up, n_tokens * self.n_ff);
+        resize(&mut b.o, n_tokens * self.down.n_rows);
+        m.matmul(&b.acts, &b.rows[..n_tokens], &mut [(&self.gate, &mut b.gate), (&self.up, &mut b.up)]);
+        let (n, up) = (self.n_ff, &b.up);
+        m.each_row(&mut b.gate, n, &|t, row| Activation::Swiglu.apply(row, &up[t * n..(t + 1) * n]));
+        m.activate(&mut b.inner, &b.gate, self.n_ff, &[&self.down]);
+        m.matmul(&b.inner, &b.rows[..n_tokens], &mut [(&self.down, &mut b.o)]);
+    }
+}
+
+impl MoeFfn {
+    /// Declares a layer's router and experts.
+    pub fn load(
+        l: &mut Loader<'_>,
+        c: &Config,
+        moe: &MoeConfig,
+        layer: usize,
+        o: &MoeOptions,
+    ) -> Result<Self, ModelError> {
+        let (n_embd, n_expert, n_ff) = (c.n_embd, moe.router.n_expert, moe.n_ff_exp);
+        let name = |part: &str| format!("blk.{layer}.{part}");
+        let biases = if o.expert_biases {
+            let mut bias = |part: &str, n| l.vector(&format!("blk.{layer}.ffn_{part}_exps.bias"), &[n, n_expert]);
+            Some([bias("gate", n_ff)?, bias("up", n_ff)?, bias("down", n_embd)?])
+        } else {
+            None
+        };
+        let shared = match o.n_ff_shared {
+            0 => None,
+            n => Some(SharedExpert {
+                ffn: DenseFfn::load(l, layer, "_shexp", n_embd, n)?,
+                gate: if o.shared_gate { Some(l.vector(&name("ffn_gate_inp_shexp.weight"), &[n_embd])?) } else { None },
+            }),
+        };
+        Ok(MoeFfn {
+            router: l.matrix(&name("ffn_gate_inp.weight"), n_embd, n_expert)?,
+            router_bias: if o.router_bias { Some(l.vector(&name("ffn_gate_inp.bias"), &[n_expert])?) } else { None },
+            choice_bias: l.optional_vector(&name("exp_probs_b.bias"), &[n_expert])?,
+            biases,
+            shared,
+            activation: o.activation,
+            config: moe.clone(),
+            parts: l.experts(layer, n_embd, n_ff, n_expert)?,
+        })
+    }
+
+    /// The experts' matrices in the file.
+    pub fn parts(&self) -> LayerParts {
+        self.parts
+    }
+
+    /// Reads `b.h`, writes `b.o`.
+    fn forward(&self, m: &Machine<'_>, b: &mut Buffers, layer: usize, n_tokens: usize) -> Result<(), PassError> {
+        let n_embd = self.router.n_cols;
+        let mut kinds = vec![self.router.format.act, self.parts[0].format.act, self.parts[1].format.act];
+        if let Some(s) = &self.shared {
+            kinds.extend([s.ffn.gate.format.act, s.ffn.up.format.act]);
+        }
+        let Buffers { acts, h, .. } = b;
+        m.activate_as(acts, h, n_embd, &kinds);
+        let picks = self.route(m, b, n_tokens);
+        match &self.shared {
+            Some(s) => {
+                s.ffn.forward(m, b, n_tokens);
+                if let Some(gate) = &s.gate {
+                    let h = &b.h;
+                    m.each_row(&mut b.o, n_embd, &|t, row| {
+                        let score: f32 = h[t * n_embd..(t + 1) * n_embd].iter().zip(gate).map(|(h, g)| h * g).sum();
+                        ops::scale(row, 1.0 / (1.0 + (-score).exp()));
+                    });
+                }
+            }
+            None => {
+                b.o.clear();
+                b.o.resize(n_tokens * n_embd, 0.0);
+            }
+        }
+        self.experts(m, b, layer, &picks)
+    }
+
+    /// Each token's experts, (n_tokens, n_expert_used), best first.
+    fn route(&self, m: &Machine<'_>, b: &mut Buffers, n_tokens: usize) -> Vec<Pick> {
+        let r = &self.config.router;
+        resize(&mut b.scores, n_tokens * r.n_expert);
+        m.matmul(&b.acts, &b.rows[..n_tokens], &mut [(&self.router, &mut b.scores)]);
+        let mut picks = vec![Pick::default(); n_tokens * r.n_expert_used];
+        for (scores, picks) in b.scores.chunks_mut(r.n_expert).zip(picks.chunks_mut(r.n_expert_used)) {
+            if let Some(bias) = &self.router_bias {
+                ops::add(scores, bias);
+            }
+            r.route(scores, self.choice_bias.as_deref(), picks);
+        }
+        picks
+    }
+
+    /// Adds the experts' weighted outputs to `b.o`. Each expert is fetched once for all tokens of the block; the
+    /// partial results are summed in the order of the router's ranks, whatever the order of arrival.
+    fn experts(&self, m: &Machine<'_>, b: &mut Buffers, layer: usize, picks: &[Pick]) -> Result<(), PassError> {
+        let Some(store) = m.experts else { return Ok(()) };
+        let used = self.config.router.n_expert_used;
+        let groups = Groups::new(picks, self.config.router.n_expert, used);
+        let (n_ff, n_embd) = (self.config.n_ff_exp, self.router.n_cols);
+        resize(&mut b.gate, picks.len() * n_ff);
+        resize(&mut b.up, picks.len() * n_ff);
+        resize(&mut b.partial, picks.len() * n_embd);
+        let mut fetch = store.fetch(layer, &groups.wanted);
+        let mut ready = Vec::new();
+        while fetch.next(&mut ready)? {
+            ready.sort_unstable_by_key(|r| r.expert);
+            self.compute(m, b, &groups, &ready);
+        }
+        let partial = &b.partial;
+        m.each_row(&mut b.o, n_embd, &|t, row| {
+            for rank in 0..used {
+                let pair = groups.pair_of[t * used + rank] as usize;
+                let weight = picks[t * used + rank].weight;
+                let y = &partial[pair * n_embd..(pair + 1) * n_embd];
+                match &self.biases {
+                    Some([_, _, bias]) => {
+                        let e = picks[t * used + rank].expert as usize;
+                        let bias = &bias[e * n_embd..(e + 1) * n_embd];
+                        row.iter_mut().zip(y.iter().zip(bias)).for_each(|(o, (y, b))| *o += weight * (y + b));
+                    }
+                    None => row.iter_mut().zip(y).for_each(|(o, y)| *o += weight * y),
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// Computes the experts that are at hand, for all tokens that want them, into their rows of `b.partial`.
+    fn compute(&self, m: &Machine<'_>, b: &mut Buffers, groups: &Groups, ready: &[Ready<'_>]) {
+        let (n_ff, n_embd) = (self.config.n_ff_exp, self.router.n_cols);
+        let Buffers { gate, up, partial, acts, inner, .. } = b;
+        // Gate and up of every expert, over the tokens that want it.
+        let ranges: Vec<Range<usize>> = ready.iter().map(|r| groups.pairs(r.expert)).collect();
+        let outs = split_rows(gate, n_ff, &ranges).into_iter().zip(split_rows(up, n_ff, &ranges));
+        let jobs: Vec<Job<'_>> = ready
+            .iter()
+            .zip(outs)
+            .flat_map(|(r, (gate, up))| [(r.gate, OutRows::new(gate, n_ff)), (r.up, OutRows::new(up, n_ff))])
+            .collect();
+        m.matmul_jobs(&jobs, |i| (&*acts, &groups.token_of[ranges[i / 2].clone()]));
+        // Biases, activation, and the quantised input of down, row by row.
+        let pairs: Vec<u32> = ranges.iter().flat_map(|r| r.start as u32..r.end as u32).collect();
+        inner.reset(groups.token_of.len(), n_ff, &[self.parts[2].format.act]);
+        m.team.each_row_of(&pairs, (gate, n_ff), (up, n_ff), &|pair, gate, up| {
+            if let Some([bias_gate, bias_up, _]) = &self.biases {
+                let e = groups.expert_of(pair);
+                ops::add(gate, &bias_gate[e * n_ff..(e + 1) * n_ff]);
+                ops::add(up, &bias_up[e * n_ff..(e + 1) * n_ff]);
+            }
+            self.activation.apply(gate, up);
+            inner.put(pair, gate);
+        });
+        let outs = split_rows(partial, n_embd, &ranges);
+        let jobs: Vec<Job<'_>> = ready.iter().zip(outs).map(|(r, out)| (r.down, OutRows::new(out, n_embd))).collect();
+        m.matmul_jobs(&jobs, |i| (&*inner, &groups.each_pair[ranges[i].clone()]));
+    }
+}
+
+/// The parts of `x` that hold these rows, which rise.
+fn split_rows<'a>(mut x: &'a mut [f32], width: usize, ranges: &[Range<usize>]) -> Vec<&'a mut [f32]> {
+    let mut at = 0;
+    ranges
+        .iter()
+        .map(|r| {
+            let (part, rest) = std::mem::take(&mut x)[(r.start - at) * width..].split_at_mut(r.len() * width);
+            (x, at) = (rest, r.end);
+            part
+        })
+        .collect()
+}
+
+/// What a layer's experts have besides the usual matrices.
+#[derive(Clone, Copy, Debug)]
+pub struct MoeOptions {
+    /// A bias on the router's scores.
+    pub router_bias: bool,
+    /// Biases on the experts' matrices.
+    pub expert_biases: bool,
+    /// Width of the shared experts together; 0 for none.
+    pub n_ff_shared: usize,
+    /// Whether the shared experts have a gate.
+    pub shared_gate: bool,
+    /// How gate and up become one.
+    pub activation: Activation,
+}
+
+impl MoeOptions {
+    /// Experts and nothing else.
+    pub const PLAIN: MoeOptions = MoeOptions {
+        router_bias: false,
+        expert_biases: false,
+        n_ff_shared: 0,
+        shared_gate: false,
+        activation: Activation::Swiglu,
+    };
+}
+
+/// The block regrouped by expert: a pair is a token with one of its experts; an expert's pairs stand together.
+struct Groups {
+    /// Each pair's token.
+    token_of: Vec<u32>,
+    /// 0, 1, 2 …
+    each_pair: Vec<u32>,
+    /// Where each expert's pairs begin. (n_expert + 1)
+    starts: Vec<u32>,
+    /// The pair of each (token, rank).
+    pair_of: Vec<u32>,
+    /// Experts with the number of tokens that want them, the most wanted first.
+    wanted: Vec<(u32, u32)>,
+}
+
+impl Groups {
+    fn new(picks: &[Pick], n_expert: usize, used: usize) -> Self {
+        let mut starts = vec![0u32; n_expert + 1];
+        picks.iter().for_each(|p| starts[p.expert as usize + 1] += 1);
+        let mut wanted: Vec<(u32, u32)> =
+            (0..n_expert).filter(|&e| starts[e + 1] > 0).map(|e| (e as u32, starts[e + 1])).collect();
+        wanted.sort_by_key(|w| std::cmp::Reverse(w.1));
+        for e in 0..n_expert {
+            starts[e + 1] += starts[e];
+        }
+        let mut next = starts.clone();
+        let mut token_of = vec![0; picks.len()];
+        let pair_of = picks
+            .iter()
+            .enumerate()
+            .map(|(i, p)| {
+                let pair = next[p.expert as usize];
+                next[p.expert as usize] += 1;
+                token_of[pair as usize] = (i / used) as u32;
+                pair
+            })
+            .collect();
+        Groups { token_of, each_pair: (0..picks.len() as u32).collect(), starts, pair_of, wanted }
+    }
+
+    fn expert_of(&self, pair: usize) -> usize {
+        self.starts.partition_point(|&s| s as usize <= pair) - 1
+    }
+
+    fn pairs(&self, expert: u32) -> Range<usize> {
+        self.starts[expert as usize] as usize..self.starts[expert as usize + 1] as usize
+    }
+}
+
+impl Ffn {
+    /// Reads `b.h` (n_tokens, n_embd), writes `b.o`.
+    pub fn forward(&self, m: &Machine<'_>, b: &mut Buffers, layer: usize, n_tokens: usize) -> Result<(), PassError> {
+        match self {
+            Ffn::Dense(f) => {
+                let Buffers { acts, h, .. } = b;
+                m.activate(acts, h, f.gate.n_cols, &[&f.gate, &f.up]);
+                f.forward(m, b, n_tokens);
+                Ok(())
+            }
+            Ffn::Moe(f) => f.forward(m, b, layer, n_tokens),
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! What a forward pass works with: the token block, the buffers, and named operations that split their work over
+//! the thread team. An operation's result for a token depends on that token and its sequence alone.
+
+use super::weights::{Dense, Matrix};
+use crate::cpu::Team;
+use crate::moe::ExpertStore;
+use crate::ops;
+use crate::ops::attention::KvBatch;
+use crate::ops::matmul::{Acts, OutRows, Packed, matmul_groups};
+use crate::quant::ActKind;
+use std::ops::Range;
+
+/// Tokens that go through the layers together: many of one sequence (prefill), one (decode), or some of each of
+/// many sequences (a batch).
+pub struct Block<'a> {
+    /// The tokens, a sequence's together and in order.
+    pub tokens: &'a [u32],
+    /// Their sequences' part of the KV cache.
+    pub kv: KvBatch<'a>,
+    /// The tokens whose logits are wanted, as indices into `tokens`.
+    pub wanted: &'a [u32],
+}
+
+/// What stays the same over a pass.
+pub struct Machine<'a> {
+    /// The threads.
+    pub team: &'a Team,
+    /// The dense weights.
+    pub dense: &'a Dense,
+    /// The experts; `None` for a dense model.
+    pub experts: Option<&'a ExpertStore>,
+}
+
+/// A pass's buffers, kept from pass to pass. Rows are tokens.
+#[derive(Default)]
+pub struct Buffers {
+    /// The residual stream. (n_tokens, n_embd)
+    pub x: Vec<f32>,
+    /// What a layer's part reads, normalised. (n_tokens, n_embd)
+    pub h: Vec<f32>,
+    /// What a layer's part adds. (n_tokens, n_embd)
+    pub o: Vec<f32>,
+    /// Queries, keys, values. (n_tokens, heads x head_dim)
+    pub q: Vec<f32>,
+    /// Keys.
+    pub k: Vec<f32>,
+    /// Values.
+    pub v: Vec<f32>,
+    /// Attention's output before its projection. (n_tokens, n_head x head_dim_v)
+    pub attn: Vec<f32>,
+    /// More room for an architecture's own intermediate values.
+    pub latent: Vec<f32>,
+    /// Gate and up of the feed-forward network. (n_tokens or n_pairs, n_ff)
+    pub gate: Vec<f32>,
+    /// Up.
+    pub up: Vec<f32>,
+    /// The router's scores. (n_tokens, n_expert)
+    pub scores: Vec<f32>,
+    /// The experts' partial results. (n_pairs, n_embd)
+    pub partial: Vec<f32>,
+    /// Quantised inputs of matrices: of the layer's parts, and of their second matrices.
+    pub acts: Acts,
+    /// As `acts`, for what comes in between.
+    pub inner: Acts,
+    /// (n_wanted, n_vocab)
+    pub logits: Vec<f32>,
+    /// 0, 1, 2 …: every row of a block.
+    pub rows: Vec<u32>,
+}
+
+/// Makes `buf` hold `n` values; what they were doesn't matter.
+pub fn resize(buf: &mut Vec<f32>, n: usize) {
+    buf.resize(n, 0.0);
+}
+
+/// A matrix and the place of its results.
+pub type Job<'a> = (Packed<'a>, OutRows<'a>);
+
+impl Machine<'_> {
+    /// Calls `f` with each row of `out`, rows shared out among the threads.
+    pub fn each_row(&self, out: &mut [f32], width: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        // A row or two are done before another thread has woken.
+        if out.len() <= 2 * width {
+            out.chunks_mut(width).enumerate().for_each(|(i, row)| f(i, row));
+        } else {
+            self.team.each_row(out, width, f);
+        }
+    }
+
+    /// Quantises the rows of `x` (n_rows, width) for the matrices that will read them.
+    pub fn activate(&self, acts: &mut Acts, x: &[f32], width: usize, readers: &[&Matrix]) {
+        let kinds: Vec<ActKind> = readers.iter().map(|m| m.format.act).collect();
+        self.activate_as(acts, x, width, &kinds);
+    }
+
+    /// As [`Machine::activate`], for readers known by what they need.
+    pub fn activate_as(&self, acts: &mut Acts, x: &[f32], width: usize, kinds: &[ActKind]) {
+        let n_rows = x.len() / width;
+        acts.reset(n_rows, width, kinds);
+        let put = |t: usize| acts.put(t, &x[t * width..(t + 1) * width]);
+        // A row or two are done before another thread has woken.
+        if n_rows <= 2 { (0..n_rows).for_each(put) } else { self.team.run(n_rows, &put) }
+    }
+
+    /// `out[t] = w x[t]` for each matrix and its output, one parallel region for all of them.
+    pub fn matmul(&self, acts: &Acts, rows: &[u32], list: &mut [(&Matrix, &mut [f32])]) {
+        let jobs: Vec<Job<'_>> = list.iter_mut().map(|(m, out)| self.job(m, out)).collect();
+        self.matmul_jobs(&jobs, |_| (acts, rows));
+    }
+
+    /// A dense matrix with the place of its results, (n_rows, m.n_rows).
+    pub fn job<'x>(&'x self, m: &Matrix, out: &'x mut [f32]) -> Job<'x> {
+        (self.dense.packed(m), OutRows::new(out, m.n_rows))
+    }
+
+    /// Runs several multiplications, each over its own rows of activations, as one parallel region.
+    pub fn matmul_jobs<'x>(&self, jobs: &[Job<'_>], input: impl Fn(usize) -> (&'x Acts, &'x [u32]) + Sync) {
+        let items = pieces(jobs.iter().enumerate().map(|(i, j)| (&j.0, input(i).1.len())), self.team.n_threads());
+        self.team.run(items.len(), &|i| {
+            let (job, groups) = &items[i];
+            let (acts, rows) = input(*job);
+            matmul_groups(jobs[*job].0, groups.clone(), acts, rows, jobs[*job].1);
+        });
+    }
+
+    /// `x += scale * y`.
+    pub fn add_scaled(&self, x: &mut [f32], y: &[f32], scale: f32, width: usize) {
+        self.each_row(x, width, &|t, row| {
+            let y = &y[t * width..(t + 1) * width];
+            if scale == 1.0 {
+                ops::add(row, y);
+            } else {
+                row.iter_mut().zip(y).for_each(|(x, y)| *x += scale * y);
+            }
+        });
+    }
+
+    /// RMSNorm of each row of `x` into `out`.
+    pub fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut Vec<f32>) {
+        resize(out, x.len());
+        let n = weight.len();
+        self.each_row(out, n, &|t, row| ops::rms_norm(&x[t * n..(t + 1) * n], weight, eps, row));
+    }
+}
+
+/// Weight bytes that one item of a region should read at least: below this, handing out items costs more than an
+/// uneven end; the figure is 2 to 4 microseconds of work at a core's bandwidth.
+const ITEM_BYTES: usize = 32 << 10;
+/// Items that a thread should get at least, so that all finish at nearly the same time.
+const ITEMS_A_THREAD: usize = 8;
+
+fn n_bytes(w: &Packed<'_>) -> usize {
+    let f = w.format();
+    w.n_rows() * w.n_cols() / f.block_len * f.block_bytes
+}
+
+/// Splits matrices into ranges of row groups of about equal work.
+fn pieces<'p>(
+    jobs: impl Iterator<Item = (&'p Packed<'p>, usize)> + Clone,
+    n_threads: usize,
+) -> Vec<(usize, Range<usize>)> {
+    let work: usize = jobs.clone().map(|(w, n)| n_bytes(w) * n.max(1)).sum();
+    let item = (work / (n_threads * ITEMS_A_THREAD)).max(ITEM_BYTES);
+    let mut items = Vec::new();
+    for (job, (w, n)) in jobs.enumerate() {
+        let group = (n_bytes(w) * n.max(1) / w.n_groups().max(1)).max(1);
+        let step = (item / group).max(1);
+        items.extend((0..w.n_groups()).step_by(step).map(|g| (job, g..(g + step).min(w.n_groups()))));
+    }
+    items
+}
