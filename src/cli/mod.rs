@@ -1,6 +1,128 @@
-//! The command line.
+//! The command line: thin front ends that parse, call the engine and print.
+
+mod args;
+mod bench;
+mod chat;
+mod logits;
+mod output;
+mod perplexity;
+mod quantize;
+mod run;
+mod show;
+mod tokenize;
+
+use args::Cli;
+use clap::{CommandFactory, Parser, Subcommand};
+use std::process::ExitCode;
+
+/// What can be asked for.
+#[derive(Subcommand)]
+enum Command {
+    /// Continue a prompt, or answer it where the model has a chat template
+    Run(run::RunArgs),
+    /// Talk with a model
+    Chat(chat::ChatArgs),
+    /// Say what is in a model file: architecture, sizes, experts, formats, what each part weighs
+    Show(show::ShowArgs),
+    /// Turn text into tokens
+    Tokenize(tokenize::TokenizeArgs),
+    /// Measure how well a model predicts a text
+    Perplexity(perplexity::PerplexityArgs),
+    /// Measure the speed of reading a prompt and of writing
+    Bench(bench::BenchArgs),
+    /// Write a model again in another number format
+    Quantize(quantize::QuantizeArgs),
+    /// Write the logits of a sequence of tokens to a file, for other tools to compare
+    Logits(logits::LogitsArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page (roff); `oncall man | man -l -` reads it
+    Man,
+}
+
+/// Why a command failed: what to print, and the exit code.
+pub(crate) struct Failure {
+    message: String,
+    code: u8,
+}
+
+impl Failure {
+    fn new(message: impl Into<String>) -> Self {
+        Failure { message: message.into(), code: 1 }
+    }
+
+    fn usage(message: impl Into<String>) -> Self {
+        Failure { message: message.into(), code: 2 }
+    }
+
+    /// After Ctrl-C.
+    fn interrupted() -> Self {
+        Failure { message: String::new(), code: 130 }
+    }
+}
+
+impl<E: std::error::Error> From<E> for Failure {
+    fn from(e: E) -> Self {
+        Failure::new(e.to_string())
+    }
+}
 
 /// Runs the command line and returns its exit code.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::FAILURE
+pub fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_env("ONCALL_LOG"))
+        .with_writer(std::io::stderr)
+        .init();
+    let cli = Cli::parse_from(args::rewrite(std::env::args_os()));
+    match run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(f) => {
+            if !f.message.is_empty() {
+                let style = anstyle::AnsiColor::Red.on_default().bold();
+                anstream::eprintln!("{style}error:{style:#} {}", f.message);
+            }
+            ExitCode::from(f.code)
+        }
+    }
+}
+
+fn run(command: Command) -> Result<(), Failure> {
+    let result = match command {
+        Command::Run(a) => run::run(a),
+        Command::Chat(a) => chat::run(a),
+        Command::Show(a) => show::run(a),
+        Command::Tokenize(a) => tokenize::run(a),
+        Command::Perplexity(a) => perplexity::run(a),
+        Command::Bench(a) => bench::run(a),
+        Command::Quantize(a) => quantize::run(a),
+        Command::Logits(a) => logits::run(a),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "oncall", &mut script);
+            output::bytes(&script)
+        }
+        Command::Man => {
+            let mut page = Vec::new();
+            clap_mangen::Man::new(Cli::command()).render(&mut page)?;
+            output::bytes(&page)
+        }
+    };
+    match result {
+        // Nobody reads on: that's how `| head` ends a command, not a failure.
+        Err(f) if f.code == output::BROKEN_PIPE => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
 }

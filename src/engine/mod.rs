@@ -25,6 +25,11 @@ static EMBEDDED: &[u8] = include_bytes!("../../models/tinymoe-stories-Q8_0.gguf"
 /// Its file's name.
 pub const EMBEDDED_NAME: &str = "tinymoe-stories-Q8_0.gguf";
 
+/// The bytes of the model that is in the program itself.
+pub fn embedded_bytes() -> &'static [u8] {
+    EMBEDDED
+}
+
 /// The context when none is asked for: the model's own, but not more than this.
 const DEFAULT_CTX: usize = 4096;
 /// Tokens of a prompt that go through the layers together when nothing else is asked for.
@@ -179,6 +184,20 @@ impl Engine {
     /// The model's file.
     pub fn gguf(&self) -> &Gguf {
         &self.0.gguf
+    }
+
+    /// Weight bytes that one token must read: every matrix once, of the experts those that are used, of the embedding
+    /// a row.
+    pub fn active_bytes(&self) -> u64 {
+        let c = self.config();
+        let tied = self.gguf().tensor("output.weight").is_none();
+        let (n, used) = c.moe.as_ref().map_or((1, 1), |m| (m.router.n_expert as u64, m.router.n_expert_used as u64));
+        let each = self.gguf().tensors().iter().map(|t| match &*t.name {
+            "token_embd.weight" if !tied => t.n_bytes / t.n_rows().max(1),
+            name if name.contains("_exps.") => t.n_bytes * used / n,
+            _ => t.n_bytes,
+        });
+        each.sum()
     }
 
     /// The model's tokeniser.

@@ -1,0 +1,244 @@
+//! Flags that several commands share. Names and defaults are llama.cpp's.
+
+use super::Failure;
+use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, Engine, EngineOptions, GenerationParams};
+use crate::ops::kv::KvType;
+use crate::session::sampler::SamplingParams;
+use clap::{Args, Parser, ValueEnum};
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// Mixture-of-experts language models on your own machine, larger than its memory if need be.
+#[derive(Parser)]
+#[command(name = "oncall", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(after_help = "Examples:
+  oncall run \"Once upon a time\"                    the model that is built in writes a story
+  oncall chat -m model.gguf                        talk with a model
+  echo \"Why is the sky blue?\" | oncall run -m model.gguf
+  oncall show model.gguf                           what is in a file, and what it weighs
+  oncall bench -m model.gguf                       how fast it is here
+
+Environment: ONCALL_ISA forces an instruction set, ONCALL_LOG=info says what happens, NO_COLOR is respected.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 after Ctrl-C.")]
+pub(super) struct Cli {
+    #[command(subcommand)]
+    pub command: super::Command,
+}
+
+/// llama.cpp's flags of one dash and several letters, which clap has no notion of.
+const LONG_SHORTS: &[(&str, &str)] =
+    &[("-sys", "--system"), ("-ctk", "--cache-type-k"), ("-ctv", "--cache-type-v"), ("-ub", "--ubatch-size")];
+
+/// Writes `-sys`, `-ctk` and the like as the flags they stand for.
+pub(super) fn rewrite(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut literal = false;
+    args.map(|a| {
+        literal |= a == "--";
+        let known = LONG_SHORTS.iter().find(|(short, _)| !literal && a == *short);
+        known.map_or(a, |(_, long)| long.into())
+    })
+    .collect()
+}
+
+/// Which model, and how it is held.
+#[derive(Args, Clone)]
+#[command(next_help_heading = "Model")]
+pub(super) struct ModelArgs {
+    /// A GGUF file, or the first of a split model's files [default: the tiny model that is built in]
+    #[arg(short, long, value_name = "FILE", env = "ONCALL_MODEL")]
+    pub model: Option<PathBuf>,
+    /// Context in tokens; 0 for the model's own [default: the model's own, up to 4096]
+    #[arg(short, long, value_name = "N")]
+    pub ctx_size: Option<usize>,
+    /// Threads that compute [default: one for each core]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Tokens of a prompt that are read together (-ub); the answer doesn't depend on it
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_CHUNK as u32, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub ubatch_size: u32,
+    /// How keys are stored (-ctk)
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    pub cache_type_k: CacheType,
+    /// How values are stored (-ctv)
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    pub cache_type_v: CacheType,
+}
+
+/// The types of the KV cache.
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum CacheType {
+    /// Single precision
+    F32,
+    /// Half precision
+    F16,
+    /// Eight bits: about half of f16's memory
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+impl From<CacheType> for KvType {
+    fn from(t: CacheType) -> Self {
+        match t {
+            CacheType::F32 => KvType::F32,
+            CacheType::F16 => KvType::F16,
+            CacheType::Q8_0 => KvType::Q8_0,
+        }
+    }
+}
+
+impl ModelArgs {
+    /// Loads the model, with a progress bar if it takes long.
+    pub fn load(&self) -> Result<Engine, Failure> {
+        let options = EngineOptions {
+            n_ctx: self.ctx_size,
+            n_threads: self.threads.map(usize::from),
+            chunk: self.ubatch_size as usize,
+            type_k: self.cache_type_k.into(),
+            type_v: self.cache_type_v.into(),
+            ..EngineOptions::default()
+        };
+        let Some(path) = &self.model else { return Ok(Engine::embedded(&options)?) };
+        let bar = super::output::bar("reading the model", "bytes");
+        let engine = Engine::load(path, &options, &|done, total| {
+            bar.set_length(total);
+            bar.set_position(done);
+        });
+        bar.finish_and_clear();
+        Ok(engine?)
+    }
+
+    /// The model's name for people.
+    pub fn name(&self) -> String {
+        let file = self.model.as_deref().and_then(|p| p.file_name()).map(|n| n.to_string_lossy().into_owned());
+        file.unwrap_or_else(|| EMBEDDED_NAME.into())
+    }
+}
+
+/// How tokens are chosen.
+#[derive(Args, Clone)]
+#[command(next_help_heading = "Sampling")]
+pub(super) struct SamplingArgs {
+    /// Randomness: 0 takes the most likely token always
+    #[arg(long, value_name = "X", default_value_t = 0.8, allow_negative_numbers = true)]
+    temp: f32,
+    /// Only the best N tokens; 0 for all
+    #[arg(long, value_name = "N", default_value_t = 40, allow_negative_numbers = true)]
+    top_k: i32,
+    /// Only the best tokens that together reach this probability
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    top_p: f32,
+    /// Only tokens at least this fraction as likely as the best
+    #[arg(long, value_name = "P", default_value_t = 0.05)]
+    min_p: f32,
+    /// Locally typical sampling; 1 is off
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    typical: f32,
+    /// Penalise tokens of the last --repeat-last-n by this factor; 1 is off
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    repeat_penalty: f32,
+    /// The window of the penalties; -1 for everything so far
+    #[arg(long, value_name = "N", default_value_t = 64, allow_negative_numbers = true)]
+    repeat_last_n: i32,
+    /// Taken from the logit of every token in the window
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    presence_penalty: f32,
+    /// Taken from a token's logit for each time that it's in the window
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    frequency_penalty: f32,
+    /// The same seed writes the same text [default: a random one]
+    #[arg(short, long, value_name = "N")]
+    seed: Option<u64>,
+    /// Add to a token's logit, as 15043+1 or 15043-inf; may be given several times
+    #[arg(long, value_name = "TOKEN±X", value_parser = parse_bias, allow_hyphen_values = true)]
+    logit_bias: Vec<(u32, f32)>,
+    /// Tokens to write at most [default: until the model ends or the context is full]
+    #[arg(short = 'n', long, value_name = "N")]
+    predict: Option<usize>,
+    /// End when this text comes; may be given several times
+    #[arg(short = 'r', long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Go on past tokens that end a text
+    #[arg(long)]
+    ignore_eos: bool,
+}
+
+impl SamplingArgs {
+    /// As the engine takes them.
+    pub fn params(&self) -> GenerationParams {
+        GenerationParams {
+            sampling: SamplingParams {
+                temp: self.temp,
+                top_k: self.top_k,
+                top_p: self.top_p,
+                min_p: self.min_p,
+                typical_p: self.typical,
+                repeat_penalty: self.repeat_penalty,
+                repeat_last_n: self.repeat_last_n,
+                presence_penalty: self.presence_penalty,
+                frequency_penalty: self.frequency_penalty,
+                seed: self.seed,
+                logit_bias: self.logit_bias.clone(),
+            },
+            n_predict: self.predict,
+            stop: self.stop.clone(),
+            ignore_eos: self.ignore_eos,
+            show_special: false,
+        }
+    }
+
+    /// Replaces the random seed of a chat's next answer, or sets a parameter by its flag's name.
+    pub fn set(&mut self, name: &str, value: &str) -> Result<(), String> {
+        fn to<T: std::str::FromStr>(name: &str, value: &str) -> Result<T, String> {
+            value.parse().map_err(|_| format!("{value:?} isn't a value for {name}"))
+        }
+        let mut new = self.clone();
+        match name {
+            "temp" => new.temp = to(name, value)?,
+            "top-k" => new.top_k = to(name, value)?,
+            "top-p" => new.top_p = to(name, value)?,
+            "min-p" => new.min_p = to(name, value)?,
+            "typical" => new.typical = to(name, value)?,
+            "repeat-penalty" => new.repeat_penalty = to(name, value)?,
+            "presence-penalty" => new.presence_penalty = to(name, value)?,
+            "frequency-penalty" => new.frequency_penalty = to(name, value)?,
+            "predict" => new.predict = Some(to(name, value)?),
+            "seed" => new.seed = Some(to(name, value)?),
+            _ => {
+                return Err(format!(
+                    "there is no {name:?} to set; there are temp, top-k, top-p, min-p, typical, repeat-penalty, \
+                     presence-penalty, frequency-penalty, predict, seed and system"
+                ));
+            }
+        }
+        new.params().sampling.validate().map_err(|e| e.to_string())?;
+        *self = new;
+        Ok(())
+    }
+}
+
+/// `15043+1`, `15043-0.5`, `15043-inf`.
+fn parse_bias(s: &str) -> Result<(u32, f32), String> {
+    let at = s.find(['+', '-']).ok_or("it takes a token and a signed number, as 15043+1")?;
+    let token = s[..at].parse().map_err(|_| format!("{:?} isn't a token's number", &s[..at]))?;
+    let bias = s[at..].parse().map_err(|_| format!("{:?} isn't a number", &s[at..]))?;
+    Ok((token, bias))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_flags_of_several_letters() {
+        let args = ["oncall", "run", "-sys", "be brief", "-ctk", "q8_0", "--", "-sys"].map(OsString::from);
+        let want = ["oncall", "run", "--system", "be brief", "--cache-type-k", "q8_0", "--", "-sys"];
+        assert_eq!(rewrite(args.into_iter()), want.map(OsString::from));
+    }
+
+    #[test]
+    fn biases() {
+        assert_eq!(parse_bias("15043+1"), Ok((15043, 1.0)));
+        assert_eq!(parse_bias("7-inf"), Ok((7, f32::NEG_INFINITY)));
+        assert!(parse_bias("7").is_err() && parse_bias("x+1").is_err() && parse_bias("7+x").is_err());
+    }
+}

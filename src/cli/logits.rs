@@ -1,0 +1,42 @@
+//! `oncall logits`: what the model thinks after each token, for other tools to compare.
+
+use super::args::ModelArgs;
+use super::{Failure, output};
+use clap::Args;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::PathBuf;
+
+/// Flags of `logits`.
+#[derive(Args)]
+#[command(after_help = "The file holds f32 in little-endian order, n_tokens rows of n_vocab.")]
+pub(super) struct LogitsArgs {
+    /// The tokens: 1,2,3
+    #[arg(long, value_name = "LIST", value_delimiter = ',', required = true)]
+    tokens: Vec<u32>,
+    /// Where to write
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+pub(super) fn run(a: LogitsArgs) -> Result<(), Failure> {
+    let engine = a.model.load()?;
+    let mut session = engine.session();
+    let part = a.output.with_added_extension("part");
+    let fail = |e: std::io::Error| Failure::new(format!("{}: {e}", part.display()));
+    let mut file = BufWriter::new(File::create(&part).map_err(fail)?);
+    let mut written = Ok(());
+    session.feed_all(&a.tokens, &mut |_, logits| {
+        if written.is_ok() {
+            written = logits.iter().try_for_each(|l| file.write_all(&l.to_le_bytes()));
+        }
+    })?;
+    written.and_then(|()| file.flush()).and_then(|()| std::fs::rename(&part, &a.output)).map_err(|e| {
+        let _ = std::fs::remove_file(&part);
+        fail(e)
+    })?;
+    output::note(&format!("{} x {} logits in {}", a.tokens.len(), engine.config().n_vocab, a.output.display()));
+    Ok(())
+}

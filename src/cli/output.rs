@@ -1,0 +1,105 @@
+//! What the commands print with: stdout that may end early, bars, numbers with units, Ctrl-C.
+
+use super::Failure;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::io::{ErrorKind, IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::time::Duration;
+
+/// A code that no command ends with: stdout was closed.
+pub(super) const BROKEN_PIPE: u8 = 255;
+
+/// Writes to stdout at once.
+pub(super) fn bytes(text: &[u8]) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text).and_then(|()| out.flush()).map_err(|e| match e.kind() {
+        ErrorKind::BrokenPipe => Failure { message: String::new(), code: BROKEN_PIPE },
+        _ => Failure::new(format!("writing to the standard output: {e}")),
+    })
+}
+
+/// Writes text to stdout at once.
+pub(super) fn text(text: &str) -> Result<(), Failure> {
+    bytes(text.as_bytes())
+}
+
+/// Writes a value as one line of JSON.
+pub(super) fn json(value: &impl serde::Serialize) -> Result<(), Failure> {
+    text(&format!("{}\n", serde_json::to_string(value)?))
+}
+
+/// A line about the work on stderr, dimmed in a terminal.
+pub(super) fn note(line: &str) {
+    let style = anstyle::Style::new().dimmed();
+    anstream::eprintln!("{style}{line}{style:#}");
+}
+
+/// A progress bar on stderr, if that's a terminal, for what takes over a second: it appears after half of one.
+pub(super) fn bar(what: &str, unit: &str) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+    let counts =
+        if unit == "bytes" { "{bytes} of {total_bytes}".to_string() } else { format!("{{pos}} of {{len}} {unit}") };
+    let template = format!("{{msg}} {{bar:30}} {counts}, {{eta}} left");
+    if let Ok(style) = ProgressStyle::with_template(&template) {
+        bar.set_style(style);
+    }
+    bar.set_message(what.to_string());
+    if std::io::stderr().is_terminal() {
+        let late = bar.downgrade();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(500));
+            if let Some(bar) = late.upgrade().filter(|b| !b.is_finished()) {
+                bar.set_draw_target(ProgressDrawTarget::stderr());
+            }
+        });
+    }
+    bar
+}
+
+static STOPPED: AtomicBool = AtomicBool::new(false);
+
+/// Makes Ctrl-C ask for an end, once; a second one ends the program.
+pub(super) fn catch_ctrl_c() -> Result<(), Failure> {
+    ctrlc::set_handler(|| {
+        if STOPPED.swap(true, SeqCst) {
+            std::process::exit(130);
+        }
+    })?;
+    Ok(())
+}
+
+/// Whether Ctrl-C came since the last [`start_over`].
+pub(super) fn stopped() -> bool {
+    STOPPED.load(SeqCst)
+}
+
+/// Forgets a Ctrl-C.
+pub(super) fn start_over() {
+    STOPPED.store(false, SeqCst);
+}
+
+/// `1.5 GB`.
+pub(super) fn size(bytes: u64) -> String {
+    match bytes {
+        0..1_000 => format!("{bytes} B"),
+        1_000..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", bytes as f64 / 1e9),
+    }
+}
+
+/// `7.25 B`, as models are counted.
+pub(super) fn count(n: u64) -> String {
+    match n {
+        0..1_000_000 => n.to_string(),
+        1_000_000..1_000_000_000 => format!("{:.1} M", n as f64 / 1e6),
+        _ => format!("{:.2} B", n as f64 / 1e9),
+    }
+}
+
+/// The most memory that the process has held, in bytes; `None` where the system doesn't say.
+pub(super) fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}

@@ -1,0 +1,212 @@
+//! `oncall perplexity`: how well a model predicts a text, in chunks as llama.cpp's tool does; and how far its
+//! predictions are from another run's.
+
+use super::args::ModelArgs;
+use super::{Failure, output};
+use crate::engine::Engine;
+use clap::Args;
+use serde::Serialize;
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::path::PathBuf;
+
+/// Flags of `perplexity`.
+#[derive(Args)]
+#[command(
+    after_help = "The text is cut into chunks of the context's length; in each, tokens of the second half are scored. \
+To compare two models, write the logits of one with --save-logits and give them to the other with --kl-base."
+)]
+pub(super) struct PerplexityArgs {
+    /// The text
+    #[arg(short, long, value_name = "FILE")]
+    file: PathBuf,
+    /// Only the first N chunks
+    #[arg(long, value_name = "N")]
+    chunks: Option<usize>,
+    /// Write the logits of the scored tokens to a file: 4 bytes for each token of the vocabulary
+    #[arg(long, value_name = "FILE")]
+    save_logits: Option<PathBuf>,
+    /// Compare with logits that --save-logits wrote: mean Kullback-Leibler divergence, and how often the best token agrees
+    #[arg(long, value_name = "FILE", conflicts_with = "save_logits")]
+    kl_base: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+#[derive(Serialize)]
+struct Report {
+    model: String,
+    perplexity: f64,
+    /// Of the perplexity: one standard error.
+    error: f64,
+    nats_per_token: f64,
+    chunks: usize,
+    scored_tokens: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kl_divergence: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    same_best_token: Option<f64>,
+}
+
+/// Running sums over the scored tokens.
+#[derive(Default)]
+struct Sums {
+    n: usize,
+    nll: f64,
+    nll_squared: f64,
+    kl: f64,
+    same_top: usize,
+}
+
+/// Logits that are written, or read to compare with.
+enum Base {
+    None,
+    Write(BufWriter<File>),
+    Read(BufReader<File>),
+}
+
+const MAGIC: &[u8; 8] = b"oncallL1";
+
+pub(super) fn run(mut a: PerplexityArgs) -> Result<(), Failure> {
+    // llama.cpp's default: chunks of 512.
+    a.model.ctx_size = a.model.ctx_size.or(Some(512));
+    let text = std::fs::read_to_string(&a.file).map_err(|e| Failure::new(format!("{}: {e}", a.file.display())))?;
+    output::catch_ctrl_c()?;
+    let engine = a.model.load()?;
+    let n_ctx = engine.n_ctx();
+    let tokens = engine.tokenizer().encode(&text, true, false);
+    let n_chunks = (tokens.len() / n_ctx).min(a.chunks.unwrap_or(usize::MAX));
+    if n_chunks == 0 || n_ctx < 4 {
+        return Err(Failure::new(format!(
+            "{}: {} tokens aren't enough for one chunk of {n_ctx}; give a longer text or a shorter context (-c)",
+            a.file.display(),
+            tokens.len()
+        )));
+    }
+    let mut base = open_base(&a, &engine)?;
+    let mut sums = Sums::default();
+    let bar = output::bar("reading the text", "chunks");
+    bar.set_length(n_chunks as u64);
+    for chunk in tokens.chunks_exact(n_ctx).take(n_chunks) {
+        score(&engine, chunk, &mut base, &mut sums)?;
+        bar.inc(1);
+        if output::stopped() {
+            return Err(Failure::interrupted());
+        }
+    }
+    bar.finish_and_clear();
+    if let Base::Write(w) = &mut base {
+        w.flush()?;
+    }
+    report(&a, n_chunks, &sums, matches!(base, Base::Read(_)))
+}
+
+fn report(a: &PerplexityArgs, chunks: usize, s: &Sums, compared: bool) -> Result<(), Failure> {
+    let n = s.n as f64;
+    let mean = s.nll / n;
+    let variance = (s.nll_squared / n - mean * mean).max(0.0);
+    let perplexity = mean.exp();
+    let r = Report {
+        model: a.model.name(),
+        perplexity,
+        error: perplexity * (variance / (n - 1.0).max(1.0)).sqrt(),
+        nats_per_token: mean,
+        chunks,
+        scored_tokens: s.n,
+        kl_divergence: compared.then_some(s.kl / n),
+        same_best_token: compared.then_some(s.same_top as f64 / n),
+    };
+    if a.json {
+        return output::json(&r);
+    }
+    output::text(&format!(
+        "perplexity {:.4} ± {:.4}   {:.4} nats a token, {} tokens scored in {} chunks\n",
+        r.perplexity, r.error, r.nats_per_token, r.scored_tokens, r.chunks
+    ))?;
+    if let (Some(kl), Some(same)) = (r.kl_divergence, r.same_best_token) {
+        output::text(&format!("KL divergence {kl:.6} nats, the best token is the same for {:.2} %\n", 100.0 * same))?;
+    }
+    Ok(())
+}
+
+/// Adds a chunk's scores.
+fn score(engine: &Engine, chunk: &[u32], base: &mut Base, sums: &mut Sums) -> Result<(), Failure> {
+    let (n_ctx, n_vocab) = (chunk.len(), engine.config().n_vocab);
+    let first = n_ctx / 2;
+    let mut input = chunk.to_vec();
+    if let Some(bos) = engine.tokenizer().bos().filter(|_| engine.tokenizer().adds_bos()) {
+        input[0] = bos;
+    }
+    let mut result = Ok(());
+    engine.session().feed_all(&input, &mut |start, logits| {
+        for (i, logits) in logits.chunks(n_vocab).enumerate() {
+            let at = start + i;
+            if at >= first && at + 1 < n_ctx && result.is_ok() {
+                result = score_token(logits, chunk[at + 1], base, sums);
+            }
+        }
+    })?;
+    result
+}
+
+fn score_token(logits: &[f32], next: u32, base: &mut Base, s: &mut Sums) -> Result<(), Failure> {
+    let log_sum = log_sum_exp(logits);
+    let nll = log_sum - f64::from(logits[next as usize]);
+    (s.n, s.nll, s.nll_squared) = (s.n + 1, s.nll + nll, s.nll_squared + nll * nll);
+    match base {
+        Base::None => {}
+        Base::Write(w) => logits.iter().try_for_each(|l| w.write_all(&l.to_le_bytes()))?,
+        Base::Read(r) => {
+            let mut raw = vec![0; logits.len() * 4];
+            r.read_exact(&mut raw)
+                .map_err(|e| Failure::new(format!("the logits to compare with end early or can't be read: {e}")))?;
+            let theirs: Vec<f32> = raw.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            let their_sum = log_sum_exp(&theirs);
+            s.kl += theirs
+                .iter()
+                .zip(logits)
+                .map(|(&p, &q)| {
+                    let (p, q) = (f64::from(p) - their_sum, f64::from(q) - log_sum);
+                    p.exp() * (p - q)
+                })
+                .sum::<f64>();
+            s.same_top += usize::from(best(&theirs) == best(logits));
+        }
+    }
+    Ok(())
+}
+
+fn best(logits: &[f32]) -> usize {
+    logits.iter().enumerate().fold(0, |best, (i, l)| if *l > logits[best] { i } else { best })
+}
+
+fn log_sum_exp(logits: &[f32]) -> f64 {
+    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    max + logits.iter().map(|&l| (f64::from(l) - max).exp()).sum::<f64>().ln()
+}
+
+/// The file of logits: a magic number, the vocabulary's size and the context's length, then rows of f32.
+fn open_base(a: &PerplexityArgs, engine: &Engine) -> Result<Base, Failure> {
+    let mut head = MAGIC.to_vec();
+    head.extend((engine.config().n_vocab as u32).to_le_bytes());
+    head.extend((engine.n_ctx() as u32).to_le_bytes());
+    if let Some(path) = &a.save_logits {
+        let at = |e: std::io::Error| Failure::new(format!("{}: {e}", path.display()));
+        let mut w = BufWriter::new(File::create(path).map_err(at)?);
+        w.write_all(&head).map_err(at)?;
+        return Ok(Base::Write(w));
+    }
+    let Some(path) = &a.kl_base else { return Ok(Base::None) };
+    let at = |e: std::io::Error| Failure::new(format!("{}: {e}", path.display()));
+    let mut r = BufReader::new(File::open(path).map_err(at)?);
+    let mut found = vec![0; head.len()];
+    r.read_exact(&mut found).map_err(at)?;
+    if found != head {
+        let why = "these logits are of another vocabulary or another context (-c), or not of --save-logits";
+        return Err(Failure::new(format!("{}: {why}", path.display())));
+    }
+    Ok(Base::Read(r))
+}

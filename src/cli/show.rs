@@ -1,0 +1,230 @@
+//! `oncall show`: what is in a model file.
+
+use super::{Failure, output};
+use crate::arch;
+use crate::cpu::Isa;
+use crate::engine::EMBEDDED_NAME;
+use crate::gguf::{Gguf, Tensor, Value};
+use clap::Args;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+/// Flags of `show`.
+#[derive(Args)]
+pub(super) struct ShowArgs {
+    /// The file, or the first of a split model's files [default: the model that is built in]
+    #[arg(value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// The file, as in the other commands
+    #[arg(short, long = "model", value_name = "FILE", conflicts_with = "file")]
+    model: Option<PathBuf>,
+    /// List every metadata key
+    #[arg(long)]
+    metadata: bool,
+    /// List every tensor
+    #[arg(long)]
+    tensors: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is in a file.
+#[derive(Serialize)]
+struct Summary {
+    file: String,
+    gguf_version: u32,
+    bytes: u64,
+    architecture: String,
+    name: Option<String>,
+    parameters: u64,
+    /// Parameters that one token uses.
+    active_parameters: u64,
+    n_layer: usize,
+    n_embd: usize,
+    n_head: usize,
+    n_head_kv: usize,
+    n_vocab: usize,
+    n_ctx_train: usize,
+    n_expert: usize,
+    n_expert_used: usize,
+    n_ff_exp: usize,
+    chat_template: bool,
+    /// Bytes of each part of the model.
+    parts: BTreeMap<&'static str, u64>,
+    /// Bytes of one expert of a layer, on average.
+    bytes_per_expert: u64,
+    /// Bytes of a KV cache in f16, for 1024 tokens.
+    kv_bytes_per_1k: u64,
+    /// Bytes and tensors in each number format.
+    formats: BTreeMap<&'static str, (u64, u64)>,
+}
+
+pub(super) fn run(a: ShowArgs) -> Result<(), Failure> {
+    let gguf = match a.file.or(a.model) {
+        Some(path) => Gguf::open(&path)?,
+        None => Gguf::from_static(EMBEDDED_NAME, crate::engine::embedded_bytes())?,
+    };
+    let s = summary(&gguf)?;
+    if a.json {
+        return output::json(&s);
+    }
+    let mut out = String::new();
+    print(&mut out, &s)?;
+    if a.metadata {
+        out.push('\n');
+        for (key, value) in gguf.metadata().iter() {
+            writeln!(out, "{key} = {}", shorten(&value))?;
+        }
+    }
+    if a.tensors {
+        out.push('\n');
+        for t in gguf.tensors() {
+            let shape: Vec<String> = t.shape().iter().map(u64::to_string).collect();
+            writeln!(
+                out,
+                "{:<44} {:<8} {:>22} {:>10}",
+                t.name,
+                t.format.name,
+                shape.join(" x "),
+                output::size(t.n_bytes)
+            )?;
+        }
+    }
+    output::text(&out)
+}
+
+fn summary(gguf: &Gguf) -> Result<Summary, Failure> {
+    let (model, _) = arch::declare(gguf, Isa::get()?)?;
+    let c = &model.config;
+    let (n_expert, n_expert_used, n_ff_exp) =
+        c.moe.as_ref().map_or((0, 0, 0), |m| (m.router.n_expert, m.router.n_expert_used, m.n_ff_exp));
+    let (mut parts, mut formats) = (BTreeMap::new(), BTreeMap::new());
+    let (mut parameters, mut active, mut n_moe_layers) = (0, 0, 0u64);
+    for t in gguf.tensors() {
+        let part = part_of(&t.name);
+        *parts.entry(part).or_insert(0) += t.n_bytes;
+        let f: &mut (u64, u64) = formats.entry(t.format.name).or_insert((0, 0));
+        *f = (f.0 + t.n_bytes, f.1 + 1);
+        let n = elements(t);
+        parameters += n;
+        active += if part == "experts" { n * n_expert_used as u64 / (n_expert as u64).max(1) } else { n };
+        n_moe_layers += u64::from(t.name.ends_with("ffn_down_exps.weight"));
+    }
+    let kv = model.kv_layers().iter().map(|l| 2 * l.n_head_kv * (l.head_dim_k + l.head_dim_v)).sum::<usize>();
+    let experts = parts.get("experts").copied().unwrap_or(0);
+    Ok(Summary {
+        file: gguf.name().into(),
+        gguf_version: gguf.version(),
+        bytes: gguf.total_bytes(),
+        architecture: c.arch.clone(),
+        name: gguf.metadata().str("general.name")?.map(Into::into),
+        parameters,
+        active_parameters: active,
+        n_layer: c.n_layer,
+        n_embd: c.n_embd,
+        n_head: c.n_head,
+        n_head_kv: c.n_head_kv,
+        n_vocab: c.n_vocab,
+        n_ctx_train: c.n_ctx_train,
+        n_expert,
+        n_expert_used,
+        n_ff_exp,
+        chat_template: gguf.metadata().contains("tokenizer.chat_template"),
+        bytes_per_expert: experts / (n_moe_layers * n_expert as u64).max(1),
+        kv_bytes_per_1k: 1024 * kv as u64,
+        parts,
+        formats,
+    })
+}
+
+fn elements(t: &Tensor) -> u64 {
+    t.shape().iter().product()
+}
+
+/// Which part of a model a tensor belongs to.
+fn part_of(name: &str) -> &'static str {
+    let within = name.strip_prefix("blk.").and_then(|n| n.split_once('.')).map_or(name, |n| n.1);
+    match within {
+        n if n.contains("_exps.") => "experts",
+        n if n.contains("_shexp") => "shared experts",
+        n if n.starts_with("ffn_gate_inp") || n.starts_with("exp_probs") => "routers",
+        n if n.contains("norm") => "norms",
+        n if n.starts_with("attn") => "attention",
+        n if n.starts_with("ffn") => "dense feed-forward",
+        n if n.starts_with("token_embd") => "token embedding",
+        n if n.starts_with("output") => "output",
+        _ => "other",
+    }
+}
+
+fn print(out: &mut String, s: &Summary) -> Result<(), std::fmt::Error> {
+    let mut line = |name: &str, value: String| writeln!(out, "{name:<16} {value}");
+    line("file", format!("{}, GGUF v{}, {}", s.file, s.gguf_version, output::size(s.bytes)))?;
+    line("model", format!("{}{}", s.architecture, s.name.as_ref().map_or(String::new(), |n| format!(", {n:?}"))))?;
+    line(
+        "parameters",
+        format!("{}, of which a token uses {}", output::count(s.parameters), output::count(s.active_parameters)),
+    )?;
+    line("layers", format!("{}, {} wide", s.n_layer, s.n_embd))?;
+    line("heads", format!("{} for queries, {} for keys and values", s.n_head, s.n_head_kv))?;
+    if s.n_expert > 0 {
+        line(
+            "experts",
+            format!(
+                "{} a layer, {} used for each token, {} wide, {} each",
+                s.n_expert,
+                s.n_expert_used,
+                s.n_ff_exp,
+                output::size(s.bytes_per_expert)
+            ),
+        )?;
+    } else {
+        line("experts", "none: every token uses the whole model".into())?;
+    }
+    line("vocabulary", format!("{} tokens", s.n_vocab))?;
+    line(
+        "context",
+        format!("{} tokens; the KV cache takes {} for each 1024 (f16)", s.n_ctx_train, output::size(s.kv_bytes_per_1k)),
+    )?;
+    line("chat template", if s.chat_template { "yes" } else { "no: it continues text" }.into())?;
+    writeln!(out, "\nWhat it weighs")?;
+    let total: u64 = s.parts.values().sum();
+    let mut parts: Vec<_> = s.parts.iter().collect();
+    parts.sort_by_key(|p| std::cmp::Reverse(p.1));
+    for (part, bytes) in parts {
+        writeln!(
+            out,
+            "  {part:<20} {:>10}  {:>5.1} %",
+            output::size(*bytes),
+            100.0 * *bytes as f64 / total.max(1) as f64
+        )?;
+    }
+    writeln!(out, "\nNumber formats")?;
+    let mut formats: Vec<_> = s.formats.iter().collect();
+    formats.sort_by_key(|f| std::cmp::Reverse(f.1.0));
+    for (format, (bytes, n)) in formats {
+        writeln!(out, "  {format:<20} {:>10}  in {n} tensors", output::size(*bytes))?;
+    }
+    Ok(())
+}
+
+/// A value on one line.
+fn shorten(value: &Value<'_>) -> String {
+    let cut = |s: String| if s.chars().count() > 100 { s.chars().take(100).collect::<String>() + " …" } else { s };
+    match value {
+        Value::Array(a) => {
+            let first: Vec<String> = a.iter().take(6).map(|v| shorten(&v)).collect();
+            format!("[{}{}] ({} values)", first.join(", "), if a.len() > 6 { ", …" } else { "" }, a.len())
+        }
+        v => match (v.as_str(), v.as_bool(), v.as_integer(), v.as_float()) {
+            (Some(s), ..) => cut(format!("{s:?}")),
+            (_, Some(b), ..) => b.to_string(),
+            (_, _, Some(i), _) => i.to_string(),
+            (.., Some(f)) => f.to_string(),
+            _ => String::new(),
+        },
+    }
+}
