@@ -1,11 +1,21 @@
-//! Every format's blocks against ggml's own: dequantised values bit for bit, quantised bytes one for one.
+//! Every format's blocks against ggml's own: dequantised values bit for bit, quantised bytes one for one; and rows of
+//! activations likewise.
 
 #![cfg(feature = "llama-cpp")]
+#![allow(unsafe_code)]
 
 mod common;
 
 use common::llama;
 use oncall::quant::FORMATS;
+use oncall::quant::act::{quantize_q8_0, quantize_q8_k};
+
+// ggml's quantisers of activations, which its headers keep to themselves: rows of `n` to blocks.
+unsafe extern "C" {
+    /// The processor's own version, not the reference, which rounds ties the other way.
+    fn quantize_row_q8_0(x: *const f32, y: *mut u8, n: i64);
+    fn quantize_row_q8_K_ref(x: *const f32, y: *mut u8, n: i64);
+}
 
 const N: usize = 256 * 64;
 
@@ -98,4 +108,35 @@ fn quantised_bytes_equal_ggml_s() {
         }
     }
     assert!(differ.is_empty(), "{}", differ.join("\n"));
+}
+
+#[test]
+fn activations_equal_ggml_s() {
+    llama::init(); // sets up the tables of halves
+    for (what, row) in rows() {
+        let (mut q, mut d) = (vec![0; N], vec![0.0; N / 32]);
+        quantize_q8_0(&row, &mut q, &mut d);
+        let mut theirs = vec![0u8; N / 32 * 34];
+        // SAFETY: the input has N floats, the output room for N / 32 blocks of a half and 32 bytes.
+        unsafe { quantize_row_q8_0(row.as_ptr(), theirs.as_mut_ptr(), N as i64) };
+        for (i, block) in theirs.chunks(34).enumerate() {
+            let ours = &q[32 * i..][..32];
+            let scale = half::f16::from_le_bytes([block[0], block[1]]).to_f32();
+            assert_eq!(d[i], scale, "q8_0 {what}, block {i}");
+            // Where the scale rounds to zero so do ours, whatever ggml leaves there.
+            let same = ours.iter().zip(&block[2..]).all(|(a, b)| *a == *b as i8 || scale == 0.0);
+            assert!(same, "q8_0 {what}, block {i}: {ours:?}");
+        }
+
+        let (mut q, mut d) = (vec![0; N], vec![0.0; N / 256]);
+        quantize_q8_k(&row, &mut q, &mut d);
+        let mut theirs = vec![0u8; N / 256 * 292];
+        // SAFETY: the input has N floats, the output room for N / 256 blocks of a float, 256 bytes and 16 sums.
+        unsafe { quantize_row_q8_K_ref(row.as_ptr(), theirs.as_mut_ptr(), N as i64) };
+        for (i, block) in theirs.chunks(292).enumerate() {
+            let ours = &q[256 * i..][..256];
+            assert_eq!(d[i].to_le_bytes(), block[..4], "q8_k {what}, block {i}");
+            assert!(ours.iter().zip(&block[4..]).all(|(a, b)| *a == *b as i8), "q8_k {what}, block {i}");
+        }
+    }
 }

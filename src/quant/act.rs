@@ -67,3 +67,107 @@ pub(super) fn nearest(x: f32) -> i32 {
     const SHIFT: f32 = 12_582_912.0;
     ((x + SHIFT).to_bits() & 0x7f_ffff) as i32 - 0x40_0000
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn q8_0(src: &[f32]) -> (Vec<i8>, Vec<f32>) {
+        let (mut q, mut d) = (vec![99; src.len()], vec![f32::NAN; src.len() / 32]);
+        quantize_q8_0(src, &mut q, &mut d);
+        (q, d)
+    }
+
+    fn q8_k(src: &[f32]) -> (Vec<i8>, Vec<f32>) {
+        let (mut q, mut d) = (vec![99; src.len()], vec![f32::NAN; src.len() / 256]);
+        quantize_q8_k(src, &mut q, &mut d);
+        (q, d)
+    }
+
+    /// A block of one size: from below f32's normal range to a little below its end.
+    fn block(len: usize) -> impl Strategy<Value = Vec<f32>> {
+        (-148i32..120, prop::collection::vec(-1.0f32..=1.0, len))
+            .prop_map(|(e, x)| x.iter().map(|x| x * 2f32.powi(e / 2) * 2f32.powi(e - e / 2)).collect())
+    }
+
+    #[test]
+    fn the_largest_activation_becomes_the_largest_integer() {
+        let mut x = [0.5f32; 256];
+        x[17] = -2.0;
+        x[40] = 2.0;
+        let (q, d) = q8_0(&x);
+        assert_eq!((q[17], q[0], q[40], q[64]), (-127, 32, 127, 127));
+        // Both scales are halves: 2 / 127 and 0.5 / 127, rounded.
+        assert_eq!((d[0], d[1], d[2]), (0.01574707, 0.01574707, 0.0039367676));
+        // The first of the two that are largest is negative, and -127 / -2 positive.
+        let (q, d) = q8_k(&x);
+        assert_eq!((q[17], q[0], q[40]), (-127, 32, 127));
+        assert_eq!(d[0], 1.0 / 63.5);
+        x[3] = 2.0;
+        let (q, d) = q8_k(&x);
+        assert_eq!((q[17], q[0], q[3]), (127, -32, -127));
+        assert_eq!(d[0], -1.0 / 63.5);
+    }
+
+    #[test]
+    fn ties_go_to_the_even_integer() {
+        let mut x = [0.0f32; 32];
+        x[..6].copy_from_slice(&[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]);
+        assert_eq!(q8_0(&x).0[..6], [127, 0, 2, 2, 0, -2]);
+    }
+
+    #[test]
+    fn blocks_too_small_to_scale_are_zero() {
+        for size in [0.0, f32::from_bits(1), 1e-40, 3e-6] {
+            assert_eq!(q8_0(&[size; 32]), (vec![0; 32], vec![0.0]), "{size}");
+        }
+        for size in [0.0, f32::from_bits(1), -1e-40, 3e-37] {
+            assert_eq!(q8_k(&[size; 256]), (vec![0; 256], vec![0.0]), "{size}");
+        }
+        assert!(q8_0(&[4e-6; 32]).1[0] > 0.0);
+        assert!(q8_k(&[4e-37; 256]).1[0] < 0.0);
+    }
+
+    #[test]
+    fn nearest_agrees_with_the_library() {
+        for i in -40_000..40_000 {
+            let x = i as f32 / 16.0;
+            assert_eq!(nearest(x), x.round_ties_even() as i32, "{x}");
+        }
+    }
+
+    proptest! {
+        /// Half a step, and what rounding the scale to a half moves: 2^-11 of the activation (a fixed step where halves
+        /// are subnormal).
+        #[test]
+        fn q8_0_is_near(x in block(32)) {
+            let (q, d) = q8_0(&x);
+            let amax = x.iter().fold(0.0f32, |a, x| a.max(x.abs()));
+            prop_assert_eq!(d[0], f16::from_f32(d[0]).to_f32());
+            for (x, q) in x.iter().zip(&q) {
+                prop_assert!((-127..=127).contains(q));
+                let off = (f64::from(*x) - f64::from(*q) * f64::from(d[0])).abs();
+                prop_assert!(!d[0].is_finite() || off <= f64::from(amax) * (0.5 / 127.0 + 4.9e-4) + 127.0 * 3e-8);
+            }
+        }
+
+        #[test]
+        fn q8_k_is_near(x in block(256)) {
+            let (q, d) = q8_k(&x);
+            let amax = x.iter().fold(0.0f32, |a, x| a.max(x.abs()));
+            for (x, q) in x.iter().zip(&q) {
+                prop_assert!((-127..=127).contains(q));
+                let off = (f64::from(*x) - f64::from(*q) * f64::from(d[0])).abs();
+                prop_assert!(off <= f64::from(amax) * (0.5 / 127.0 + 1e-6) + 4e-37);
+            }
+        }
+
+        /// Whatever the bits: no panic, and integers in range.
+        #[test]
+        fn any_bits_will_do(x in prop::collection::vec(any::<u32>().prop_map(f32::from_bits), 256)) {
+            prop_assert!(q8_0(&x).0.iter().chain(&q8_k(&x).0).all(|q| *q >= -127));
+        }
+    }
+}

@@ -1,7 +1,5 @@
 //! BF16: the upper 16 bits of an f32, little-endian: its range with 8 bits of precision.
 
-use half::bf16;
-
 use super::kernels::{Block, Field, Layout, Number, Vector};
 use super::{ActKind, Format, block1, kernels};
 
@@ -22,9 +20,12 @@ fn value(bytes: [u8; 2]) -> f32 {
     f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16)
 }
 
-/// Rounds to nearest, ties to even.
+/// Rounds to nearest, ties to even; a NaN stays one, made quiet so that its upper half says so.
 fn bytes(value: f32) -> [u8; 2] {
-    bf16::from_f32(value).to_le_bytes()
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    let kept = if value.is_nan() { bits | 1 << 22 } else { rounded };
+    ((kept >> 16) as u16).to_le_bytes()
 }
 
 /// The layout for the kernels.

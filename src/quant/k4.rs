@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::fit::{AffineSearch, affine, recode_affine};
+use super::fit::{AffineFit, AffineSearch, affine, recode_affine, side_by_side};
 use super::superblock::LEN;
 
 /// The 6-bit scales and offsets, eight of each, out of 12 bytes.
@@ -38,16 +38,19 @@ fn pack_scales(sc: &[u8; 8], m: &[u8; 8]) -> [u8; 12] {
 /// Each sub-block is fitted by itself, a weight counting as much as its size plus their root mean square. Then scales
 /// and offsets are rounded to six bits of the largest, and the codes chosen anew for what they became.
 pub(super) fn quantize(w: &[f32; LEN], search: &AffineSearch) -> ([u8; 16], [u8; LEN]) {
-    let (subs, mut codes) = (w.as_chunks::<32>().0, [0; LEN]);
-    let (mut scales, mut offsets) = ([0.0f32; 8], [0.0f32; 8]);
-    for (j, (w, codes)) in subs.iter().zip(codes.as_chunks_mut().0).enumerate() {
-        let rms = (w.iter().fold(0.0, |sum, x| sum + x * x) / 32.0).sqrt();
-        let fit = affine(w, &w.map(|x| rms + x.abs()), search);
-        (scales[j], offsets[j], *codes) = (fit.scale, fit.offset, fit.codes);
+    let groups = side_by_side::<32, 8>(w);
+    let mut squares = [0.0; 8];
+    for x in &groups {
+        for l in 0..8 {
+            squares[l] += x[l] * x[l];
+        }
     }
-    let (d, sc) = to_6_bits(&scales);
-    let (dmin, m) = to_6_bits(&offsets);
-    for (j, (w, codes)) in subs.iter().zip(codes.as_chunks_mut::<32>().0).enumerate() {
+    let rms = squares.map(|sum| (sum / 32.0).sqrt());
+    let importance = groups.map(|x| std::array::from_fn(|l| rms[l] + x[l].abs()));
+    let AffineFit { scale, offset, mut codes } = affine(&groups, &importance, search);
+    let (d, sc) = to_6_bits(&scale);
+    let (dmin, m) = to_6_bits(&offset);
+    for (j, (w, codes)) in w.as_chunks::<32>().0.iter().zip(codes.as_chunks_mut::<32>().0).enumerate() {
         let (d, offset) = (d.to_f32() * f32::from(sc[j]), dmin.to_f32() * f32::from(m[j]));
         recode_affine(w, d, offset, search.n_max, codes);
     }

@@ -57,18 +57,24 @@ fn pack(w: &[f32; 32]) -> [u8; BYTES] {
     // The logarithm is rounded to f32 before it is cut, as in ggml: a hair below a power of two counts as one. By way of f64,
     // since a C library's log2f differs between systems.
     let e = if amax > 0.0 { ((f64::from(amax).log2() as f32).floor() - 2.0 + 127.0) as u8 } else { 0 };
-    let d = half_scale(e);
-    let (mut codes, mut least) = ([0; 32], w.map(f32::abs));
-    for (code, value) in CODEBOOK.iter().enumerate().skip(1) {
-        let value = f32::from(*value) * d;
-        for ((x, least), best) in w.iter().zip(&mut least).zip(&mut codes) {
-            let error = (value - x).abs();
-            if error < *least {
-                (*least, *best) = (error, code as u8);
-            }
+    join(&[&[e], &pack_nibbles(&codes(w, half_scale(e)))])
+}
+
+/// The codes whose values, times `d`, are nearest to the weights: how many of the midpoints between neighbouring
+/// sizes lie below a weight's size, and its sign unless that's none.
+fn codes(w: &[f32; 32], d: f32) -> [u8; 32] {
+    let mut codes = [0u32; 32];
+    for pair in CODEBOOK[..8].windows(2) {
+        // Exact: the scale is a power of two.
+        let midpoint = (f32::from(pair[0]) + f32::from(pair[1])) / 2.0 * d;
+        for (code, x) in codes.iter_mut().zip(w) {
+            *code += u32::from(x.abs() > midpoint);
         }
     }
-    join(&[&[e], &pack_nibbles(&codes)])
+    for (code, x) in codes.iter_mut().zip(w) {
+        *code += u32::from(*x < 0.0 && *code > 0) * 8;
+    }
+    codes.map(|code| code as u8)
 }
 
 /// The layout for the kernels.

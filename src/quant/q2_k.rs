@@ -14,7 +14,7 @@ use half::f16;
 
 use super::act::nearest;
 use super::block32::{f16_at, join, quantize};
-use super::fit::{AffineSearch, affine, recode_affine};
+use super::fit::{AffineFit, AffineSearch, affine, recode_affine, side_by_side};
 use super::kernels::{Block, Field, Layout, Superblock, Vector, unpack};
 use super::superblock::{Affine, LEN, dequantize_affine, dot_affine, pack_two_bits, two_bits};
 use super::{ActKind, Format, kernels};
@@ -48,15 +48,12 @@ const SEARCH: AffineSearch = AffineSearch { n_max: 3, first: -0.5, more: 15, abs
 /// Each sub-block is fitted by itself, a weight counting as much as its size. Then scales and offsets are rounded to four
 /// bits of the largest, and the codes chosen anew for what they became.
 fn pack(w: &[f32; LEN]) -> [u8; BYTES] {
-    let (subs, mut codes) = (w.as_chunks::<16>().0, [0; LEN]);
-    let (mut scales, mut offsets) = ([0.0f32; 16], [0.0f32; 16]);
-    for (j, (w, codes)) in subs.iter().zip(codes.as_chunks_mut().0).enumerate() {
-        let fit = affine(w, &w.map(f32::abs), &SEARCH);
-        (scales[j], offsets[j], *codes) = (fit.scale, fit.offset, fit.codes);
-    }
-    let (d, sc) = to_4_bits(&scales);
-    let (dmin, m) = to_4_bits(&offsets);
-    for (j, (w, codes)) in subs.iter().zip(codes.as_chunks_mut::<16>().0).enumerate() {
+    let groups = side_by_side::<16, 16>(w);
+    let importance = groups.map(|x| x.map(f32::abs));
+    let AffineFit { scale, offset, mut codes } = affine(&groups, &importance, &SEARCH);
+    let (d, sc) = to_4_bits(&scale);
+    let (dmin, m) = to_4_bits(&offset);
+    for (j, (w, codes)) in w.as_chunks::<16>().0.iter().zip(codes.as_chunks_mut::<16>().0).enumerate() {
         let (d, offset) = (d.to_f32() * f32::from(sc[j]), dmin.to_f32() * f32::from(m[j]));
         recode_affine(w, d, offset, SEARCH.n_max, codes);
     }

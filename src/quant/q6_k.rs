@@ -14,7 +14,7 @@ use half::f16;
 
 use super::act::{largest, nearest};
 use super::block32::{f16_at, join, quantize};
-use super::fit::{recode_signed, signed_6_bits};
+use super::fit::{NOTHING, recode_signed, signed_6_bits};
 use super::kernels::{Block, Field, Layout, Superblock, Vector, unpack};
 use super::superblock::{LEN, Scaled, dequantize_scaled, dot_scaled, pack_two_bits, two_bits};
 use super::{ActKind, Format, kernels};
@@ -56,19 +56,15 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> Scaled<16> {
 /// Each sub-block is fitted by itself. Then the scales are rounded to eight bits such that the one of largest size becomes
 /// -128, and the codes are chosen anew for what they became.
 fn pack(w: &[f32; LEN]) -> [u8; BYTES] {
-    let (subs, mut codes) = (w.as_chunks::<16>().0, [0; LEN]);
-    let mut fits = [0.0f32; 16];
-    for (j, (w, codes)) in subs.iter().zip(codes.as_chunks_mut().0).enumerate() {
-        (fits[j], *codes) = signed_6_bits(w);
-    }
+    let (fits, mut codes) = signed_6_bits(w);
     let max = largest(&fits);
-    if max.abs() < 1e-15 {
+    if max.abs() < NOTHING {
         return [0; BYTES];
     }
     let inverse = -128.0 / max;
     let d = f16::from_f32(1.0 / inverse);
     let sc = fits.map(|s| nearest(inverse * s).clamp(-128, 127) as i8);
-    for (j, (w, codes)) in subs.iter().zip(codes.as_chunks_mut::<16>().0).enumerate() {
+    for (j, (w, codes)) in w.as_chunks::<16>().0.iter().zip(codes.as_chunks_mut::<16>().0).enumerate() {
         recode_signed(w, d.to_f32() * f32::from(sc[j]), 32, codes);
     }
     let high = codes.map(|code| code >> 4);

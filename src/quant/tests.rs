@@ -240,6 +240,52 @@ fn the_error_of_normal_weights_is_what_the_bits_allow() {
     }
 }
 
+/// FNV-1a of bytes.
+fn hash(bytes: impl IntoIterator<Item = u8>) -> u64 {
+    bytes.into_iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// What these formats are, to the bit, on every machine: taken when blocks and bytes equalled ggml's (tests/ggml_blocks.rs)
+/// and dots followed the order that kernels keep. If one changes, so do the answers of every model that holds it.
+#[test]
+fn numbers_are_what_they_have_always_been() {
+    // Name; hash of random blocks dequantised; hash of a normal row quantised; bits of the dot of those blocks.
+    const GOLDEN: &[(&str, u64, u64, u32)] = &[
+        ("f32", 0x06b1_8d84_4234_97eb, 0x17c4_516b_2f94_d72f, 0xddd4_8316),
+        ("f16", 0xabee_47c8_220b_f791, 0xba26_f205_d95e_b79d, 0x48c9_5a34),
+        ("bf16", 0x17d0_28bf_c080_58b5, 0x5c32_faf1_afd8_50dc, 0xdde2_1909),
+        ("q4_0", 0xc5af_6eb0_b0f8_81e7, 0x2f8d_2444_8b43_52ce, 0xc88f_46c6),
+        ("q4_1", 0x72fe_d7d2_be29_1c04, 0x178d_c6b1_70bc_8336, 0x4fb2_eb3c),
+        ("q5_0", 0x8891_330f_bd8f_52cb, 0x4a48_16a6_fa41_16dc, 0xcfb0_2b2d),
+        ("q5_1", 0x3ccd_9442_7e33_6e22, 0x3ed0_f418_e98c_6cf9, 0xce85_cfab),
+        ("q8_0", 0xd35e_6621_2c77_b8e6, 0xae86_ddc7_4148_6f84, 0xce96_368b),
+        ("q2_k", 0x92c1_7d27_1bda_decd, 0x0f7d_ec80_0af4_1bf9, 0xc933_c618),
+        ("q3_k", 0x139c_84e0_2788_b479, 0xb0ab_0adf_064a_fd03, 0x4a80_b9ff),
+        ("q4_k", 0x5964_0e18_8d2f_6549, 0x7e4d_7203_bf7b_5b39, 0xd13c_d2dc),
+        ("q5_k", 0x6da3_e929_f4b8_397d, 0xf548_1de8_c788_019e, 0xc59a_4c07),
+        ("q6_k", 0x5fb5_07f1_d6b0_9835, 0xf1f7_5057_497c_62de, 0x4d85_0aa2),
+        ("iq4_nl", 0x93e7_bb55_94bb_6be5, 0x1d96_82e9_e7f1_077c, 0x525d_b83c),
+        ("iq4_xs", 0xf214_8058_9069_0b11, 0xcfb0_e850_e6d1_66ca, 0x49b6_6ef9),
+        ("mxfp4", 0x51fc_84b4_e81b_424f, 0x1f28_76cf_069b_ab42, 0x5874_faba),
+    ];
+    let found: Vec<_> = FORMATS
+        .iter()
+        .map(|format| {
+            let mut rng = Rng(u64::from(format.id));
+            let row = random_row(format, 1024, &mut rng);
+            let values = dequantized(format, &row);
+            let acts = Acts::new(format.act, &random_activations(1024, &mut rng));
+            let dot = (format.vec_dot)(&row, acts.row());
+            let bytes = quantized(format, &rng.normals(1024)).unwrap_or_default();
+            (format.name, hash(values.iter().flat_map(|w| w.to_le_bytes())), hash(bytes), dot.to_bits())
+        })
+        .collect();
+    for known in GOLDEN {
+        let now = found.iter().find(|f| f.0 == known.0).expect("formats are for ever");
+        assert_eq!(now, known, "all are now: {found:#x?}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
@@ -251,6 +297,26 @@ proptest! {
             let row = random_row(format, n, &mut rng);
             let acts = Acts::new(format.act, &random_activations(n, &mut rng));
             assert_dot_is_near(format, &row, &acts)?;
+        }
+    }
+
+    /// Whatever the weights, none is off by more than four steps of its block's largest: one for rounding, the rest for
+    /// fits that give up the largest weight for the others, and for the rounding of scales. Halves add their own limit:
+    /// scales that are small enough round to zero.
+    #[test]
+    fn no_weight_is_far_off(seed: u64) {
+        let x: Vec<f32> = random_activations(1024, &mut Rng(seed)).iter().map(|x| x / 16.0).collect();
+        for format in FORMATS {
+            let Some(row) = quantized(format, &x) else { continue };
+            let bits = if format.block_len == 1 { 9 } else { 8 * format.block_bytes / format.block_len };
+            let y = dequantized(format, &row);
+            for (x, y) in x.chunks(format.block_len).zip(y.chunks(format.block_len)) {
+                let max = x.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+                let allowed = max * 4.0 / (1u32 << bits) as f32 + 2e-4;
+                for (x, y) in x.iter().zip(y) {
+                    prop_assert!((x - y).abs() <= allowed, "{}: {x} became {y}, largest {max}", format.name);
+                }
+            }
         }
     }
 

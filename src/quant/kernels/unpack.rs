@@ -113,7 +113,7 @@ pub(crate) struct ScalesK4<V: Vector> {
 }
 
 impl<V: Vector> ScalesK4<V> {
-    /// From a block that begins with d, dmin and the 12 bytes of [`scales_k4`](super::super::superblock::scales_k4).
+    /// From a block that begins with d, dmin and the 12 bytes of [`unpack_scales`](super::super::k4::unpack_scales).
     #[inline(always)]
     pub(crate) fn load<L: Layout>(v: V, b: Block<V, L>) -> Self {
         let [s, m, h] = b.words(4);
