@@ -1,48 +1,10 @@
 //! The small matrix product inside attention: a few rows against a tile.
 
+use super::source::Source;
 use crate::ops::simd::{Kernel, LANES, Lanes};
 
 /// Rows that are multiplied together, at most: what the registers hold of sums.
 const MAX_ROWS: usize = 6;
-
-/// A matrix of the cache, as lanes: exact in f32, whatever it is stored as.
-pub trait Source: Copy {
-    /// The lanes from `col` on of row `row`.
-    ///
-    /// # Safety
-    /// They lie in the matrix.
-    unsafe fn load<V: Lanes>(self, row: usize, col: usize) -> V;
-}
-
-/// Single precision; rows are `stride` apart.
-#[derive(Clone, Copy)]
-pub struct F32 {
-    pub ptr: *const f32,
-    pub stride: usize,
-}
-
-impl Source for F32 {
-    #[inline(always)]
-    unsafe fn load<V: Lanes>(self, row: usize, col: usize) -> V {
-        // SAFETY: the caller's promise.
-        unsafe { V::load(self.ptr.add(row * self.stride + col)) }
-    }
-}
-
-/// Half precision.
-#[derive(Clone, Copy)]
-pub struct F16 {
-    pub ptr: *const u16,
-    pub stride: usize,
-}
-
-impl Source for F16 {
-    #[inline(always)]
-    unsafe fn load<V: Lanes>(self, row: usize, col: usize) -> V {
-        // SAFETY: the caller's promise.
-        unsafe { V::load_f16(self.ptr.add(row * self.stride + col)) }
-    }
-}
 
 /// `c = a b`, or `c = c * rescale + a b` with a factor for each row. Each element of `c` is one chain of fused multiply-adds
 /// in the order of `inner`, however rows and columns are grouped.
@@ -59,6 +21,9 @@ pub struct Gemm<S> {
     /// Columns of `a` and rows of `b`: from, to.
     pub inner: (usize, usize),
     pub rescale: Option<*const f32>,
+    /// The distance in bytes from `b` to what will be read in the same way next, 0 if nothing: fetched ahead, since the
+    /// processor's own prefetching starts anew in every tile.
+    pub ahead: isize,
 }
 
 impl<S: Source> Kernel for Gemm<S> {
@@ -87,13 +52,6 @@ impl<S: Source> Kernel for Gemm<S> {
 }
 
 impl<S: Source> Gemm<S> {
-    /// The same product with another matrix.
-    #[inline(always)]
-    pub fn with<T>(self, b: T) -> Gemm<T> {
-        let Gemm { a, a_stride, b: _, c, c_stride, n_rows, n_cols, inner, rescale } = self;
-        Gemm { a, a_stride, b, c, c_stride, n_rows, n_cols, inner, rescale }
-    }
-
     /// # Safety
     /// The pointers are valid for the shapes, `c` for writing and apart from the others.
     #[inline(always)]
@@ -147,6 +105,10 @@ impl<S: Source> Gemm<S> {
                 let mut b = [V::splat(0.0); C];
                 for j in 0..C {
                     b[j] = self.b.load(i, col + j * LANES);
+                }
+                if self.ahead != 0 && row == 0 {
+                    V::prefetch(self.b.at(i, col).wrapping_offset(self.ahead));
+                    V::prefetch(self.b.at(i, col + (C - 1) * LANES).wrapping_offset(self.ahead));
                 }
                 for r in 0..R {
                     let x = V::splat(*a.add(r * self.a_stride + i));

@@ -5,6 +5,7 @@
 mod gemm;
 mod online;
 mod scratch;
+mod source;
 
 use super::kv::{KV_BLOCK, KvError, Rows, SeqKv};
 use super::simd;

@@ -6,16 +6,14 @@
 //! tile a row goes through the same operations whichever rows are beside it; positions that it doesn't see have weight
 //! zero, which changes no sum (but perhaps the sign of a zero, which the end removes).
 
-use super::gemm::{F16, F32, Gemm};
+use super::gemm::Gemm;
 use super::scratch::{Buf, Part};
+use super::source::{self, Convert, Source, Use};
 use super::{AttnParams, RANGE};
 use crate::ops::elementwise::Softcap;
-use crate::ops::kv::{GROUP, KV_BLOCK, KvType, Rows, SeqKv, Tile};
-use crate::ops::simd::{Kernel, LANES, Lanes, exp, load, store};
+use crate::ops::kv::{KV_BLOCK, Rows, SeqKv, Tile};
+use crate::ops::simd::{self, Kernel, LANES, Lanes, exp, load, store};
 use std::ops::Range;
-
-/// Up to how many rows a half-precision tile is converted anew for each few of them, instead of once into memory.
-const DIRECT_ROWS: usize = 12;
 
 /// A work item's place: some tokens of a sequence, one head of keys and values.
 #[derive(Clone, Copy)]
@@ -48,6 +46,12 @@ impl Place<'_> {
     fn visible(&self, t: usize) -> Range<usize> {
         self.params.visible(self.pos + t)
     }
+
+    /// Which positions of the tile that begins at `start` token `t`, who sees one at least, sees: counted from there.
+    fn seen(&self, t: usize, start: usize) -> Range<usize> {
+        let v = self.visible(t);
+        v.start.max(start) - start..v.end.min(start + KV_BLOCK) - start
+    }
 }
 
 /// What an item needs besides its parts.
@@ -56,8 +60,8 @@ pub struct Scratch {
     q: Buf,
     scores: Buf,
     rescale: Buf,
-    k: Buf,
-    v: Buf,
+    converted: Buf,
+    scales: Buf,
 }
 
 /// Computes `ranges`, each into a part of its own, and merges them into `total` (one range goes there directly).
@@ -189,17 +193,13 @@ fn attend_range<V: Lanes>(p: &Place, range: usize, s: &mut Scratch, part: &mut P
     let first = (range * RANGE).max(p.visible(0).start) / KV_BLOCK;
     let last = ((range + 1) * RANGE).min(p.visible(p.n_tokens - 1).end).div_ceil(KV_BLOCK);
     for tile in first..last {
-        attend_tile::<V>(p, tile * KV_BLOCK, s, part);
+        attend_tile::<V>(p, tile * KV_BLOCK, tile + 1 < last, s, part);
     }
 }
 
 /// Adds the tile whose first position is `start` to the parts of the rows that see any of it.
 #[inline(always)]
-fn attend_tile<V: Lanes>(p: &Place, start: usize, s: &mut Scratch, part: &mut Part) {
-    let sees = |t: usize| {
-        let v = p.visible(t);
-        v.start.max(start)..v.end.min(start + KV_BLOCK)
-    };
+fn attend_tile<V: Lanes>(p: &Place, start: usize, more: bool, s: &mut Scratch, part: &mut Part) {
     let from = start.saturating_sub(p.pos);
     let to = p.params.n_swa.map_or(p.n_tokens, |n| (start + KV_BLOCK + n - 1).saturating_sub(p.pos).min(p.n_tokens));
     if from >= to {
@@ -207,178 +207,133 @@ fn attend_tile<V: Lanes>(p: &Place, start: usize, s: &mut Scratch, part: &mut Pa
     }
     let rows = from * p.group..to * p.group;
     // The positions that any of these rows sees; those past the end may never have been written.
-    let (lo, hi) = (sees(from).start - start, sees(to - 1).end - start);
+    let (lo, hi) = (p.seen(from, start).start, p.seen(to - 1, start).end);
     let tile = p.seq.tile_at(start, p.layer, p.kv_head);
-    scores::<V>(p, &tile, rows.clone(), hi, s);
+    let next = if more { p.seq.tile_at(start + KV_BLOCK, p.layer, p.kv_head).k } else { tile.k };
+    let ahead = (next as isize).wrapping_sub(tile.k as isize);
+    scores::<V>(p, &tile, ahead, rows.clone(), hi, s);
+    weigh::<V>(p, start, rows.clone(), s, part);
+    accumulate::<V>(&tile, ahead, rows, lo..hi, s, part);
+}
+
+/// Turns the rows' scores into weights relative to their new maxima, 0 where a row doesn't see; `s.rescale` is what their
+/// earlier results are multiplied by.
+#[inline(always)]
+fn weigh<V: Lanes>(p: &Place, start: usize, rows: Range<usize>, s: &mut Scratch, part: &mut Part) {
     let (max, sum) = (&mut part.max[rows.clone()], &mut part.sum[rows.clone()]);
     let (scores, rescale) = (s.scores.get(rows.len() * KV_BLOCK), s.rescale.get(rows.len()));
-    for (i, scores) in scores.as_chunks_mut::<KV_BLOCK>().0.iter_mut().enumerate() {
-        let seen = sees(from + i / p.group);
-        weigh::<V>(p, scores, seen.start - start..seen.end - start, &mut max[i], &mut rescale[i], &mut sum[i]);
+    let scores = scores.as_chunks_mut::<KV_BLOCK>().0;
+    for (i, scores) in scores.iter_mut().enumerate() {
+        if let Some(cap) = p.params.softcap {
+            for x in scores.as_chunks_mut::<LANES>().0 {
+                store(Softcap(cap).apply_to(load::<V>(x)), x);
+            }
+        }
+        let seen = p.seen((rows.start + i) / p.group, start);
+        if seen.len() < KV_BLOCK {
+            scores[..seen.start].fill(f32::NEG_INFINITY);
+            scores[seen.end..].fill(f32::NEG_INFINITY);
+        }
+        let x = scores.as_chunks::<LANES>().0;
+        let highest = load::<V>(&x[0]).max(load(&x[1])).max(load::<V>(&x[2]).max(load(&x[3]))).max_lane();
+        let new = if highest > max[i] { highest } else { max[i] };
+        (rescale[i], max[i]) = (max[i] - new, new);
     }
-    accumulate::<V>(&tile, rows, lo..hi, s, part);
+    simd::map::<V>(rescale, exp);
+    for (i, scores) in scores.iter_mut().enumerate() {
+        let mut total = V::splat(0.0);
+        for x in scores.as_chunks_mut::<LANES>().0 {
+            let w = exp(load::<V>(x).sub(V::splat(max[i])));
+            store(w, x);
+            total = total.add(w);
+        }
+        sum[i] = sum[i] * rescale[i] + total.sum();
+    }
 }
 
 /// Products of the rows' queries with the tile's first `hi` keys, into `s.scores`, shape `(rows.len(), 64)`.
 #[inline(always)]
-fn scores<V: Lanes>(p: &Place, tile: &Tile, rows: Range<usize>, hi: usize, s: &mut Scratch) {
+fn scores<V: Lanes>(p: &Place, tile: &Tile, next: isize, rows: Range<usize>, hi: usize, s: &mut Scratch) {
     let (dk, n_cols) = (tile.layer.shape.head_dim_k, hi.next_multiple_of(LANES));
     let a = &s.q.get(p.n_rows() * dk)[rows.start * dk..rows.end * dk];
     let c = s.scores.get(rows.len() * KV_BLOCK);
-    let gemm = Gemm {
+    let product = Product {
         a: a.as_ptr(),
         a_stride: dk,
-        b: F32 { ptr: tile.k.cast(), stride: KV_BLOCK },
         c: c.as_mut_ptr(),
         c_stride: KV_BLOCK,
         n_rows: rows.len(),
         n_cols,
         inner: (0, dk),
         rescale: None,
+        ahead: next,
+        b_stride: KV_BLOCK,
+        converted: s.converted.get(dk * KV_BLOCK),
     };
-    // SAFETY: the tile's keys are `(head_dim_k, 64)`, converted or not; `a` and `c` have `rows.len()` rows.
-    unsafe {
-        match tile.layout.type_k {
-            KvType::F32 => gemm.compute::<V>(),
-            KvType::F16 if rows.len() <= DIRECT_ROWS => {
-                gemm.with(F16 { ptr: tile.k.cast(), stride: KV_BLOCK }).compute::<V>();
-            }
-            KvType::F16 => {
-                let b = convert_f16::<V>(tile.k.cast(), dk * KV_BLOCK, &mut s.k);
-                gemm.with(F32 { ptr: b, stride: KV_BLOCK }).compute::<V>();
-            }
-            KvType::Q8_0 => {
-                let b = convert_q8_keys::<V>(tile, n_cols, &mut s.k);
-                gemm.with(F32 { ptr: b, stride: KV_BLOCK }).compute::<V>();
-            }
-        }
-    }
-}
-
-/// Turns a row's scores into weights relative to its new maximum, 0 where it doesn't see; `rescale` is what its earlier
-/// results are multiplied by.
-#[inline(always)]
-fn weigh<V: Lanes>(
-    p: &Place,
-    scores: &mut [f32; KV_BLOCK],
-    seen: Range<usize>,
-    max: &mut f32,
-    rescale: &mut f32,
-    sum: &mut f32,
-) {
-    if let Some(cap) = p.params.softcap {
-        for x in scores.as_chunks_mut::<LANES>().0 {
-            store(Softcap(cap).apply_to(load::<V>(x)), x);
-        }
-    }
-    scores[..seen.start].fill(f32::NEG_INFINITY);
-    scores[seen.end..].fill(f32::NEG_INFINITY);
-    let quads = scores.as_chunks_mut::<LANES>().0;
-    let highest = load::<V>(&quads[0]).max(load(&quads[1])).max(load::<V>(&quads[2]).max(load(&quads[3]))).max_lane();
-    let new = if highest > *max { highest } else { *max };
-    *rescale = exp1::<V>(*max - new);
-    *max = new;
-    let mut total = V::splat(0.0);
-    for x in quads {
-        let w = exp(load::<V>(x).sub(V::splat(new)));
-        store(w, x);
-        total = total.add(w);
-    }
-    *sum = *sum * *rescale + total.sum();
+    // SAFETY: the tile's keys are `(head_dim_k, 64)`; `a` and `c` have `rows.len()` rows.
+    unsafe { source::keys::<V>(tile, &mut s.scales, product) }
 }
 
 /// Rescales the rows' sums and adds the tile's values of the positions `seen` with the weights in `s.scores`.
 #[inline(always)]
-fn accumulate<V: Lanes>(tile: &Tile, rows: Range<usize>, seen: Range<usize>, s: &mut Scratch, part: &mut Part) {
+fn accumulate<V: Lanes>(
+    tile: &Tile,
+    next: isize,
+    rows: Range<usize>,
+    seen: Range<usize>,
+    s: &mut Scratch,
+    part: &mut Part,
+) {
     let dv_pad = tile.layer.dv_pad;
     let a = s.scores.get(rows.len() * KV_BLOCK);
     let c = &mut part.out[rows.start * dv_pad..rows.end * dv_pad];
-    let gemm = Gemm {
+    let product = Product {
         a: a.as_ptr(),
         a_stride: KV_BLOCK,
-        b: F32 { ptr: tile.v.cast(), stride: dv_pad },
         c: c.as_mut_ptr(),
         c_stride: dv_pad,
         n_rows: rows.len(),
         n_cols: dv_pad,
         inner: (seen.start, seen.end),
         rescale: Some(s.rescale.get(rows.len()).as_ptr()),
+        ahead: next,
+        b_stride: dv_pad,
+        converted: s.converted.get(KV_BLOCK * dv_pad),
     };
-    // SAFETY: the tile's values are `(64, dv_pad)`, converted or not; `a` and `c` have `rows.len()` rows.
-    unsafe {
-        match tile.layout.type_v {
-            KvType::F32 => gemm.compute::<V>(),
-            KvType::F16 if rows.len() <= DIRECT_ROWS => {
-                gemm.with(F16 { ptr: tile.v.cast(), stride: dv_pad }).compute::<V>();
-            }
-            KvType::F16 => {
-                let b = convert_f16::<V>(tile.v.cast(), seen.end * dv_pad, &mut s.v);
-                gemm.with(F32 { ptr: b, stride: dv_pad }).compute::<V>();
-            }
-            KvType::Q8_0 => {
-                let b = convert_q8_values::<V>(tile, seen, &mut s.v);
-                gemm.with(F32 { ptr: b, stride: dv_pad }).compute::<V>();
-            }
-        }
-    }
+    // SAFETY: the tile's values are `(64, dv_pad)`; `a` and `c` have `rows.len()` rows.
+    unsafe { source::values::<V>(tile, &mut s.scales, product) }
 }
 
-/// The first `n` values (a multiple of [`LANES`]) in single precision.
-///
-/// # Safety
-/// `src` is valid for reading them.
-#[inline(always)]
-unsafe fn convert_f16<V: Lanes>(src: *const u16, n: usize, buf: &mut Buf) -> *const f32 {
-    let out = buf.get(n);
-    for (i, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
-        // SAFETY: the caller's promise.
-        store(unsafe { V::load_f16(src.add(i * LANES)) }, out);
-    }
-    out.as_ptr()
+/// A [`Gemm`] whose `b` isn't known yet, converted first if there are many rows.
+struct Product<'a> {
+    a: *const f32,
+    a_stride: usize,
+    c: *mut f32,
+    c_stride: usize,
+    n_rows: usize,
+    n_cols: usize,
+    inner: (usize, usize),
+    rescale: Option<*const f32>,
+    ahead: isize,
+    /// Room for all of `b` in single precision, and the length of its rows.
+    converted: &'a mut [f32],
+    b_stride: usize,
 }
 
-/// The keys of the first `n_cols` positions. A byte times a half-precision scale is exact in f32.
-///
-/// # Safety
-/// The tile's keys are Q8_0.
-#[inline(always)]
-unsafe fn convert_q8_keys<V: Lanes>(tile: &Tile, n_cols: usize, buf: &mut Buf) -> *const f32 {
-    let out = buf.get(tile.layer.shape.head_dim_k * KV_BLOCK);
-    for (d, row) in out.chunks_exact_mut(KV_BLOCK).enumerate() {
-        for (j, out) in row[..n_cols].as_chunks_mut().0.iter_mut().enumerate() {
-            // SAFETY: `d` is below head_dim_k, and its group's scales are a row of 64.
-            let (x, scale) = unsafe {
-                (
-                    V::load_i8(tile.k.cast::<i8>().add(d * KV_BLOCK + j * LANES)),
-                    V::load_f16(tile.k_scale.add(d / GROUP * KV_BLOCK + j * LANES)),
-                )
-            };
-            store(x.mul(scale), out);
+impl Use for Product<'_> {
+    #[inline(always)]
+    unsafe fn with<V: Lanes, S: Source>(self, source: S) {
+        let Product { a, a_stride, c, c_stride, n_rows, n_cols, inner, rescale, ahead, .. } = self;
+        // SAFETY: the shapes are those that `scores` and `accumulate` give.
+        unsafe {
+            if n_rows <= S::DIRECT_ROWS {
+                let b = source;
+                return Gemm { a, a_stride, b, c, c_stride, n_rows, n_cols, inner, rescale, ahead }.compute::<V>();
+            }
+            let (stride, out) = (self.b_stride, self.converted);
+            let convert = Convert { source, rows: inner, n_cols, stride, out, ahead };
+            let b = convert.compute::<V>();
+            Gemm { a, a_stride, b, c, c_stride, n_rows, n_cols, inner, rescale, ahead: 0 }.compute::<V>();
         }
     }
-    out.as_ptr()
-}
-
-/// The values of the positions `seen`.
-///
-/// # Safety
-/// The tile's values are Q8_0.
-#[inline(always)]
-unsafe fn convert_q8_values<V: Lanes>(tile: &Tile, seen: Range<usize>, buf: &mut Buf) -> *const f32 {
-    let dv_pad = tile.layer.dv_pad;
-    let n_groups = dv_pad.div_ceil(GROUP);
-    let out = buf.get(KV_BLOCK * dv_pad);
-    for t in seen {
-        for (j, out) in out[t * dv_pad..][..dv_pad].as_chunks_mut().0.iter_mut().enumerate() {
-            // SAFETY: `t` is below 64, and each position has `n_groups` scales.
-            let (x, scale) = unsafe {
-                (
-                    V::load_i8(tile.v.cast::<i8>().add(t * dv_pad + j * LANES)),
-                    half::f16::from_bits(*tile.v_scale.add(t * n_groups + j * LANES / GROUP)),
-                )
-            };
-            store(x.mul(V::splat(scale.to_f32())), out);
-        }
-    }
-    out.as_ptr()
 }

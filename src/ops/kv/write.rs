@@ -2,8 +2,7 @@
 
 use super::layout::{GROUP, Tile};
 use super::{KV_BLOCK, KvType, Rows};
-use crate::ops::simd::{Kernel, LANES, Lanes, load_part};
-use half::f16;
+use crate::ops::simd::{Kernel, LANES, Lanes, load};
 
 /// The largest half-precision number: larger values are stored as this one, since an infinity in a later row of values would
 /// turn the zero weights of earlier tokens into what is not a number.
@@ -22,25 +21,64 @@ impl Kernel for Write<'_> {
     type Out = ();
     #[inline(always)]
     fn run<V: Lanes>(self) {
-        let (tile, shape) = (&self.tile, self.tile.layer.shape);
         assert!(self.lane + self.n <= KV_BLOCK);
+        let layout = self.tile.layout;
+        // SAFETY: the tile's parts have these types.
+        unsafe {
+            match layout.type_k {
+                KvType::F32 => self.keys::<V, AsF32>(),
+                KvType::F16 => self.keys::<V, AsF16>(),
+                KvType::Q8_0 => self.keys::<V, AsQ8>(),
+            }
+            match layout.type_v {
+                KvType::F32 => self.values::<V, AsF32>(),
+                KvType::F16 => self.values::<V, AsF16>(),
+                KvType::Q8_0 => self.values::<V, AsQ8>(),
+            }
+        }
+    }
+}
+
+impl Write<'_> {
+    /// # Safety
+    /// The tile's keys are stored as `E` does it.
+    #[inline(always)]
+    unsafe fn keys<V: Lanes, E: Encoder>(&self) {
+        let dim = self.tile.layer.shape.head_dim_k;
+        for start in (0..dim).step_by(GROUP) {
+            for t in 0..self.n {
+                let lane = self.lane + t;
+                // SAFETY: keys are `(dim, 64)`, their scales `(ceil(dim / 32), 64)`, and the lane is below 64.
+                unsafe {
+                    let x = piece(self.k.row(t, dim), start);
+                    let x = E::encode::<V>(&x, self.tile.k_scale.wrapping_add(start / GROUP * KV_BLOCK + lane));
+                    let out = self.tile.k.cast::<E::Element>().add(start * KV_BLOCK + lane);
+                    for (d, x) in x.into_iter().enumerate().take(dim - start) {
+                        out.add(d * KV_BLOCK).write(x);
+                    }
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// The tile's values are stored as `E` does it.
+    #[inline(always)]
+    unsafe fn values<V: Lanes, E: Encoder>(&self) {
+        let (dim, dv_pad) = (self.tile.layer.shape.head_dim_v, self.tile.layer.dv_pad);
         for t in 0..self.n {
             let lane = self.lane + t;
-            let (k, v) = (self.k.row(t, shape.head_dim_k), self.v.row(t, shape.head_dim_v));
-            // SAFETY: the tile's parts have the sizes of `layout`'s table for `shape`; `lane` is below 64.
-            unsafe {
-                match tile.layout.type_k {
-                    KvType::F32 => scatter(k, tile.k.cast::<f32>().add(lane)),
-                    KvType::F16 => scatter_f16::<V>(k, tile.k.cast::<u16>().add(lane)),
-                    KvType::Q8_0 => scatter_q8(k, tile.k.cast::<i8>().add(lane), tile.k_scale.add(lane)),
-                }
-                let at = lane * tile.layer.dv_pad;
-                match tile.layout.type_v {
-                    KvType::F32 => v.as_ptr().copy_to_nonoverlapping(tile.v.cast::<f32>().add(at), v.len()),
-                    KvType::F16 => store_f16::<V>(v, tile.v.cast::<u16>().add(at)),
-                    KvType::Q8_0 => {
-                        let scales = tile.v_scale.add(lane * tile.layer.dv_pad.div_ceil(GROUP));
-                        store_q8(v, tile.v.cast::<i8>().add(at), scales);
+            for start in (0..dim).step_by(GROUP) {
+                // SAFETY: values are `(64, dv_pad)`, their scales `(64, ceil(dv_pad / 32))`, and the lane is below 64.
+                unsafe {
+                    let x = piece(self.v.row(t, dim), start);
+                    let scale = self.tile.v_scale.wrapping_add(lane * dv_pad.div_ceil(GROUP) + start / GROUP);
+                    let x = E::encode::<V>(&x, scale);
+                    let out = self.tile.v.cast::<E::Element>().add(lane * dv_pad + start);
+                    if start + GROUP <= dv_pad {
+                        out.cast::<[E::Element; GROUP]>().write(x);
+                    } else {
+                        x.as_ptr().copy_to_nonoverlapping(out, LANES);
                     }
                 }
             }
@@ -48,79 +86,75 @@ impl Kernel for Write<'_> {
     }
 }
 
-/// # Safety
-/// Every 64th place from `out` on is valid for writing, for as many as `x` has.
-unsafe fn scatter<T: Copy>(x: &[T], out: *mut T) {
-    for (d, &x) in x.iter().enumerate() {
-        // SAFETY: the caller's promise.
-        unsafe { out.add(d * KV_BLOCK).write(x) };
-    }
-}
-
+/// The [`GROUP`] values from `start` on, zeros after the row's end.
 #[inline(always)]
-fn to_f16<V: Lanes>(x: &[f32]) -> [u16; LANES] {
-    let x: V = load_part(x, 0.0);
-    let x = V::splat(-F16_MAX).max(V::splat(F16_MAX).min(x));
-    let mut bits = [0; LANES];
-    // SAFETY: the array has 16 places.
-    unsafe { x.store_f16(bits.as_mut_ptr()) };
-    bits
+fn piece(row: &[f32], start: usize) -> [f32; GROUP] {
+    let rest = &row[start..];
+    rest.first_chunk().copied().unwrap_or_else(|| {
+        let mut x = [0.0; GROUP];
+        x[..rest.len()].copy_from_slice(rest);
+        x
+    })
 }
 
-/// # Safety
-/// As [`scatter`].
-#[inline(always)]
-unsafe fn scatter_f16<V: Lanes>(x: &[f32], out: *mut u16) {
-    for (i, x) in x.chunks(LANES).enumerate() {
-        // SAFETY: the caller's promise.
-        unsafe { scatter(&to_f16::<V>(x)[..x.len()], out.add(i * LANES * KV_BLOCK)) };
+/// How values are stored.
+trait Encoder {
+    type Element: Copy;
+    /// # Safety
+    /// `scale` is valid for writing, if the type has scales.
+    unsafe fn encode<V: Lanes>(x: &[f32; GROUP], scale: *mut u16) -> [Self::Element; GROUP];
+}
+
+struct AsF32;
+impl Encoder for AsF32 {
+    type Element = f32;
+    #[inline(always)]
+    unsafe fn encode<V: Lanes>(x: &[f32; GROUP], _: *mut u16) -> [f32; GROUP] {
+        *x
     }
 }
 
-/// # Safety
-/// `out` is valid for writing `x.len()` rounded up to whole [`LANES`].
-#[inline(always)]
-unsafe fn store_f16<V: Lanes>(x: &[f32], out: *mut u16) {
-    for (i, x) in x.chunks(LANES).enumerate() {
-        // SAFETY: the caller's promise.
-        unsafe { out.add(i * LANES).cast::<[u16; LANES]>().write(to_f16::<V>(x)) };
-    }
-}
-
-/// A group's scale and bytes: the greatest value becomes 127.
-fn quantize(x: &[f32]) -> (f16, [i8; GROUP]) {
-    let amax = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-    let d = (amax / 127.0).min(F16_MAX);
-    let inverse = if d > 0.0 { 1.0 / d } else { 0.0 };
-    let mut q = [0; GROUP];
-    for (q, x) in q.iter_mut().zip(x) {
-        *q = (x * inverse).round_ties_even().clamp(-127.0, 127.0) as i8;
-    }
-    (f16::from_f32(d), q)
-}
-
-/// # Safety
-/// As [`scatter`], and `scales` likewise for each group.
-unsafe fn scatter_q8(x: &[f32], out: *mut i8, scales: *mut u16) {
-    for (g, x) in x.chunks(GROUP).enumerate() {
-        let (d, q) = quantize(x);
-        // SAFETY: the caller's promise.
-        unsafe {
-            scales.add(g * KV_BLOCK).write(d.to_bits());
-            scatter(&q[..x.len()], out.add(g * GROUP * KV_BLOCK));
+struct AsF16;
+impl Encoder for AsF16 {
+    type Element = u16;
+    #[inline(always)]
+    unsafe fn encode<V: Lanes>(x: &[f32; GROUP], _: *mut u16) -> [u16; GROUP] {
+        let mut out = [0; GROUP];
+        for (x, out) in x.as_chunks().0.iter().zip(out.as_chunks_mut::<LANES>().0) {
+            let x: V = V::splat(-F16_MAX).max(V::splat(F16_MAX).min(load(x)));
+            // SAFETY: the array has 16 places.
+            unsafe { x.store_f16(out.as_mut_ptr()) };
         }
+        out
     }
 }
 
-/// # Safety
-/// `out` is valid for writing `x.len()` values, `scales` for one value a group.
-unsafe fn store_q8(x: &[f32], out: *mut i8, scales: *mut u16) {
-    for (g, x) in x.chunks(GROUP).enumerate() {
-        let (d, q) = quantize(x);
-        // SAFETY: the caller's promise.
-        unsafe {
-            scales.add(g).write(d.to_bits());
-            q.as_ptr().copy_to_nonoverlapping(out.add(g * GROUP), x.len());
+/// One scale for all: the greatest value becomes 127.
+struct AsQ8;
+impl Encoder for AsQ8 {
+    type Element = i8;
+    #[inline(always)]
+    unsafe fn encode<V: Lanes>(x: &[f32; GROUP], scale: *mut u16) -> [i8; GROUP] {
+        /// 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
+        const ROUND: f32 = 12582912.0;
+        let mut max = V::splat(0.0);
+        for x in x.as_chunks().0 {
+            let x: V = load(x);
+            max = x.max(V::splat(0.0).sub(x)).max(max);
         }
+        let d = (max.max_lane() / 127.0).min(F16_MAX);
+        let mut half = [0; LANES];
+        // SAFETY: the array has 16 places; `scale` is the caller's promise.
+        unsafe {
+            V::splat(d).store_f16(half.as_mut_ptr());
+            scale.write(half[0]);
+        }
+        let inverse = if d > 0.0 { 1.0 / d } else { 0.0 };
+        let mut q = [0; GROUP];
+        for (q, x) in q.iter_mut().zip(x) {
+            let rounded = (x * inverse).clamp(-127.0, 127.0) + ROUND;
+            *q = rounded.to_bits() as i8;
+        }
+        q
     }
 }

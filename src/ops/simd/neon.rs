@@ -42,6 +42,8 @@ impl Lanes for Neon {
         unsafe { run_neon(k) }
     }
     #[inline(always)]
+    fn prefetch(_: *const u8) {}
+    #[inline(always)]
     fn splat(x: f32) -> Self {
         // SAFETY: see above.
         Neon([unsafe { vdupq_n_f32(x) }; 4])

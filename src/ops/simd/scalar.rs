@@ -21,6 +21,8 @@ impl Lanes for Scalar {
         k.run::<Self>()
     }
     #[inline(always)]
+    fn prefetch(_: *const u8) {}
+    #[inline(always)]
     fn splat(x: f32) -> Self {
         Scalar([x; LANES])
     }

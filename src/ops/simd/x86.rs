@@ -44,6 +44,11 @@ impl Lanes for Avx512 {
         unsafe { run_avx512(k) }
     }
     #[inline(always)]
+    fn prefetch(p: *const u8) {
+        // SAFETY: see above; a prefetch reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
+    #[inline(always)]
     fn splat(x: f32) -> Self {
         // SAFETY: see above.
         Avx512(unsafe { _mm512_set1_ps(x) })
@@ -149,6 +154,11 @@ impl Lanes for Avx2 {
     fn call<K: Kernel>(k: K) -> K::Out {
         // SAFETY: see above.
         unsafe { run_avx2(k) }
+    }
+    #[inline(always)]
+    fn prefetch(p: *const u8) {
+        // SAFETY: see above; a prefetch reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
     #[inline(always)]
     fn splat(x: f32) -> Self {
