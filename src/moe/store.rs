@@ -445,3 +445,159 @@ impl Drop for Fetch<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::moe::policy;
+    use proptest::prelude::*;
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    use std::time::Duration;
+
+    const N_EMBD: usize = 8;
+    const N_FF: usize = 32;
+    const N_EXPERT: usize = 6;
+
+    /// Weights that say whose they are; reads take as long as the seed says, and fail when they are told to.
+    struct Fake {
+        seed: u64,
+        n_reads: AtomicU64,
+        failing: AtomicU64,
+    }
+
+    impl Fake {
+        fn new(seed: u64) -> Arc<Self> {
+            Arc::new(Fake { seed, n_reads: AtomicU64::new(0), failing: AtomicU64::new(0) })
+        }
+    }
+
+    /// The value of all weights of a part of an expert.
+    fn weight(tensor: usize, expert: u32) -> f32 {
+        (tensor * 100) as f32 + expert as f32
+    }
+
+    impl Source for Fake {
+        fn read(&self, tensor: usize, offset: u64, buf: &mut [u8]) -> Result<(), String> {
+            let n = self.n_reads.fetch_add(1, Relaxed);
+            let wait = (self.seed.wrapping_add(n).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 60) * 20;
+            std::thread::sleep(Duration::from_micros(wait));
+            let fails = self.failing.try_update(Relaxed, Relaxed, |f| f.checked_sub(1)).is_ok();
+            if fails {
+                return Err("the disk said no".into());
+            }
+            let expert = (offset as usize / buf.len()) as u32;
+            buf.chunks_mut(4).for_each(|w| w.copy_from_slice(&weight(tensor, expert).to_le_bytes()));
+            Ok(())
+        }
+    }
+
+    fn layout(n_layer: usize) -> StoreLayout {
+        let format = crate::quant::by_name("f32").unwrap();
+        let n_bytes = N_FF * N_EMBD * 4;
+        let part = |tensor, n_rows, n_cols| Part {
+            tensor,
+            offset: 0,
+            stride: n_bytes as u64,
+            n_bytes,
+            format,
+            n_rows,
+            n_cols,
+        };
+        let layer =
+            |l: usize| [part(3 * l, N_FF, N_EMBD), part(3 * l + 1, N_FF, N_EMBD), part(3 * l + 2, N_EMBD, N_FF)];
+        StoreLayout::new((0..n_layer).map(|l| Some(layer(l))).collect(), N_EXPERT)
+    }
+
+    fn store(n_layer: usize, n_slots: usize, lanes: usize, source: Arc<Fake>) -> ExpertStore {
+        let l = layout(n_layer);
+        let bytes = l.bytes_for_all() / (n_layer * N_EXPERT) as u64 * n_slots as u64;
+        ExpertStore::new(l, bytes, Isa::best(), policy::POLICIES[0].1, source, lanes).unwrap()
+    }
+
+    /// Fetches experts and checks that each comes once, with its own weights.
+    fn fetch(store: &ExpertStore, layer: usize, wanted: &[u32]) -> Result<(), FetchError> {
+        let wanted: Vec<(u32, u32)> = wanted.iter().map(|&e| (e, 1)).collect();
+        let mut fetch = store.fetch(layer, &wanted);
+        let (mut ready, mut seen) = (Vec::new(), Vec::new());
+        while fetch.next(&mut ready)? {
+            for r in &ready {
+                for (i, p) in [r.gate, r.up, r.down].into_iter().enumerate() {
+                    assert_eq!(first_weight(p), weight(3 * layer + i, r.expert));
+                }
+                seen.push(r.expert);
+            }
+        }
+        seen.sort_unstable();
+        let mut want: Vec<u32> = wanted.iter().map(|w| w.0).collect();
+        want.sort_unstable();
+        assert_eq!(seen, want);
+        Ok(())
+    }
+
+    /// All weights of a part are the same, so a product with (1, 0, 0 …) gives that weight.
+    fn first_weight(p: Packed<'_>) -> f32 {
+        use crate::ops::matmul::{Acts, OutRows, matmul_groups};
+        let mut acts = Acts::new();
+        acts.reset(1, p.n_cols(), &[p.format().act]);
+        let mut x = vec![0.0; p.n_cols()];
+        x[0] = 1.0;
+        acts.put(0, &x);
+        let mut out = vec![0.0; p.n_rows()];
+        matmul_groups(p, 0..p.n_groups(), &acts, &[0], OutRows::new(&mut out, p.n_rows()));
+        assert!(out.iter().all(|v| v == &out[0]));
+        out[0]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(120))]
+        #[test]
+        fn any_schedule_gives_every_expert_its_own_weights(
+            seed: u64,
+            n_slots in 1usize..13,
+            lanes in 1usize..5,
+            passes in proptest::collection::vec((0usize..2, proptest::collection::btree_set(0u32..N_EXPERT as u32, 1..N_EXPERT)), 1..12),
+        ) {
+            let store = store(2, n_slots, lanes, Fake::new(seed));
+            for (layer, wanted) in passes {
+                store.advance(1);
+                fetch(&store, layer, &wanted.into_iter().collect::<Vec<_>>()).unwrap();
+            }
+            let s = store.stats();
+            prop_assert!(s.hits <= s.uses);
+        }
+    }
+
+    #[test]
+    fn what_fits_is_read_once() {
+        let source = Fake::new(1);
+        let store = store(2, 12, 2, source.clone());
+        for _ in 0..5 {
+            for layer in 0..2 {
+                fetch(&store, layer, &[0, 1, 2, 3, 4, 5]).unwrap();
+            }
+        }
+        assert_eq!(source.n_reads.load(Relaxed), 2 * 6 * 3);
+        assert_eq!(store.stats().evictions, 0);
+    }
+
+    #[test]
+    fn a_failed_read_is_an_error_and_the_next_try_succeeds() {
+        for n_failures in 1..9 {
+            let source = Fake::new(n_failures);
+            let store = store(2, 3, 3, source.clone());
+            fetch(&store, 0, &[1, 2]).unwrap();
+            source.failing.store(n_failures, Relaxed);
+            let error = loop {
+                // A failure in a part of an expert that nobody waits for any more is met by a later fetch, or never.
+                if let Err(e) = fetch(&store, 1, &[0, 3, 5, 4]) {
+                    break e;
+                }
+            };
+            assert_eq!((error.layer, error.why.as_str()), (1, "the disk said no"));
+            source.failing.store(0, Relaxed);
+            for layer in [1, 0, 1] {
+                fetch(&store, layer, &[0, 1, 2, 3, 4, 5]).unwrap();
+            }
+        }
+    }
+}

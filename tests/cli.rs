@@ -1,0 +1,193 @@
+//! The real program, as a user or a script meets it.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+fn oncall(args: &[&str]) -> Command {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_oncall"));
+    c.args(args).stdin(Stdio::null()).env_remove("ONCALL_MODEL").env_remove("ONCALL_LOG");
+    c
+}
+
+fn run(args: &[&str]) -> Output {
+    oncall(args).output().unwrap()
+}
+
+fn run_with_input(args: &[&str], input: &str) -> Output {
+    let mut child = oncall(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+fn out(o: &Output) -> String {
+    assert!(o.status.success(), "{}", err(o));
+    String::from_utf8(o.stdout.clone()).unwrap()
+}
+
+fn err(o: &Output) -> String {
+    String::from_utf8_lossy(&o.stderr).into_owned()
+}
+
+#[test]
+fn writes_a_story() {
+    let o = run(&["run", "--raw", "Once upon a time", "-n", "40", "-s", "1"]);
+    let story = out(&o);
+    assert!(story.starts_with("Once upon a time") && story.len() > 60, "{story}");
+    assert!(err(&o).contains("wrote 40 at"), "{}", err(&o));
+    assert!(!story.contains('\u{1b}') && !err(&o).contains('\u{1b}'), "no colours without a terminal");
+    assert_eq!(story, out(&run(&["run", "--raw", "Once upon a time", "-n", "40", "-s", "1"])), "the same seed");
+}
+
+#[test]
+fn stdin_is_the_prompt_and_only_the_answer_is_printed() {
+    let o = run_with_input(&["run", "-n", "20", "-s", "3"], "Tell me a story about a dragon.\n");
+    assert!(!out(&o).is_empty());
+    let o = run_with_input(&["chat", "-n", "20", "-s", "3"], "Tell me a story about a dragon.\n");
+    assert!(!out(&o).contains(">>>"));
+    assert_eq!(err(&o), "");
+}
+
+#[test]
+fn json_is_one_object() {
+    let v: serde_json::Value =
+        serde_json::from_str(&out(&run(&["run", "--json", "Hi", "-n", "5", "-s", "1"]))).unwrap();
+    assert_eq!(v["n_written"], 5);
+    assert_eq!(v["finish"], "length");
+    let v: serde_json::Value = serde_json::from_str(&out(&run(&["show", "--json"]))).unwrap();
+    assert_eq!((v["n_expert"].as_u64(), v["n_expert_used"].as_u64()), (Some(8), Some(2)));
+    assert_eq!(v["parameters"], 11_418_880);
+    let v: serde_json::Value = serde_json::from_str(&out(&run(&["tokenize", "--json", "Once"]))).unwrap();
+    assert_eq!(v[0]["id"], 1, "a text begins with BOS");
+}
+
+#[test]
+fn the_seed_that_is_reported_can_be_given() {
+    let run_json = |seed: Option<&str>| {
+        let mut args = vec!["run", "--json", "Once", "-n", "12"];
+        args.extend(seed.iter().flat_map(|s| ["-s", s]));
+        serde_json::from_str::<serde_json::Value>(&out(&run(&args))).unwrap()
+    };
+    let first = run_json(None);
+    let again = run_json(Some(&first["seed"].to_string()));
+    assert_eq!(first["text"], again["text"]);
+}
+
+#[test]
+fn stop_strings_end_the_text() {
+    let story = out(&run(&["run", "--raw", "Once upon a time", "-n", "80", "-s", "1", "-r", "was"]));
+    assert!(!story["Once upon a time".len()..].contains("was"), "{story}");
+}
+
+#[test]
+fn logits_are_a_file_of_floats() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("l.f32");
+    let args = ["logits", "--tokens", "1,500,700", "-o", path.to_str().unwrap()];
+    out(&run(&args));
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 3 * 3072 * 4);
+    assert!(!path.with_added_extension("part").exists());
+    let o = run(&["logits", "--tokens", "99999", "-o", path.to_str().unwrap()]);
+    assert_eq!(o.status.code(), Some(1));
+    assert!(err(&o).contains("token 99999 isn't in the vocabulary of 3072"), "{}", err(&o));
+}
+
+#[test]
+fn perplexity_of_a_held_out_story() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base");
+    let text = "models/heldout_sample.txt";
+    let args = ["perplexity", "-f", text, "--chunks", "2", "-c", "256"];
+    let json = |more: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&out(&run(&[&args[..], &["--json"], more].concat()))).unwrap()
+    };
+    let saved = json(&["--save-logits", base.to_str().unwrap()]);
+    let nats = saved["nats_per_token"].as_f64().unwrap();
+    assert!((0.2..0.8).contains(&nats), "the card says 0.38 nats a token, this is {nats}");
+    let same = json(&["--kl-base", base.to_str().unwrap()]);
+    assert!(same["kl_divergence"].as_f64().unwrap().abs() < 1e-9);
+    assert_eq!(same["same_best_token"], 1.0);
+    let rough = json(&["--kl-base", base.to_str().unwrap(), "-ctk", "q8_0", "-ctv", "q8_0"]);
+    let kl = rough["kl_divergence"].as_f64().unwrap();
+    assert!(kl > 0.0 && kl < 0.05, "{kl}");
+}
+
+#[test]
+fn quantises_and_runs_the_result() {
+    let dir = tempfile::tempdir().unwrap();
+    let to = dir.path().join("small.gguf");
+    let to = to.to_str().unwrap();
+    out(&run(&["quantize", "models/tinymoe-stories-Q8_0.gguf", to, "q4_0"]));
+    let o = run(&["quantize", "models/tinymoe-stories-Q8_0.gguf", to, "q4_0"]);
+    assert_eq!(o.status.code(), Some(1), "it doesn't overwrite");
+    assert!(err(&o).contains("small.gguf"), "{}", err(&o));
+    assert!(out(&run(&["run", "--raw", "-m", to, "Once upon a time", "-n", "10"])).len() > 20);
+    let o = run(&["quantize", "models/tinymoe-stories-Q8_0.gguf", to, "q9_9"]);
+    assert_eq!(o.status.code(), Some(2));
+    assert!(err(&o).contains("q4_k_m"), "{}", err(&o));
+}
+
+#[test]
+fn what_is_wrong_is_said_and_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let junk = dir.path().join("junk.gguf");
+    std::fs::write(&junk, b"not a model at all").unwrap();
+    let missing = dir.path().join("missing.gguf");
+    for (path, words) in [(&junk, "GGUF"), (&missing, "missing.gguf"), (&dir.path().to_path_buf(), "directory")] {
+        let o = run(&["run", "-m", path.to_str().unwrap(), "hello"]);
+        assert_eq!(o.status.code(), Some(1));
+        assert!(err(&o).starts_with("error:") && err(&o).contains(words), "{}", err(&o));
+        assert!(o.stdout.is_empty());
+    }
+    let long = "once upon a time ".repeat(400);
+    let o = run(&["run", &long]);
+    assert_eq!(o.status.code(), Some(1));
+    assert!(err(&o).contains("don't fit into a context of 512"), "{}", err(&o));
+    for args in [&["run", "x", "--temp", "warm"][..], &["nonsense"], &["run", "x", "--no-such-flag"]] {
+        assert_eq!(run(args).status.code(), Some(2), "{args:?}");
+    }
+    let o = run(&["run", "x", "--top-p", "7"]);
+    assert_eq!(o.status.code(), Some(1));
+    assert!(err(&o).contains("top_p") && err(&o).contains("0 to 1"), "{}", err(&o));
+    let o = oncall(&["run", "x"]).env("ONCALL_ISA", "sse9").output().unwrap();
+    assert!(err(&o).contains("sse9") && err(&o).contains("scalar"), "{}", err(&o));
+}
+
+#[test]
+fn a_closed_pipe_ends_quietly() {
+    let mut child = oncall(&["run", "--raw", "Once upon a time", "-n", "200", "--ignore-eos"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let o = child.wait_with_output().unwrap();
+    assert!(o.status.success(), "{:?} {}", o.status, err(&o));
+    assert!(!err(&o).contains("panicked"), "{}", err(&o));
+}
+
+#[test]
+#[cfg(unix)]
+fn ctrl_c_stops_the_answer() {
+    let child = oncall(&["run", "--raw", "Once upon a time", "--ignore-eos", "-c", "100000"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let o = child.wait_with_output().unwrap();
+    assert_eq!(o.status.code(), Some(130), "{}", err(&o));
+    assert!(!o.stdout.is_empty());
+}
+
+#[test]
+fn help_teaches_and_the_manual_is_there() {
+    let help = out(&run(&["--help"]));
+    for word in ["run", "chat", "show", "quantize", "Examples:", "Exit codes"] {
+        assert!(help.contains(word), "{word}");
+    }
+    assert!(out(&run(&["man"])).starts_with(".ie"));
+    assert!(out(&run(&["completions", "bash"])).contains("oncall"));
+    assert!(Path::new("models/tinymoe-stories-Q8_0.gguf").exists());
+}
