@@ -1,7 +1,7 @@
 //! Flags that several commands share. Names and defaults are llama.cpp's.
 
 use super::Failure;
-use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, Engine, EngineOptions, GenerationParams};
+use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, Engine, EngineOptions, GenerationParams, Memory};
 use crate::ops::kv::KvType;
 use crate::session::sampler::SamplingParams;
 use clap::{Args, Parser, ValueEnum};
@@ -50,6 +50,10 @@ pub(super) struct ModelArgs {
     /// Context in tokens; 0 for the model's own [default: the model's own, up to 4096]
     #[arg(short, long, value_name = "N")]
     pub ctx_size: Option<usize>,
+    /// Memory for everything: weights, KV cache, buffers, experts; as 4GiB or 900MiB. Experts that don't fit are read
+    /// from the file when they are called [default: what the machine can spare]
+    #[arg(long, value_name = "SIZE|auto", value_parser = parse_memory)]
+    pub memory: Option<Memory>,
     /// Threads that compute [default: one for each core]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -93,6 +97,7 @@ impl ModelArgs {
             n_ctx: self.ctx_size,
             n_threads: self.threads.map(usize::from),
             chunk: self.ubatch_size as usize,
+            memory: self.memory.unwrap_or_default(),
             type_k: self.cache_type_k.into(),
             type_v: self.cache_type_v.into(),
             ..EngineOptions::default()
@@ -216,6 +221,30 @@ impl SamplingArgs {
     }
 }
 
+/// `4GiB`, `900MiB`, `2.5GB`, `1073741824`, `auto`.
+fn parse_memory(s: &str) -> Result<Memory, String> {
+    if s.eq_ignore_ascii_case("auto") {
+        return Ok(Memory::Auto);
+    }
+    let at = s.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(s.len());
+    let unit: f64 = match s[at..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kib" => 1024.0,
+        "m" | "mib" => 1024.0 * 1024.0,
+        "g" | "gib" => 1024.0 * 1024.0 * 1024.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        _ => return Err("sizes are written as 4GiB, 900MiB or 2.5GB".into()),
+    };
+    let number: f64 = s[..at].trim().parse().map_err(|_| "sizes are written as 4GiB, 900MiB or 2.5GB".to_string())?;
+    if number.is_finite() && number >= 0.0 {
+        Ok(Memory::Bytes((number * unit) as u64))
+    } else {
+        Err("it can't be negative".into())
+    }
+}
+
 /// `15043+1`, `15043-0.5`, `15043-inf`.
 fn parse_bias(s: &str) -> Result<(u32, f32), String> {
     let at = s.find(['+', '-']).ok_or("it takes a token and a signed number, as 15043+1")?;
@@ -233,6 +262,18 @@ mod tests {
         let args = ["oncall", "run", "-sys", "be brief", "-ctk", "q8_0", "--", "-sys"].map(OsString::from);
         let want = ["oncall", "run", "--system", "be brief", "--cache-type-k", "q8_0", "--", "-sys"];
         assert_eq!(rewrite(args.into_iter()), want.map(OsString::from));
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_memory("4GiB"), Ok(Memory::Bytes(4 << 30)));
+        assert_eq!(parse_memory("1.5m"), Ok(Memory::Bytes(3 << 19)));
+        assert_eq!(parse_memory("2GB"), Ok(Memory::Bytes(2_000_000_000)));
+        assert_eq!(parse_memory("123"), Ok(Memory::Bytes(123)));
+        assert_eq!(parse_memory("auto"), Ok(Memory::Auto));
+        for bad in ["", "GiB", "4 parsecs", "-1G", "infG"] {
+            assert!(parse_memory(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The machine: instruction sets, threads, memory.
 
 pub mod isa;
+pub mod memory;
 mod pages;
 mod team;
 

@@ -78,8 +78,10 @@ pub enum EngineError {
     },
     /// The memory budget is too small.
     #[error(
-        "a memory budget of {budget} bytes is too small for this model: the smallest that works here is {smallest} bytes \
-         (a shorter context, -c, or a q8_0 KV cache, -ctk q8_0 -ctv q8_0, would lower it)"
+        "{} MiB of memory are too little for this model: the least that works with this context is {} MiB; a shorter context \
+         (-c) or a q8_0 KV cache (-ctk q8_0 -ctv q8_0) would lower it",
+        budget >> 20,
+        smallest.div_ceil(1 << 20)
     )]
     Budget {
         /// The budget.

@@ -1,10 +1,12 @@
 //! A loaded model and its timelines: the only interface that the front ends see.
 
+mod budget;
 mod error;
 mod generate;
 mod saved;
 mod timeline;
 
+pub use budget::{Budget, Memory};
 pub use error::EngineError;
 pub use generate::{Finish, Generation, GenerationParams, Piece};
 pub use timeline::Session;
@@ -52,7 +54,9 @@ pub struct EngineOptions {
     pub type_k: KvType,
     /// How values are stored.
     pub type_v: KvType,
-    /// Bytes for expert slots; `None` for a slot for every expert.
+    /// Memory for everything.
+    pub memory: Memory,
+    /// Bytes for expert slots, whatever the memory says: for tests and measurements.
     pub expert_bytes: Option<u64>,
 }
 
@@ -65,6 +69,7 @@ impl Default for EngineOptions {
             chunk: DEFAULT_CHUNK,
             type_k: KvType::F16,
             type_v: KvType::F16,
+            memory: Memory::Auto,
             expert_bytes: None,
         }
     }
@@ -80,7 +85,7 @@ struct Inner {
     tokenizer: Tokenizer,
     isa: Isa,
     n_ctx: usize,
-    chunk: usize,
+    budget: Budget,
     /// One pass at a time; its buffers stay.
     buffers: Mutex<Buffers>,
 }
@@ -149,8 +154,9 @@ impl Engine {
             None => model.config.n_ctx_train.min(DEFAULT_CTX),
         };
         let n_blocks = n_ctx.div_ceil(KV_BLOCK).saturating_mul(o.n_sessions.max(1));
-        let kv = KvPool::new(&model.kv_layers(), o.type_k, o.type_v, n_blocks)?;
         let total = loader.declared_bytes();
+        let budget = Budget::new(o, &model, total, n_ctx)?;
+        let kv = KvPool::new(&model.kv_layers(), o.type_k, o.type_v, n_blocks)?;
         let done = std::sync::atomic::AtomicU64::new(0);
         let dense = loader
             .read(&|n| progress(done.fetch_add(n, std::sync::atomic::Ordering::Relaxed) + n, total))
@@ -158,7 +164,7 @@ impl Engine {
         let store = match model.store_layout() {
             None => None,
             Some(layout) => {
-                let bytes = o.expert_bytes.unwrap_or(layout.bytes_for_all());
+                let bytes = o.expert_bytes.unwrap_or(budget.slots);
                 let store = ExpertStore::new(layout, bytes, isa, policy::POLICIES[0].1, gguf.clone(), READ_LANES);
                 Some(store.map_err(system("memory for expert slots, or threads"))?)
             }
@@ -166,9 +172,8 @@ impl Engine {
         let n_threads = o.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
         let team = Team::new(n_threads).map_err(system("threads"))?;
         tracing::info!(model = gguf.name(), %isa, n_threads, n_ctx, dense_bytes = dense.n_bytes(), "loaded");
-        let chunk = o.chunk.max(1);
         let buffers = Mutex::default();
-        Ok(Engine(Arc::new(Inner { gguf, model, dense, store, kv, team, tokenizer, isa, n_ctx, chunk, buffers })))
+        Ok(Engine(Arc::new(Inner { gguf, model, dense, store, kv, team, tokenizer, isa, n_ctx, budget, buffers })))
     }
 
     /// A new, empty timeline.
@@ -213,6 +218,11 @@ impl Engine {
     /// Positions that a session can hold.
     pub fn n_ctx(&self) -> usize {
         self.0.n_ctx
+    }
+
+    /// How its memory is divided.
+    pub fn budget(&self) -> Budget {
+        self.0.budget
     }
 
     /// Threads that compute.

@@ -1,0 +1,92 @@
+//! How much memory this process may take: what the machine can spare, and what its control group allows.
+
+use std::path::{Path, PathBuf};
+
+/// Bytes that could be taken now without pushing others out: the least of the system's `MemAvailable` and what is left of
+/// every memory limit of the control groups (version 1 and 2) that this process is in. `None` where neither is known.
+pub fn available() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok().and_then(|t| mem_available(&t));
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let limits = group_folders(&groups).into_iter().filter_map(|f| left_in_group(&f));
+    meminfo.into_iter().chain(limits).min()
+}
+
+fn mem_available(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// The folders of this process's memory groups and of those above them.
+fn group_folders(cgroup: &str) -> Vec<PathBuf> {
+    let mut folders = Vec::new();
+    for line in cgroup.lines() {
+        let mut fields = line.splitn(3, ':');
+        let (Some(id), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else { continue };
+        let root = match (id, controllers) {
+            ("0", "") => Path::new("/sys/fs/cgroup"),
+            (_, c) if c.split(',').any(|c| c == "memory") => Path::new("/sys/fs/cgroup/memory"),
+            _ => continue,
+        };
+        let own = root.join(path.trim_start_matches('/'));
+        folders.extend(own.ancestors().take_while(|f| f.starts_with(root)).map(Path::to_path_buf));
+    }
+    folders
+}
+
+/// What is left of a group's limit; the page cache counts as free, since the kernel takes it back first.
+fn left_in_group(folder: &Path) -> Option<u64> {
+    let number = |name: &str| std::fs::read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
+    let stat = std::fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
+    let cache = |key: &str| stat.lines().find_map(|l| l.strip_prefix(key)?.trim().parse::<u64>().ok()).unwrap_or(0);
+    let (limit, used) = match number("memory.max") {
+        Some(limit) => (limit, number("memory.current")?.saturating_sub(cache("file "))),
+        None => (number("memory.limit_in_bytes")?, number("memory.usage_in_bytes")?.saturating_sub(cache("cache "))),
+    };
+    // Version 1 says "no limit" with a number near 2^63.
+    (limit < 1 << 60).then(|| limit.saturating_sub(used))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_the_system_writes() {
+        assert_eq!(mem_available("MemTotal: 9 kB\nMemAvailable:   24 kB\n"), Some(24 * 1024));
+        assert_eq!(mem_available("MemAvailable: lots\n"), None);
+        let folders = group_folders("5:cpu,cpuacct:/a\n4:memory:/x/y\n0::/u\nnonsense\n");
+        let want = [
+            "/sys/fs/cgroup/memory/x/y",
+            "/sys/fs/cgroup/memory/x",
+            "/sys/fs/cgroup/memory",
+            "/sys/fs/cgroup/u",
+            "/sys/fs/cgroup",
+        ];
+        assert_eq!(folders, want.map(PathBuf::from));
+    }
+
+    #[test]
+    fn a_group_s_limit_counts_without_its_page_cache() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        assert_eq!(left_in_group(dir.path()), None);
+        write("memory.limit_in_bytes", "1000\n");
+        write("memory.usage_in_bytes", "700\n");
+        write("memory.stat", "cache 300\nrss 400\n");
+        assert_eq!(left_in_group(dir.path()), Some(600));
+        write("memory.limit_in_bytes", "9223372036854771712\n");
+        assert_eq!(left_in_group(dir.path()), None);
+        write("memory.max", "5000\n");
+        write("memory.current", "4000\n");
+        write("memory.stat", "anon 1\nfile 500\n");
+        assert_eq!(left_in_group(dir.path()), Some(1500));
+        write("memory.max", "max\n");
+        assert_eq!(left_in_group(dir.path()), None, "no limit in version 2; the other version's says none too");
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn this_machine_has_some() {
+        assert!(available().unwrap() > 1 << 20);
+    }
+}
