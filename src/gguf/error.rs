@@ -268,7 +268,7 @@ pub enum HeaderError {
         /// Its shape.
         shape: Vec<u64>,
     },
-    /// More elements or bytes than 63 bits can count.
+    /// More elements or bytes than can be counted.
     #[error("tensor {tensor:?} is {shape:?}, which overflows")]
     Overflow {
         /// The tensor.

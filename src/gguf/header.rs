@@ -261,12 +261,12 @@ fn read_tensor(cur: &mut Cursor<'_>, alignment: u64) -> Result<Tensor, HeaderErr
     Ok(Tensor { name: Arc::from(name), dims, n_dims, format, file: 0, offset, n_bytes })
 }
 
-/// Bytes of a tensor, if both they and its elements can be counted in 63 bits.
+/// Bytes of a tensor, if its elements can be counted in 64 bits and they in the 63 of a file's offset.
 pub(super) fn tensor_bytes(dims: &[u64; 4], format: &quant::Format) -> Option<u64> {
     let n_rows = dims[1..].iter().try_fold(1u64, |n, &d| n.checked_mul(d))?;
-    let n_elements = n_rows.checked_mul(dims[0])?;
+    n_rows.checked_mul(dims[0])?;
     let n_bytes = format.row_bytes(dims[0])?.checked_mul(n_rows)?;
-    (n_elements <= i64::MAX as u64 && n_bytes <= i64::MAX as u64).then_some(n_bytes)
+    (n_bytes <= i64::MAX as u64).then_some(n_bytes)
 }
 
 /// Makes the offsets absolute: inside the file, and no two tensors on the same bytes.
