@@ -22,8 +22,8 @@ const POOL_BYTES: usize = 16 << 20;
 const POOL_WEIGHTS: usize = 8 << 20;
 /// Weights that are drawn as one task.
 const TASK: usize = 1 << 16;
-/// Different beginnings of rows in a pool of them.
-const HEADS: usize = 4096;
+/// Different beginnings of rows that begin with the same constant.
+const HEADS: u64 = 4096;
 
 /// Writes tensors' bytes.
 pub(super) struct Filler<'a> {
@@ -107,26 +107,22 @@ impl<'a> Filler<'a> {
         // whole blocks that hold the constant columns, and what's left of the row
         let head_len = router::N_CONSTANT.next_multiple_of(format.block_len).min(n_cols);
         let tail_blocks = ((n_cols - head_len) / format.block_len) as u64;
-        let head_of = |row: u64, which: u64| {
+        let make_head = |value: f32, which: u64| {
             let mut rng = rng.part(which);
             let mut values: Vec<f32> = (0..head_len).map(|_| rng.normal() * std).collect();
-            values[..router::N_CONSTANT].fill(head(preset, row));
+            values[..router::N_CONSTANT].fill(value);
             quantised(format, quantize, &values)
         };
+        let mut heads_of: HashMap<u32, Vec<Vec<u8>>> = HashMap::new();
         let mut pick = rng.part(u64::MAX);
-        if spec.shape.iter().product::<u64>() <= FRESH {
-            for row in 0..n_rows {
-                sink(&head_of(row, 2 * row))?;
-                let tail = tail_blocks as usize * format.block_len;
-                sink(&normal(format, quantize, 0.0, std, tail, &rng.part(2 * row + 1)))?;
-            }
-            return Ok(());
-        }
-        let heads: Vec<Vec<u8>> = (0..HEADS as u64).into_par_iter().map(|i| head_of(0, i)).collect();
         let pool = self.pool(format, quantize, std);
         let mut rows = Vec::new();
-        for _ in 0..n_rows {
-            rows.extend_from_slice(&heads[pick.below(HEADS as u64) as usize]);
+        for row in 0..n_rows {
+            let value = head(preset, row);
+            let heads = heads_of
+                .entry(value.to_bits())
+                .or_insert_with(|| (0..HEADS).into_par_iter().map(|i| make_head(value, i)).collect());
+            rows.extend_from_slice(&heads[pick.below(HEADS) as usize]);
             rows.extend_from_slice(slice(pool, format, tail_blocks, &mut pick));
             if rows.len() > 1 << 20 {
                 sink(&rows)?;

@@ -53,7 +53,7 @@ pub(super) fn specs(preset: &Preset, options: &Options) -> Vec<Spec> {
         n_gqa: preset.n_head / preset.n_head_kv,
         tied: preset.tied,
     };
-    let mut b = Builder { preset, options, facts, specs: Vec::new(), layer: String::new() };
+    let mut b = Builder { preset, options, facts, specs: Vec::new(), layer: String::new(), listens: false };
     let (n_embd, n_vocab) = (preset.n_embd, preset.n_vocab);
     b.embedding();
     if let Rope::Llama3 { factor, n_ctx_orig } = preset.rope {
@@ -62,10 +62,11 @@ pub(super) fn specs(preset: &Preset, options: &Options) -> Vec<Spec> {
     }
     for il in 0..n_layer {
         b.layer = format!("blk.{il}.");
+        b.listens = il == 0 && options.router_skew > 0.0 && router::listens(preset);
         b.vector("attn_norm.weight", &[n_embd], 1.0, SMALL);
         match &preset.mla {
             Some(mla) => b.latent_attention(mla),
-            None => b.attention(il),
+            None => b.attention(),
         }
         // gpt-oss calls the norm before its experts by what stands before it
         let norm = if preset.arch == "gpt-oss" { "post_attention_norm.weight" } else { "ffn_norm.weight" };
@@ -90,6 +91,8 @@ struct Builder<'a> {
     specs: Vec<Spec>,
     /// `blk.N.`, or nothing outside of the layers.
     layer: String,
+    /// This layer's attention is made to look at the tokens just before, see [`router`].
+    listens: bool,
 }
 
 impl Builder<'_> {
@@ -109,6 +112,22 @@ impl Builder<'_> {
         self.vector(name, shape, 0.0, gain / (shape[0] as f32).sqrt());
     }
 
+    /// A matrix that attention begins with: what it makes of the stream's constant matters if the layer listens.
+    fn projection(&mut self, name: &str, shape: &[u32], head: fn(&Preset, u64) -> f32) {
+        if !self.listens {
+            return self.matrix(name, shape, 1.0);
+        }
+        let std = 1.0 / (shape[0] as f32).sqrt();
+        self.push(format!("{}{name}", self.layer), shape, Fill::Headed { std, head });
+    }
+
+    /// What attention ends with.
+    fn attn_output(&mut self, n_in: u32) {
+        let gain = self.options.residual_gain;
+        let gain = if self.listens { router::listening_gain(gain) } else { gain };
+        self.matrix("attn_output.weight", &[n_in, self.preset.n_embd], gain);
+    }
+
     /// A matrix whose output is added to the residual stream.
     fn residual(&mut self, name: &str, shape: &[u32]) {
         self.matrix(name, shape, self.options.residual_gain);
@@ -124,17 +143,19 @@ impl Builder<'_> {
         self.push("token_embd.weight".into(), &shape, fill);
     }
 
-    fn attention(&mut self, _il: u32) {
+    fn attention(&mut self) {
         let p = self.preset;
         let (n_embd, n_q, n_kv) = (p.n_embd, p.n_head * p.head_dim, p.n_head_kv * p.head_dim);
         let biased = matches!(p.arch, "qwen2moe" | "gpt-oss");
-        for (letter, n) in [("q", n_q), ("k", n_kv), ("v", n_kv)] {
-            self.matrix(&format!("attn_{letter}.weight"), &[n_embd, n], 1.0);
+        let parts: [(_, _, fn(&Preset, u64) -> f32); 3] =
+            [("q", n_q, router::query_head), ("k", n_kv, router::key_head), ("v", n_kv, router::value_head)];
+        for (letter, n, head) in parts {
+            self.projection(&format!("attn_{letter}.weight"), &[n_embd, n], head);
             if biased {
                 self.vector(&format!("attn_{letter}.bias"), &[n], 0.0, SMALL);
             }
         }
-        self.residual("attn_output.weight", &[n_q, n_embd]);
+        self.attn_output(n_q);
         // olmoe normalises the whole row, qwen3moe each head
         let norms = match p.arch {
             "olmoe" => Some((n_q, n_kv)),
@@ -159,14 +180,14 @@ impl Builder<'_> {
             self.vector("attn_q_a_norm.weight", &[mla.q_rank], 1.0, SMALL);
             self.matrix("attn_q_b.weight", &[mla.q_rank, n_q], 1.0);
         } else {
-            self.matrix("attn_q.weight", &[n_embd, n_q], 1.0);
+            self.projection("attn_q.weight", &[n_embd, n_q], router::query_head);
         }
-        self.matrix("attn_kv_a_mqa.weight", &[n_embd, mla.kv_rank + mla.n_rot], 1.0);
+        self.projection("attn_kv_a_mqa.weight", &[n_embd, mla.kv_rank + mla.n_rot], router::key_head);
         self.vector("attn_kv_a_norm.weight", &[mla.kv_rank], 1.0, SMALL);
         // keys are never built: a query's unrotated part is taken to the latent space by this matrix' transpose
         self.matrix("attn_k_b.weight", &[p.head_dim - mla.n_rot, mla.kv_rank, n_head], 1.0);
         self.matrix("attn_v_b.weight", &[mla.kv_rank, mla.v_dim, n_head], 1.0);
-        self.residual("attn_output.weight", &[n_head * mla.v_dim, n_embd]);
+        self.attn_output(n_head * mla.v_dim);
     }
 
     fn experts(&mut self, moe: &Moe, il: u32) {
