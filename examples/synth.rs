@@ -18,7 +18,7 @@ use oncall::synth::{self, Options, PRESETS, Preset};
 #[derive(Parser)]
 #[command(after_help = "Examples:
   synth --preset olmoe-1b-7b --quant q4_k_m --router-skew 1 --out olmoe.gguf
-      3.9 GB; experts as unequal as a trained model's, so that a cache of experts has something to do
+      4.2 GB; experts as unequal as a trained model's, so that a cache of experts has something to do
   synth --preset mixtral-8x7b --layers 4 --out few-layers.gguf
       a few layers of a large shape: enough to measure kernels with
   synth --preset tiny-deepseek2 --quant f32 --residual-gain 1 --out tiny.gguf
