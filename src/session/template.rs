@@ -31,9 +31,11 @@ pub const MAX_SOURCE: usize = 256 * 1024;
 /// Instructions that one rendering may execute; a long conversation takes a few hundred thousand.
 const FUEL: u64 = 10_000_000;
 
-/// What one rendering may make and read: a base, and so much for each byte of the conversation. See [`meter`].
-const PURSE: u64 = 64 * 1024 * 1024;
-const PURSE_PER_BYTE: u64 = 512;
+/// What one rendering may make, in bytes: a base, and so much for each byte of the conversation. See [`meter`].
+const MEMORY: (u64, u64) = (64 << 20, 512);
+
+/// What it may read through. Templates that look at the whole conversation again at each turn read much.
+const TIME: (u64, u64) = (512 << 20, 4096);
 
 /// How deep macros, loops and blocks may be nested while rendering.
 const RECURSION: usize = 150;
@@ -198,9 +200,10 @@ impl ChatTemplate {
     ) -> Result<String, TemplateError> {
         let context = self.context(messages, add_generation_prompt, variables)?;
         let size = serde_json::to_vec(&(messages, variables)).map_or(0, |v| v.len() as u64);
-        let purse = PURSE.saturating_add(size.saturating_mul(PURSE_PER_BYTE));
+        let purse = |(base, per_byte): (u64, u64)| base.saturating_add(size.saturating_mul(per_byte));
+        let meter = Arc::new(Meter::new(purse(MEMORY), purse(TIME)));
         let now = clock::unix_seconds(self.now.unwrap_or_else(SystemTime::now));
-        let mut env = builtins::environment(&Arc::new(Meter::new(purse)), now);
+        let mut env = builtins::environment(&meter, now);
         env.set_fuel(Some(FUEL));
         env.set_recursion_limit(RECURSION);
         let mut text = String::new();

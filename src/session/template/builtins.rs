@@ -46,15 +46,71 @@ fn guards(env: &mut Environment<'static>, meter: &Arc<Meter>) {
     let m = meter.clone();
     env.add_filter(guard::PLAIN, move |value: Value| m.read_plain(&value).map(|()| value));
     let m = meter.clone();
-    env.add_filter(guard::APART, move |value: Value| m.take_apart(&value).map(|()| value));
+    env.add_filter(guard::APART, move |value: Value| {
+        m.take_apart(&value)?;
+        match value.as_str() {
+            // minijinja's loop over a text doesn't know its last character.
+            Some(text) => Ok(text.chars().map(Value::from).collect()),
+            None if value.is_none() => Err(Error::new(ErrorKind::InvalidOperation, "none is not iterable")),
+            None => Ok(value),
+        }
+    });
     let m = meter.clone();
     env.add_filter(guard::TEXT, move |value: Value| match value.as_str() {
-        Some(text) => m.spend_len(text.len() / 16).map(|()| value),
+        Some(text) => m.look(text.len() as u64 / 16).map(|()| value),
         None => Ok(value),
     });
     env.add_filter(guard::RAW, |value: Value| value);
     let m = meter.clone();
+    env.add_filter(guard::SLICE, move |value: Value, start: Value, stop: Value, step: Value| {
+        slice(&m, &value, &start, &stop, &step)
+    });
+    let m = meter.clone();
     env.add_filter(guard::MUL, move |a: Value, b: Value| multiply(&m, &a, &b));
+}
+
+/// Python's slices of texts (by character), lists and tuples.
+fn slice(meter: &Meter, value: &Value, start: &Value, stop: &Value, step: &Value) -> Result<Value, Error> {
+    let bound = |v: &Value| match v.as_i64() {
+        _ if v.is_none() => Ok(None),
+        Some(n) => Ok(Some(n)),
+        None => Err(Error::new(ErrorKind::InvalidOperation, format!("a slice's bounds are numbers, not {}", v.kind()))),
+    };
+    if let Some(text) = value.as_str() {
+        meter.spend_len(text.len())?;
+        let chars: Vec<char> = text.chars().collect();
+        let picked = indices(chars.len(), bound(start)?, bound(stop)?, bound(step)?)?;
+        return Ok(Value::from(picked.map(|i| chars[i]).collect::<String>()));
+    }
+    if !matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable) {
+        return Err(Error::new(ErrorKind::InvalidOperation, format!("{} can't be sliced", value.kind())));
+    }
+    meter.spend_product(value.len().unwrap_or(1), 32)?;
+    let items: Vec<Value> = value.try_iter()?.checked().collect::<Result<_, _>>()?;
+    let picked = indices(items.len(), bound(start)?, bound(stop)?, bound(step)?)?;
+    let picked: Vec<Value> = picked.map(|i| items[i].clone()).collect();
+    Ok(if value.is_tuple() { Value::from(minijinja::value::Tuple::new(picked)) } else { Value::from(picked) })
+}
+
+/// Which of `len` items a slice takes, as `slice.indices` of Python has it.
+fn indices(
+    len: usize,
+    start: Option<i64>,
+    stop: Option<i64>,
+    step: Option<i64>,
+) -> Result<impl Iterator<Item = usize>, Error> {
+    let step = step.unwrap_or(1);
+    if step == 0 {
+        return Err(Error::new(ErrorKind::InvalidOperation, "a slice's step can't be 0"));
+    }
+    let len = i64::try_from(len).unwrap_or(i64::MAX);
+    let (lowest, highest) = if step > 0 { (0, len) } else { (-1, len - 1) };
+    let clip = |n: i64| if n < 0 { n.saturating_add(len).max(lowest) } else { n.min(highest) };
+    let first = start.map_or(if step > 0 { lowest } else { highest }, clip);
+    let end = stop.map_or(if step > 0 { highest } else { lowest }, clip);
+    let inside = move |&i: &i64| if step > 0 { i < end } else { i > end };
+    let next = move |i: &i64| i.checked_add(step);
+    Ok(std::iter::successors(Some(first), next).take_while(inside).map(|i| i as usize))
 }
 
 /// Numbers multiplied, a text or list repeated.
@@ -179,7 +235,7 @@ fn searches(env: &mut Environment<'static>, meter: &Arc<Meter>) {
             let arg: &Value = arg;
             if !arg.is_kwargs() {
                 let weight = meter.read(arg)?;
-                meter.spend_product(n, usize::try_from(weight.printed() / 16).unwrap_or(usize::MAX))?;
+                meter.look((n as u64).saturating_mul(weight.printed() / 16))?;
             }
         }
         Ok(())
@@ -224,6 +280,8 @@ fn hugging_face(env: &mut Environment<'static>, meter: &Arc<Meter>, now: i64) {
         })
     });
     let m = meter.clone();
+    // minijinja iterates over none as over nothing; to Python it is an error, and templates ask before.
+    env.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     env.add_filter("tojson", move |value: &Value, args: Rest<ValueOrKwargs>| to_json(&m, value, args));
 }
 

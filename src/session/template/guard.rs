@@ -25,6 +25,8 @@ pub(super) const APART: &str = "<apart>";
 pub(super) const TEXT: &str = "<text>";
 /// Raw text of the template on its way to the output: no constant any more, so that it isn't folded into an instruction.
 pub(super) const RAW: &str = "<raw>";
+/// `value[start:stop:step]`, whose own form in minijinja panics on `[][::-1]`.
+pub(super) const SLICE: &str = "<slice>";
 /// Multiplication: minijinja would repeat a text up to 100 MB, and one of constants while compiling.
 pub(super) const MUL: &str = "<mul>";
 
@@ -122,7 +124,7 @@ fn stmt<'a>(s: &Stmt<'a>) -> Result<Stmt<'a>, Error> {
         }
         Stmt::ForLoop(f) => Stmt::ForLoop(node(
             ast::ForLoop {
-                target: expr(&f.target),
+                target: target(&f.target),
                 iter: through(APART, expr(&f.iter)),
                 filter_expr: f.filter_expr.as_ref().map(expr),
                 recursive: f.recursive,
@@ -203,14 +205,10 @@ fn expr<'a>(e: &Expr<'a>) -> Expr<'a> {
         Expr::Var(v) => Expr::Var(node(ast::Var { id: v.id }, v.span())),
         Expr::Const(c) => Expr::Const(node(ast::Const { value: c.value.clone() }, c.span())),
         Expr::Slice(s) => {
-            let part = |p: &Option<Expr<'a>>| p.as_ref().map(expr);
-            let slice = ast::Slice {
-                expr: through(TEXT, expr(&s.expr)),
-                start: part(&s.start),
-                stop: part(&s.stop),
-                step: part(&s.step),
-            };
-            through(JOINED, Expr::Slice(node(slice, s.span())))
+            let none = || Expr::Const(node(ast::Const { value: Value::from(()) }, s.span()));
+            let part = |p: &Option<Expr<'a>>| ast::CallArg::Pos(p.as_ref().map_or_else(none, expr));
+            let args = vec![part(&s.start), part(&s.stop), part(&s.step)];
+            Expr::Filter(node(ast::Filter { name: SLICE, expr: Some(expr(&s.expr)), args }, s.span()))
         }
         Expr::UnaryOp(u) => {
             let not = matches!(u.op, ast::UnaryOpKind::Not);

@@ -1,8 +1,9 @@
 //! What a rendering may still cost.
 //!
 //! A template comes with the model file and is as little to be trusted. minijinja bounds the instructions that it executes, but one instruction
-//! can double a text, and a list can hold itself twice over: sixty of those fill any memory. So all that is made or read through is paid for
-//! from one purse, before it is made wherever it could be large. A byte of new text costs 1, a value 32, a byte that's only read a sixteenth.
+//! can double a text, and a list can hold itself twice over: sixty of those fill any memory. So all that is made is paid for from a purse,
+//! before it is made wherever it could be large: 1 for a byte of text, 32 for a value. What is only read through takes time and no memory,
+//! and is paid for from another: 32 for a value, 1 for sixteen bytes.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,8 +20,10 @@ const MAX_DEPTH: usize = 200;
 /// Why a rendering ended, carried through minijinja's error as its source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Cause {
-    /// The purse is empty.
+    /// The purse for what is made is empty.
     TooMuch,
+    /// The purse for what is read is empty.
+    TooLong,
     TooDeep,
     /// Something other than plain data was put into a namespace, where it could come to hold itself.
     NotPlain,
@@ -37,6 +40,7 @@ impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TooMuch => f.write_str("it makes more text and data than a rendering may"),
+            Self::TooLong => f.write_str("it reads through more data than a rendering may"),
             Self::TooDeep => write!(f, "it nests data more than {MAX_DEPTH} deep"),
             Self::NotPlain => {
                 f.write_str("a namespace can hold only plain data here, no namespace and nothing callable")
@@ -55,10 +59,18 @@ impl From<Cause> for Error {
     }
 }
 
-/// The purse of one rendering.
+/// The purses of one rendering.
 #[derive(Debug)]
 pub(super) struct Meter {
-    left: AtomicU64,
+    memory: AtomicU64,
+    time: AtomicU64,
+}
+
+fn take(purse: &AtomicU64, cost: u64, empty: Cause) -> Result<(), Error> {
+    // One thread renders; the atomics only satisfy minijinja's `Sync`.
+    let left = purse.load(Ordering::Relaxed).checked_sub(cost).ok_or(empty)?;
+    purse.store(left, Ordering::Relaxed);
+    Ok(())
 }
 
 /// What a value holds, everything in it counted as often as it can be reached.
@@ -81,15 +93,18 @@ impl Weight {
 }
 
 impl Meter {
-    pub(super) fn new(purse: u64) -> Self {
-        Self { left: AtomicU64::new(purse) }
+    pub(super) fn new(memory: u64, time: u64) -> Self {
+        Self { memory: AtomicU64::new(memory), time: AtomicU64::new(time) }
     }
 
+    /// For what is about to be made.
     pub(super) fn spend(&self, cost: u64) -> Result<(), Error> {
-        let left = self.left.load(Ordering::Relaxed).checked_sub(cost).ok_or(Cause::TooMuch)?;
-        // One thread renders; the atomic only satisfies minijinja's `Sync`.
-        self.left.store(left, Ordering::Relaxed);
-        Ok(())
+        take(&self.memory, cost, Cause::TooMuch)
+    }
+
+    /// For what is about to be read.
+    pub(super) fn look(&self, cost: u64) -> Result<(), Error> {
+        take(&self.time, cost, Cause::TooLong)
     }
 
     pub(super) fn spend_len(&self, len: usize) -> Result<(), Error> {
@@ -125,7 +140,7 @@ impl Meter {
                 }
                 return Ok(Value::from(items));
             }
-            _ => self.spend(1)?,
+            _ => self.look(1)?,
         }
         Ok(value)
     }
@@ -133,27 +148,28 @@ impl Meter {
     /// Something will read all of this value.
     pub(super) fn read(&self, value: &Value) -> Result<Weight, Error> {
         let weight = self.weigh(value, false)?;
-        self.spend(weight.read())?;
+        self.look(weight.read())?;
         Ok(weight)
     }
 
     /// As [`Meter::read`], and nothing but plain data may be inside.
     pub(super) fn read_plain(&self, value: &Value) -> Result<(), Error> {
         let weight = self.weigh(value, true)?;
-        self.spend(weight.read())
+        self.look(weight.read())
     }
 
     /// Something will take this value apart: a text into characters, each a value.
     pub(super) fn take_apart(&self, value: &Value) -> Result<(), Error> {
         match value.as_str() {
             Some(text) => self.spend_product(text.len(), NODE as usize),
-            None => self.spend(value.len().unwrap_or(1) as u64),
+            None => self.look(value.len().unwrap_or(1) as u64),
         }
     }
 
     fn weigh(&self, value: &Value, plain: bool) -> Result<Weight, Error> {
         let mut weight = Weight::default();
-        let room = self.left.load(Ordering::Relaxed);
+        // Whatever is read may be printed next, so it must fit the one purse and not only the other.
+        let room = self.memory.load(Ordering::Relaxed);
         add_weight(value, 0, plain, room, &mut weight)?;
         Ok(weight)
     }
