@@ -105,7 +105,8 @@ fn model(name: &str, format: &str) -> PathBuf {
             if !path.exists() {
                 need(&smollm2);
                 let dense = Gguf::open(&smollm2).expect("the fetched model is whole");
-                upcycle::upcycle(&dense, &upcycle::Options::default(), &path, false, &mut |_, _| ()).expect("upcycling");
+                upcycle::upcycle(&dense, &upcycle::Options::default(), &path, false, &mut |_, _| ())
+                    .expect("upcycling");
             }
             path
         }

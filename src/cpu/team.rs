@@ -111,7 +111,7 @@ impl Team {
         let mut spins = 0u32;
         while s.gate.load(Acquire) & INSIDE != 0 {
             spins += 1;
-            if spins % 4096 == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
+            if spins.is_multiple_of(4096) { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
         let theirs = s.panic.lock().unwrap_or_else(|e| e.into_inner()).take();
         drop(turn);
@@ -175,7 +175,7 @@ unsafe impl<T: Send> Sync for Rows<T> {}
 
 impl<T> Rows<T> {
     fn new(x: &mut [T], width: usize) -> Self {
-        assert!(x.is_empty() || (width > 0 && x.len() % width == 0), "whole rows");
+        assert!(x.is_empty() || (width > 0 && x.len().is_multiple_of(width)), "whole rows");
         Rows { ptr: x.as_mut_ptr(), width, len: x.len() / width.max(1) }
     }
 

@@ -124,7 +124,7 @@ impl Mixture {
         let n = shape[0];
         let chosen = if quantised(self.base) { self.choose(facts, tensor, n) } else { self.base };
         let format = named(chosen);
-        if n % format.block_len as u64 == 0 {
+        if n.is_multiple_of(format.block_len as u64) {
             return Some(format);
         }
         // a row that isn't a whole number of blocks takes the nearest format of smaller blocks
@@ -136,15 +136,14 @@ impl Mixture {
             "iq4_xs" => "iq4_nl",
             other => other,
         });
-        let fits = n % fallback.block_len as u64 == 0;
+        let fits = n.is_multiple_of(fallback.block_len as u64);
         Some(if fits { fallback } else { named("f16") })
     }
 
     /// The format's name before the row's length has its say.
     fn choose(&self, facts: &Facts, tensor: &str, n: u64) -> &'static str {
         let (layer, n_layer) = (layer_of(tensor).unwrap_or(0), facts.n_layer);
-        let more_bits =
-            layer < n_layer / 8 || layer >= 7 * n_layer / 8 || (layer >= n_layer / 8 && (layer - n_layer / 8) % 3 == 2);
+        let more_bits = layer < n_layer / 8 || layer >= 7 * n_layer / 8 || (layer - n_layer / 8) % 3 == 2;
         let eight_experts = facts.n_expert == 8;
         let role = match role(tensor) {
             Role::Embedding if facts.tied => Role::Output,
@@ -156,7 +155,7 @@ impl Mixture {
         }
         match (role, self.name) {
             (Role::Output, "q8_0") => "q8_0",
-            (Role::Output, _) if n % named(self.base).block_len as u64 != 0 => "q8_0",
+            (Role::Output, _) if !n.is_multiple_of(named(self.base).block_len as u64) => "q8_0",
             (Role::Output, _) => "q6_k",
 
             // eight experts: attention is a small part of the file

@@ -55,7 +55,7 @@ impl<'a> Filler<'a> {
             &Fill::Normal { mean, std } if n <= FRESH => {
                 sink(&normal(spec.format, quantize, mean, std, n as usize, &rng))
             }
-            &Fill::Normal { std, .. } => self.from_pool(spec.format, quantize, std, n, rng, sink),
+            &Fill::Normal { std, .. } => self.draw(spec.format, quantize, std, n, rng, sink),
             &Fill::Headed { std, head } => self.headed(spec, quantize, std, head, rng, sink),
         }
     }
@@ -71,7 +71,7 @@ impl<'a> Filler<'a> {
     }
 
     /// `n` weights in pieces of an eighth of the pool.
-    fn from_pool(
+    fn draw(
         &mut self,
         format: &'static Format,
         quantize: Quantize,

@@ -44,7 +44,7 @@ pub struct Tokenizer {
 }
 
 enum Algorithm {
-    Spm(spm::Spm),
+    Spm(Box<spm::Spm>),
     Bpe(Box<bpe::Bpe>),
 }
 
@@ -74,7 +74,7 @@ impl Tokenizer {
             let add_bos = pre.add_bos;
             (Algorithm::Bpe(Box::new(bpe::Bpe::new(data, &store, pre)?)), add_bos)
         } else {
-            (Algorithm::Spm(spm::Spm::new(data, &store, roles.get(Special::Unk))?), true)
+            (Algorithm::Spm(Box::new(spm::Spm::new(data, &store, roles.get(Special::Unk))?)), true)
         };
         let add_bos = data.add_bos.unwrap_or(bos_by_default);
         let add_eos = data.add_eos.unwrap_or(false);
