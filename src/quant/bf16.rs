@@ -33,7 +33,7 @@ struct Bf16;
 
 impl Layout for Bf16 {
     const BYTES: usize = 2;
-    const FIELDS: &'static [Field] = &[Field::Halves(1)];
+    const FIELDS: &'static [Field] = &[Field::Halves(0, 1)];
 }
 
 impl Number for Bf16 {

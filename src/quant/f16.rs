@@ -49,7 +49,7 @@ struct F16;
 
 impl Layout for F16 {
     const BYTES: usize = 2;
-    const FIELDS: &'static [Field] = &[Field::Halves(1)];
+    const FIELDS: &'static [Field] = &[Field::Halves(0, 1)];
 }
 
 impl Number for F16 {

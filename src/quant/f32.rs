@@ -21,7 +21,7 @@ struct F32;
 
 impl Layout for F32 {
     const BYTES: usize = 4;
-    const FIELDS: &'static [Field] = &[Field::Words(1)];
+    const FIELDS: &'static [Field] = &[Field::Words(0, 1)];
 }
 
 impl Number for F32 {

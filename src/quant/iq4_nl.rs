@@ -108,7 +108,7 @@ struct Iq4Nl;
 
 impl Layout for Iq4Nl {
     const BYTES: usize = BYTES;
-    const FIELDS: &'static [Field] = &[Field::Halves(1), Field::Words(4)];
+    const FIELDS: &'static [Field] = &[Field::Halves(0, 1), Field::Words(2, 4)];
 }
 
 impl Block32 for Iq4Nl {

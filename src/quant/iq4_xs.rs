@@ -84,7 +84,8 @@ struct Iq4Xs;
 
 impl Layout for Iq4Xs {
     const BYTES: usize = BYTES;
-    const FIELDS: &'static [Field] = &[Field::Halves(2), Field::Words(1 + 32)];
+    const FIELDS: &'static [Field] =
+        &[Field::Halves(0, 2), Field::Words(4, 1), Field::Columns(4, &[8, 24, 40, 56, 72, 88, 104, 120])];
 }
 
 impl Superblock for Iq4Xs {
@@ -100,8 +101,14 @@ impl Superblock for Iq4Xs {
     }
 
     #[inline(always)]
-    fn codes<V: Vector>(v: V, b: Block<V, Self>, _: &Self::Head<V>, s: usize) -> [V::I; 8] {
-        unpack::signed(v, unpack::codebook(v, &CODEBOOK, unpack::nibbles(v, b, 8 + 16 * s)))
+    fn column<V: Vector>(v: V, b: Block<V, Self>, half: usize, j: usize) -> [V::I; 8] {
+        let mut codes = [v.splat(0); 8];
+        let pairs: [V::I; 8] = b.words(8 + 32 * j);
+        for s in 0..8 {
+            let code = unpack::nibble(v, pairs[s], half);
+            codes[s] = v.signed(v.lookup(&CODEBOOK, code));
+        }
+        codes
     }
 
     #[inline(always)]

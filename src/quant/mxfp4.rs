@@ -93,12 +93,12 @@ const UNSIGNED_CODEBOOK: [i8; 16] = {
 
 impl Layout for Mxfp4 {
     const BYTES: usize = BYTES;
-    const FIELDS: &'static [Field] = &[Field::Byte, Field::Words(4)];
+    const FIELDS: &'static [Field] = &[Field::Byte(0), Field::Words(1, 4)];
 }
 
 impl Block32 for Mxfp4 {
     const BITS: u32 = 5;
-    const ZERO: i32 = 12;
+    const ZERO: i32 = 16;
 
     #[inline(always)]
     fn codes<V: Vector>(v: V, b: Block<V, Self>) -> [V::I; 8] {

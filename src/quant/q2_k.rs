@@ -74,7 +74,7 @@ struct Q2K;
 
 impl Layout for Q2K {
     const BYTES: usize = BYTES;
-    const FIELDS: &'static [Field] = &[Field::Words(4 + 16), Field::Halves(2)];
+    const FIELDS: &'static [Field] = &[Field::Halves(80, 2), Field::Words(0, 4), Field::Columns(8, &[16, 48])];
 }
 
 impl Superblock for Q2K {
@@ -87,16 +87,17 @@ impl Superblock for Q2K {
 
     #[inline(always)]
     fn head<V: Vector>(_: V, b: Block<V, Self>) -> Self::Head<V> {
-        ([b.f16(80), b.f16(82)], b.words(0))
+        ([b.f16(0), b.f16(2)], b.words(4))
     }
 
     #[inline(always)]
-    fn codes<V: Vector>(v: V, b: Block<V, Self>, _: &Self::Head<V>, s: usize) -> [V::I; 8] {
-        let mut codes: [V::I; 8] = b.words(16 + 32 * (s / 4));
-        let mut j = 0;
-        while j < 8 {
-            codes[j] = unpack::pair(v, codes[j], s % 4);
-            j += 1;
+    fn column<V: Vector>(v: V, b: Block<V, Self>, half: usize, j: usize) -> [V::I; 8] {
+        let mut codes = [v.splat(0); 8];
+        let fours: [V::I; 2] = b.words(20 + 8 * (4 * half + j));
+        for h in 0..2 {
+            for i in 0..4 {
+                codes[4 * h + i] = unpack::pair(v, fours[h], i);
+            }
         }
         codes
     }

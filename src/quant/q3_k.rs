@@ -101,7 +101,7 @@ struct Q3K;
 
 impl Layout for Q3K {
     const BYTES: usize = BYTES;
-    const FIELDS: &'static [Field] = &[Field::Words(8 + 16 + 3), Field::Halves(1)];
+    const FIELDS: &'static [Field] = &[Field::Halves(108, 1), Field::Words(96, 3), Field::Columns(8, &[0, 32, 64])];
 }
 
 impl Superblock for Q3K {
@@ -113,7 +113,7 @@ impl Superblock for Q3K {
 
     #[inline(always)]
     fn head<V: Vector>(v: V, b: Block<V, Self>) -> Self::Head<V> {
-        let [a, c, top] = b.words(96);
+        let [a, c, top] = b.words(2);
         let (low, high) = (unpack::low::<V>, unpack::high::<V>);
         let mut scales = [low(v, a), low(v, c), high(v, a), high(v, c)];
         let mut i = 0;
@@ -121,16 +121,17 @@ impl Superblock for Q3K {
             scales[i] = v.or(scales[i], v.shl(unpack::pair(v, top, i), 4));
             i += 1;
         }
-        (b.f16(108), scales)
+        (b.f16(0), scales)
     }
 
     #[inline(always)]
-    fn codes<V: Vector>(v: V, b: Block<V, Self>, _: &Self::Head<V>, s: usize) -> [V::I; 8] {
-        let mut codes: [V::I; 8] = b.words(32 + 32 * (s / 4));
-        let mut j = 0;
-        while j < 8 {
-            codes[j] = v.or(unpack::pair(v, codes[j], s % 4), unpack::bit(v, b.word(4 * j), s, 2));
-            j += 1;
+    fn column<V: Vector>(v: V, b: Block<V, Self>, half: usize, j: usize) -> [V::I; 8] {
+        let mut codes = [v.splat(0); 8];
+        let [third, low @ ..]: [V::I; 3] = b.words(14 + 12 * (4 * half + j));
+        for h in 0..2 {
+            for i in 0..4 {
+                codes[4 * h + i] = v.or(unpack::pair(v, low[h], i), unpack::bit(v, third, 4 * h + i, 2));
+            }
         }
         codes
     }

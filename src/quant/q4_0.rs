@@ -47,7 +47,7 @@ struct Q4_0;
 
 impl Layout for Q4_0 {
     const BYTES: usize = BYTES;
-    const FIELDS: &'static [Field] = &[Field::Halves(1), Field::Words(4)];
+    const FIELDS: &'static [Field] = &[Field::Halves(0, 1), Field::Words(2, 4)];
 }
 
 impl Block32 for Q4_0 {

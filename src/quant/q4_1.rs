@@ -47,7 +47,7 @@ struct Q4_1;
 
 impl Layout for Q4_1 {
     const BYTES: usize = BYTES;
-    const FIELDS: &'static [Field] = &[Field::Halves(2), Field::Words(4)];
+    const FIELDS: &'static [Field] = &[Field::Halves(0, 2), Field::Words(4, 4)];
 }
 
 impl Block32 for Q4_1 {

@@ -56,7 +56,7 @@ struct Q4K;
 
 impl Layout for Q4K {
     const BYTES: usize = BYTES;
-    const FIELDS: &'static [Field] = &[Field::Halves(2), Field::Words(3 + 32)];
+    const FIELDS: &'static [Field] = &[Field::Halves(0, 2), Field::Words(4, 3), Field::Columns(8, &[16, 48, 80, 112])];
 }
 
 impl Superblock for Q4K {
@@ -72,12 +72,12 @@ impl Superblock for Q4K {
     }
 
     #[inline(always)]
-    fn codes<V: Vector>(v: V, b: Block<V, Self>, _: &Self::Head<V>, s: usize) -> [V::I; 8] {
-        let mut codes: [V::I; 8] = b.words(16 + s / 2 * 32);
-        let mut j = 0;
-        while j < 8 {
-            codes[j] = unpack::nibble(v, codes[j], s % 2);
-            j += 1;
+    fn column<V: Vector>(v: V, b: Block<V, Self>, half: usize, j: usize) -> [V::I; 8] {
+        let mut codes = [v.splat(0); 8];
+        let pairs: [V::I; 4] = b.words(16 + 16 * (4 * half + j));
+        for c in 0..4 {
+            codes[2 * c] = unpack::low(v, pairs[c]);
+            codes[2 * c + 1] = unpack::high(v, pairs[c]);
         }
         codes
     }

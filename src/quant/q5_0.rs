@@ -50,7 +50,7 @@ struct Q5_0;
 
 impl Layout for Q5_0 {
     const BYTES: usize = BYTES;
-    const FIELDS: &'static [Field] = &[Field::Halves(1), Field::FifthBits, Field::Words(4)];
+    const FIELDS: &'static [Field] = &[Field::Halves(0, 1), Field::FifthBits(2), Field::Words(6, 4)];
 }
 
 impl Block32 for Q5_0 {

@@ -51,7 +51,7 @@ struct Q5_1;
 
 impl Layout for Q5_1 {
     const BYTES: usize = BYTES;
-    const FIELDS: &'static [Field] = &[Field::Halves(2), Field::FifthBits, Field::Words(4)];
+    const FIELDS: &'static [Field] = &[Field::Halves(0, 2), Field::FifthBits(4), Field::Words(8, 4)];
 }
 
 impl Block32 for Q5_1 {

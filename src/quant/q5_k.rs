@@ -65,7 +65,8 @@ struct Q5K;
 
 impl Layout for Q5K {
     const BYTES: usize = BYTES;
-    const FIELDS: &'static [Field] = &[Field::Halves(2), Field::Words(3 + 8 + 32)];
+    const FIELDS: &'static [Field] =
+        &[Field::Halves(0, 2), Field::Words(4, 3), Field::Columns(8, &[16, 48, 80, 112, 144])];
 }
 
 impl Superblock for Q5K {
@@ -73,32 +74,31 @@ impl Superblock for Q5K {
     const ZERO: i32 = 0;
     const SUB: usize = 32;
     const MIN: bool = true;
-    type Head<V: Vector> = (ScalesK4<V>, [V::I; 8]);
+    type Head<V: Vector> = ScalesK4<V>;
 
     #[inline(always)]
     fn head<V: Vector>(v: V, b: Block<V, Self>) -> Self::Head<V> {
-        (ScalesK4::load(v, b), b.words(16))
+        ScalesK4::load(v, b)
     }
 
     #[inline(always)]
-    fn codes<V: Vector>(v: V, b: Block<V, Self>, head: &Self::Head<V>, s: usize) -> [V::I; 8] {
-        let mut codes: [V::I; 8] = b.words(48 + s / 2 * 32);
-        let mut j = 0;
-        while j < 8 {
-            let low = unpack::nibble(v, codes[j], s % 2);
-            codes[j] = v.or(low, unpack::bit(v, head.1[j], s, 4));
-            j += 1;
+    fn column<V: Vector>(v: V, b: Block<V, Self>, half: usize, j: usize) -> [V::I; 8] {
+        let mut codes = [v.splat(0); 8];
+        let [fifth, pairs @ ..]: [V::I; 5] = b.words(16 + 20 * (4 * half + j));
+        for c in 0..4 {
+            codes[2 * c] = v.or(unpack::low(v, pairs[c]), unpack::bit(v, fifth, 2 * c, 4));
+            codes[2 * c + 1] = v.or(unpack::high(v, pairs[c]), unpack::bit(v, fifth, 2 * c + 1, 4));
         }
         codes
     }
 
     #[inline(always)]
     fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
-        head.0.scale(v, j)
+        head.scale(v, j)
     }
 
     #[inline(always)]
     fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
-        head.0.min(v, j)
+        head.min(v, j)
     }
 }

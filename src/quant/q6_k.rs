@@ -87,7 +87,8 @@ struct Q6K;
 
 impl Layout for Q6K {
     const BYTES: usize = BYTES;
-    const FIELDS: &'static [Field] = &[Field::Words(32 + 16 + 4), Field::Halves(1)];
+    const FIELDS: &'static [Field] =
+        &[Field::Halves(208, 1), Field::Words(192, 4), Field::Columns(8, &[128, 0, 32, 160, 64, 96])];
 }
 
 impl Superblock for Q6K {
@@ -99,20 +100,19 @@ impl Superblock for Q6K {
 
     #[inline(always)]
     fn head<V: Vector>(_: V, b: Block<V, Self>) -> Self::Head<V> {
-        (b.f16(208), b.words(192))
+        (b.f16(0), b.words(2))
     }
 
     #[inline(always)]
-    fn codes<V: Vector>(v: V, b: Block<V, Self>, _: &Self::Head<V>, s: usize) -> [V::I; 8] {
-        let (half, quarter) = (s / 4, s % 4);
-        let mut codes: [V::I; 8] = b.words(64 * half + 32 * (quarter % 2));
-        let mut j = 0;
-        while j < 8 {
-            let low = unpack::nibble(v, codes[j], quarter / 2);
-            let top = b.word(128 + 32 * half + 4 * j);
-            let top = if quarter < 2 { v.shl(top, 4 - 2 * quarter as u32) } else { v.shr(top, 2 * quarter as u32 - 4) };
-            codes[j] = v.or(low, v.and(top, v.splat(0x3030_3030)));
-            j += 1;
+    fn column<V: Vector>(v: V, b: Block<V, Self>, half: usize, j: usize) -> [V::I; 8] {
+        let mut codes = [v.splat(0); 8];
+        let mask = v.splat(0x3030_3030);
+        for h in 0..2 {
+            let [top, low, high] = b.words(18 + 24 * (4 * half + j) + 12 * h);
+            codes[4 * h] = v.or(unpack::low(v, low), v.and(v.shl(top, 4), mask));
+            codes[4 * h + 1] = v.or(unpack::low(v, high), v.and(v.shl(top, 2), mask));
+            codes[4 * h + 2] = v.or(unpack::high(v, low), v.and(top, mask));
+            codes[4 * h + 3] = v.or(unpack::high(v, high), v.and(v.shr(top, 2), mask));
         }
         codes
     }

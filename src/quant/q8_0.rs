@@ -53,7 +53,7 @@ struct Q8_0;
 
 impl Layout for Q8_0 {
     const BYTES: usize = BYTES;
-    const FIELDS: &'static [Field] = &[Field::Halves(1), Field::Words(8)];
+    const FIELDS: &'static [Field] = &[Field::Halves(0, 1), Field::Words(2, 8)];
 }
 
 impl Block32 for Q8_0 {

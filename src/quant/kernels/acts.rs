@@ -57,9 +57,9 @@ struct Quantised {
     q: Cells<i8>,
     /// Scales `(n_tokens, width / 32)` or `(n_tokens, width / 256)`.
     d: Cells<f32>,
-    /// The integers' sums `(n_tokens, width / 32)`, and the same as f32 (Q8_0: times the scale).
+    /// The integers' sums `(n_tokens, width / 32)`: negated, and as f32 (Q8_0: times the scale).
     sum32: (Cells<i32>, Cells<f32>),
-    /// The integers' sums `(n_tokens, width / 16)`, and the same as f32: only with Q8K.
+    /// The integers' sums `(n_tokens, width / 16)`: negated, and as f32. Only with Q8K.
     sum16: (Cells<i32>, Cells<f32>),
 }
 
@@ -192,8 +192,9 @@ impl Acts {
         };
         quantize_q8_0(row, q, d);
         for (i, q) in q.as_chunks::<32>().0.iter().enumerate() {
-            sums[i] = sum(q);
-            offsets[i] = sums[i] as f32 * d[i];
+            let sum = sum(q);
+            sums[i] = -sum;
+            offsets[i] = sum as f32 * d[i];
         }
     }
 
@@ -214,12 +215,13 @@ impl Acts {
         };
         quantize_q8_k(row, q, d);
         for (i, q) in q.as_chunks::<16>().0.iter().enumerate() {
-            sum16[i] = sum(q);
-            off16[i] = sum16[i] as f32;
+            let sum = sum(q);
+            sum16[i] = -sum;
+            off16[i] = sum as f32;
         }
         for (i, pair) in sum16.as_chunks::<2>().0.iter().enumerate() {
             sum32[i] = pair[0] + pair[1];
-            off32[i] = sum32[i] as f32;
+            off32[i] = -sum32[i] as f32;
         }
     }
 
@@ -262,7 +264,7 @@ impl Acts {
         act.q = x.q.at(token, n);
         act.d = x.d.at(token, n / block_len);
         let sums = if sub == 16 { &x.sum16 } else { &x.sum32 };
-        act.sum = sums.0.at(token, n / sub);
+        act.negated_sum = sums.0.at(token, n / sub);
         act.offset = sums.1.at(token, n / sub);
         act
     }

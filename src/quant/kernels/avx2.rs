@@ -26,6 +26,7 @@ macro_rules! op {
 
 impl Vector for Avx2 {
     const LANES: usize = 8;
+    const MANY_REGISTERS: bool = false;
     const SIGNED_ZERO: i32 = 0;
     type I = __m256i;
     type F = __m256;
@@ -49,6 +50,11 @@ impl Vector for Avx2 {
     #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, x: Self::F) {
         op!(_mm256_storeu_ps(p, x))
+    }
+
+    #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        op!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
     }
 
     #[inline(always)]

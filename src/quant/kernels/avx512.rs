@@ -26,6 +26,7 @@ macro_rules! op {
 
 impl Vector for Avx512 {
     const LANES: usize = 16;
+    const MANY_REGISTERS: bool = true;
     const SIGNED_ZERO: i32 = 128;
     type I = __m512i;
     type F = __m512;
@@ -49,6 +50,11 @@ impl Vector for Avx512 {
     #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, x: Self::F) {
         op!(_mm512_storeu_ps(p, x))
+    }
+
+    #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        op!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
     }
 
     #[inline(always)]

@@ -5,13 +5,13 @@ use std::marker::PhantomData;
 use super::job::{Act, Job, MAX_TOKENS};
 use super::layout::{Block, Layout};
 use super::vector::Vector;
-use super::{Kernel, NO_SCALE};
+use super::{Kernel, NO_SCALE, start};
 
 /// How the blocks of a format come apart in registers: 32 integers, less `ZERO`, times a scale, plus perhaps an offset.
 pub(crate) trait Block32: Layout {
     /// Codes are unsigned and less than `1 << BITS`; with 8 they are signed and pass through [`Vector::signed`].
     const BITS: u32;
-    /// The code that stands for zero; 0 if `BITS` is 8.
+    /// The code that stands for zero, 0 or a power of two; 0 if `BITS` is 8.
     const ZERO: i32;
     /// Whether there is an offset.
     const MIN: bool = false;
@@ -60,12 +60,33 @@ impl<L: Block32> Blocks<L> {
         let zero = if L::BITS == 8 { V::SIGNED_ZERO } else { L::ZERO };
         // SAFETY: the token has a block `i`, by the caller's promise, of 32 integers.
         unsafe {
-            let start = if zero == 0 { 0 } else { (*x.sum.add(i)).wrapping_mul(-zero) };
-            let isum = v.dot(v.splat(start.cast_unsigned()), &w.codes, x.q.add(32 * i), L::BITS);
+            let isum = v.dot(start(v, x, i, zero), &w.codes, x.q.add(32 * i), L::BITS);
             let scale = v.mul(w.scale, v.splat_f32(*x.d.add(i)));
             let acc = v.fma(v.to_f32(isum), scale, acc);
             if L::MIN { v.fma(v.splat_f32(*x.offset.add(i)), w.min, acc) } else { acc }
         }
+    }
+
+    /// Adds some blocks' part, from block `first` on, to the dot products with some tokens.
+    ///
+    /// # Safety
+    /// The tokens have these blocks.
+    #[inline(always)]
+    unsafe fn tile<V: Vector, const N: usize>(
+        v: V,
+        panel: &[Open<V>],
+        first: usize,
+        x: &[Act; N],
+        acc: &mut [V::F; N],
+    ) {
+        let mut sum = *acc;
+        for (i, w) in panel.iter().enumerate() {
+            for t in 0..N {
+                // SAFETY: the caller's promise.
+                sum[t] = unsafe { Self::step(v, w, &x[t], first + i, sum[t]) };
+            }
+        }
+        *acc = sum;
     }
 }
 
@@ -83,7 +104,9 @@ impl<L: Block32> Kernel for Blocks<L> {
                 // SAFETY: the job's promise: the groups' blocks and the tokens' blocks are there.
                 unsafe {
                     let at = job.w.add((g * job.n_blocks + i) * bytes);
-                    let w = Self::open(v, Block::new(v, at));
+                    let b = Block::new(v, at);
+                    b.prefetch(0, 1);
+                    let w = Self::open(v, b);
                     for t in 0..T {
                         acc[t] = Self::step(v, &w, &x[t], i, acc[t]);
                     }
@@ -101,35 +124,40 @@ impl<L: Block32> Kernel for Blocks<L> {
         /// Blocks that are unpacked at once: with 16 lanes 8 KiB, a quarter of the L1 cache.
         const DEPTH: usize = 16;
         let bytes = L::BYTES * V::LANES;
-        let zero = v.splat_f32(0.0);
+        let zero = v.splat_f32(NO_SCALE);
+        let mut panel = [Open::<V> { codes: [v.splat(0); 8], scale: zero, min: zero }; DEPTH];
+        let mut acc = [zero; MAX_TOKENS];
+        let acc = &mut acc[..job.x.len()];
         for g in 0..job.n_groups {
-            let mut acc = [zero; MAX_TOKENS];
-            let mut panel = [Open::<V> { codes: [v.splat(0); 8], scale: zero, min: zero }; DEPTH];
+            acc.fill(zero);
             for first in (0..job.n_blocks).step_by(DEPTH) {
-                let n = DEPTH.min(job.n_blocks - first);
-                for (i, w) in panel[..n].iter_mut().enumerate() {
+                let panel = &mut panel[..DEPTH.min(job.n_blocks - first)];
+                for (i, w) in panel.iter_mut().enumerate() {
                     // SAFETY: the job's promise.
-                    *w = unsafe { Self::open(v, Block::new(v, job.w.add((g * job.n_blocks + first + i) * bytes))) };
+                    let b = unsafe { Block::new(v, job.w.add((g * job.n_blocks + first + i) * bytes)) };
+                    b.prefetch(0, 1);
+                    *w = Self::open(v, b);
                 }
-                for t0 in (0..job.x.len()).step_by(N) {
-                    // Past the last token the last is computed again: cheaper than a kernel for each remainder.
-                    let mut x = [job.x[job.x.len() - 1]; N];
-                    let n_tokens = N.min(job.x.len() - t0);
-                    x[..n_tokens].copy_from_slice(&job.x[t0..t0 + n_tokens]);
-                    let mut tile = [zero; N];
-                    tile.copy_from_slice(&acc[t0..t0 + N]);
-                    for (i, w) in panel[..n].iter().enumerate() {
-                        for t in 0..N {
-                            // SAFETY: the job's promise.
-                            tile[t] = unsafe { Self::step(v, w, &x[t], first + i, tile[t]) };
-                        }
-                    }
-                    acc[t0..t0 + N].copy_from_slice(&tile);
+                let (x, rest) = job.x.as_chunks::<N>();
+                let (a, acc) = acc.as_chunks_mut::<N>();
+                for (x, acc) in x.iter().zip(a) {
+                    // SAFETY: the job's promise.
+                    unsafe { Self::tile(v, panel, first, x, acc) };
+                }
+                let (x, rest) = rest.as_chunks::<2>();
+                let (a, acc) = acc.as_chunks_mut::<2>();
+                for (x, acc) in x.iter().zip(a) {
+                    // SAFETY: the job's promise.
+                    unsafe { Self::tile(v, panel, first, x, acc) };
+                }
+                for (x, acc) in rest.iter().zip(acc) {
+                    // SAFETY: the job's promise.
+                    unsafe { Self::tile(v, panel, first, &[*x], std::array::from_mut(acc)) };
                 }
             }
-            for t in 0..job.x.len() {
+            for (t, acc) in acc.iter().enumerate() {
                 // SAFETY: the job's promise.
-                unsafe { v.store_f32(job.out(t, g * V::LANES), acc[t]) };
+                unsafe { v.store_f32(job.out(t, g * V::LANES), *acc) };
             }
         }
     }

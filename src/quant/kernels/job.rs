@@ -14,9 +14,9 @@ pub(crate) struct Act {
     pub q: *const i8,
     /// The scales of blocks (32) or superblocks (256).
     pub d: *const f32,
-    /// The integers' sums over each block or sub-block.
-    pub sum: *const i32,
-    /// The same as f32, and with blocks of 32 times their scale.
+    /// The integers' sums over each block or sub-block, negated.
+    pub negated_sum: *const i32,
+    /// The sums as f32, and with blocks of 32 times their scale.
     pub offset: *const f32,
 }
 
@@ -26,7 +26,7 @@ impl Act {
         x: std::ptr::null(),
         q: std::ptr::null(),
         d: std::ptr::null(),
-        sum: std::ptr::null(),
+        negated_sum: std::ptr::null(),
         offset: std::ptr::null(),
     };
 }

@@ -35,6 +35,35 @@ impl<L: Number> Numbers<L> {
         // SAFETY: the caller's promise.
         v.fma(w, unsafe { v.splat_f32(*x.x.add(k)) }, p)
     }
+
+    /// Adds some columns' part, from column `first` (a multiple of 4) on, to the dot products with some tokens.
+    ///
+    /// # Safety
+    /// The tokens have these columns.
+    #[inline(always)]
+    unsafe fn tile<V: Vector, const N: usize>(
+        v: V,
+        panel: &[V::F],
+        first: usize,
+        x: &[Act; N],
+        acc: &mut [Partial<V>; N],
+    ) {
+        for part in 0..4 {
+            let mut p = [v.splat_f32(0.0); N];
+            for t in 0..N {
+                p[t] = acc[t][part];
+            }
+            for k in (part..panel.len()).step_by(4) {
+                for t in 0..N {
+                    // SAFETY: the caller's promise.
+                    p[t] = unsafe { Self::step(v, panel[k], &x[t], first + k, p[t]) };
+                }
+            }
+            for t in 0..N {
+                acc[t][part] = p[t];
+            }
+        }
+    }
 }
 
 impl<L: Number> Kernel for Numbers<L> {
@@ -53,6 +82,7 @@ impl<L: Number> Kernel for Numbers<L> {
                         // SAFETY: the job's promise: the groups' columns and the tokens' activations are there.
                         unsafe {
                             let b = Block::new(v, job.w.add((g * job.n_blocks + k0 + k) * bytes));
+                            b.prefetch(0, 1);
                             let w = L::value(v, b);
                             for t in 0..T {
                                 p[t][k] = Self::step(v, w, &x[t], k0 + k, p[t][k]);
@@ -74,40 +104,33 @@ impl<L: Number> Kernel for Numbers<L> {
         const DEPTH: usize = 128;
         let bytes = L::BYTES * V::LANES;
         let zero = v.splat_f32(0.0);
+        let mut panel = [zero; DEPTH];
+        let mut acc = [[zero; 4]; MAX_TOKENS];
+        let acc = &mut acc[..job.x.len()];
         for g in 0..job.n_groups {
-            let mut acc = [[zero; 4]; MAX_TOKENS];
-            let mut panel = [zero; DEPTH];
+            acc.fill([zero; 4]);
             for first in (0..job.n_blocks).step_by(DEPTH) {
-                let n = DEPTH.min(job.n_blocks - first);
-                for (k, w) in panel[..n].iter_mut().enumerate() {
+                let panel = &mut panel[..DEPTH.min(job.n_blocks - first)];
+                for (k, w) in panel.iter_mut().enumerate() {
                     // SAFETY: the job's promise.
-                    *w = unsafe { L::value(v, Block::new(v, job.w.add((g * job.n_blocks + first + k) * bytes))) };
+                    let b = unsafe { Block::new(v, job.w.add((g * job.n_blocks + first + k) * bytes)) };
+                    b.prefetch(0, 1);
+                    *w = L::value(v, b);
                 }
-                for t0 in (0..job.x.len()).step_by(N) {
-                    // Past the last token the last is computed again: cheaper than a kernel for each remainder.
-                    let mut x = [job.x[job.x.len() - 1]; N];
-                    let n_tokens = N.min(job.x.len() - t0);
-                    x[..n_tokens].copy_from_slice(&job.x[t0..t0 + n_tokens]);
-                    for part in 0..4 {
-                        let mut p = [zero; N];
-                        for t in 0..N {
-                            p[t] = acc[t0 + t][part];
-                        }
-                        for k in (part..n).step_by(4) {
-                            for t in 0..N {
-                                // SAFETY: the job's promise.
-                                p[t] = unsafe { Self::step(v, panel[k], &x[t], first + k, p[t]) };
-                            }
-                        }
-                        for t in 0..N {
-                            acc[t0 + t][part] = p[t];
-                        }
-                    }
+                let (x, rest) = job.x.as_chunks::<N>();
+                let (a, acc) = acc.as_chunks_mut::<N>();
+                for (x, acc) in x.iter().zip(a) {
+                    // SAFETY: the job's promise.
+                    unsafe { Self::tile(v, panel, first, x, acc) };
+                }
+                for (x, acc) in rest.iter().zip(acc) {
+                    // SAFETY: the job's promise.
+                    unsafe { Self::tile(v, panel, first, &[*x], std::array::from_mut(acc)) };
                 }
             }
-            for t in 0..job.x.len() {
+            for (t, acc) in acc.iter().enumerate() {
                 // SAFETY: the job's promise.
-                unsafe { v.store_f32(job.out(t, g * V::LANES), Self::total(v, acc[t])) };
+                unsafe { v.store_f32(job.out(t, g * V::LANES), Self::total(v, *acc)) };
             }
         }
     }

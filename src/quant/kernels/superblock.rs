@@ -1,31 +1,35 @@
 //! The kernels of all formats with superblocks of 256 weights.
 
+use std::hint::black_box;
 use std::marker::PhantomData;
 
 use super::job::{Act, Job, MAX_TOKENS};
 use super::layout::{Block, Layout};
 use super::vector::Vector;
-use super::{Kernel, NO_SCALE};
+use super::{Kernel, NO_SCALE, start};
 
 /// How the superblocks of a format come apart in registers: eight times 32 integers, less `ZERO`, times the scale of
 /// their sub-block, less perhaps its offset.
 pub(crate) trait Superblock: Layout {
     /// Codes are unsigned and less than `1 << BITS`; with 8 they are signed and pass through [`Vector::signed`].
     const BITS: u32;
-    /// The code that stands for zero; 0 if `BITS` is 8.
+    /// The code that stands for zero, 0 or a power of two; 0 if `BITS` is 8.
     const ZERO: i32;
     /// Weights of a sub-block: 16 or 32.
     const SUB: usize;
     /// Whether sub-blocks have an offset.
     const MIN: bool = false;
-    /// What the codes and scales of all sub-blocks need.
+    /// What the scales of all sub-blocks need.
     type Head<V: Vector>: Copy;
     /// Loads it.
     fn head<V: Vector>(v: V, b: Block<V, Self>) -> Self::Head<V>
     where
         Self: Sized;
-    /// The `s`-th 32 codes: vector j holds weights 4 j to 4 j + 3 of them.
-    fn codes<V: Vector>(v: V, b: Block<V, Self>, head: &Self::Head<V>, s: usize) -> [V::I; 8]
+    /// A column of four weights of each of the eight times 32: weights `16 * half + 4 * j` and on, for `half` 0 or 1 and `j` 0 to 3.
+    ///
+    /// By columns, since the formats put the weights of several sub-blocks into a byte: each is loaded once, and shifts are
+    /// immediate while `j` runs.
+    fn column<V: Vector>(v: V, b: Block<V, Self>, half: usize, j: usize) -> [V::I; 8]
     where
         Self: Sized;
     /// The scale of sub-block `j`.
@@ -53,29 +57,112 @@ struct Open<V: Vector> {
     min: [V::F; 2],
 }
 
-/// Repeats a statement for the eight times 32 weights of a superblock, with the number known when it is compiled:
-/// the shifts that take them apart are then immediate.
-macro_rules! eight_times {
-    ($s:ident => $body:block) => {
-        eight_times!(@ $s $body 0 1 2 3 4 5 6 7)
-    };
-    (@ $s:ident $body:block $($n:literal)*) => {
-        $({ let $s: usize = $n; $body })*
-    };
+impl<V: Vector> Open<V> {
+    #[inline(always)]
+    fn nothing(v: V) -> Self {
+        let none = v.splat_f32(NO_SCALE);
+        Self { codes: [v.splat(0); 8], scale: [none; 2], min: [none; 2] }
+    }
+}
+
+/// A superblock of a group, taken apart.
+type Panel<V> = [Open<V>; 8];
+
+/// The number of columns in half of a sub-block, which is 4, such that the compiler doesn't know: it would lay a superblock's
+/// columns out one after the other, load them all, and keep on the stack what doesn't fit into registers (Q6_K: half the speed).
+#[inline(always)]
+fn four() -> usize {
+    black_box(4)
 }
 
 impl<L: Superblock> Superblocks<L> {
     #[inline(always)]
-    fn open<V: Vector>(v: V, b: Block<V, L>, head: &L::Head<V>, s: usize) -> Open<V> {
-        let none = v.splat_f32(NO_SCALE);
-        let codes = L::codes(v, b, head, s);
-        if L::SUB == 32 {
-            let min = if L::MIN { L::min(v, head, s) } else { none };
-            Open { codes, scale: [L::scale(v, head, s), none], min: [min, none] }
-        } else {
-            let scale = [L::scale(v, head, 2 * s), L::scale(v, head, 2 * s + 1)];
-            let min = if L::MIN { [L::min(v, head, 2 * s), L::min(v, head, 2 * s + 1)] } else { [none; 2] };
-            Open { codes, scale, min }
+    fn open<V: Vector>(v: V, b: Block<V, L>, columns: usize, panel: &mut Panel<V>) {
+        let head = L::head(v, b);
+        for half in 0..2 {
+            for j in 0..columns {
+                b.prefetch(4 * half + j % 4, 8);
+                let column = L::column(v, b, half, j % 4);
+                for s in 0..8 {
+                    panel[s].codes[4 * half + j % 4] = column[s];
+                }
+            }
+        }
+        let n_subs = 32 / L::SUB;
+        for s in 0..8 {
+            for i in 0..n_subs {
+                panel[s].scale[i] = L::scale(v, &head, n_subs * s + i);
+                if L::MIN {
+                    panel[s].min[i] = L::min(v, &head, n_subs * s + i);
+                }
+            }
+        }
+    }
+
+    /// Adds superblock `i`'s part to the dot products with some tokens, without storing its codes.
+    ///
+    /// # Safety
+    /// The tokens have a superblock `i`.
+    #[inline(always)]
+    unsafe fn fused<V: Vector, const N: usize>(
+        v: V,
+        b: Block<V, L>,
+        columns: usize,
+        x: &[Act; N],
+        i: usize,
+        acc: &mut [V::F; N],
+    ) {
+        let zero = if L::BITS == 8 { V::SIGNED_ZERO } else { L::ZERO };
+        let n_subs = 32 / L::SUB;
+        // The sums of sub-block `n_subs * s + k` are at [k][s].
+        let mut isums = [[[v.splat(0); N]; 8]; 2];
+        for half in 0..2 {
+            let k = half % n_subs;
+            let mut sums = isums[k];
+            if half == k {
+                for s in 0..8 {
+                    for t in 0..N {
+                        // SAFETY: the token has this sub-block, by the caller's promise.
+                        sums[s][t] = unsafe { start(v, &x[t], n_subs * (8 * i + s) + k, zero) };
+                    }
+                }
+            }
+            for j in 0..columns {
+                let j = j % 4;
+                b.prefetch(4 * half + j, 8);
+                let column = L::column(v, b, half, j);
+                for s in 0..8 {
+                    for t in 0..N {
+                        // SAFETY: the token has these four activations, by the caller's promise.
+                        unsafe {
+                            let q = x[t].q.add(256 * i + 32 * s + 16 * half + 4 * j);
+                            sums[s][t] = v.dot(sums[s][t], &[column[s]], q, L::BITS);
+                        }
+                    }
+                }
+            }
+            isums[k] = sums;
+        }
+        let head = L::head(v, b);
+        let mut inner = [v.splat_f32(0.0); N];
+        for s in 0..8 {
+            for k in 0..n_subs {
+                let sub = n_subs * s + k;
+                let scale = L::scale(v, &head, sub);
+                let min = if L::MIN { L::min(v, &head, sub) } else { scale };
+                for t in 0..N {
+                    inner[t] = v.fma(v.to_f32(isums[k][s][t]), scale, inner[t]);
+                    if L::MIN {
+                        // SAFETY: the token has this sub-block, by the caller's promise.
+                        let asum = unsafe { v.splat_f32(*x[t].offset.add(8 * n_subs * i + sub)) };
+                        inner[t] = v.fnma(asum, min, inner[t]);
+                    }
+                }
+            }
+        }
+        for t in 0..N {
+            // SAFETY: the token has this superblock, by the caller's promise.
+            acc[t] = v.fma(inner[t], unsafe { v.splat_f32(*x[t].d.add(i)) }, acc[t]);
         }
     }
 
@@ -85,31 +172,67 @@ impl<L: Superblock> Superblocks<L> {
     /// The token has an `i`-th 32 activations.
     #[inline(always)]
     unsafe fn step<V: Vector>(v: V, w: &Open<V>, x: &Act, i: usize, inner: V::F) -> V::F {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if L::SUB == 32 {
+                Self::sub(v, &w.codes, w.scale[0], w.min[0], x, i, inner)
+            } else {
+                let [a, b, c, d, e, f, g, h] = w.codes;
+                let inner = Self::sub(v, &[a, b, c, d], w.scale[0], w.min[0], x, 2 * i, inner);
+                Self::sub(v, &[e, f, g, h], w.scale[1], w.min[1], x, 2 * i + 1, inner)
+            }
+        }
+    }
+
+    /// Adds the part of sub-block `j` of the row.
+    ///
+    /// # Safety
+    /// The token has a sub-block `j`.
+    #[inline(always)]
+    unsafe fn sub<V: Vector, const N: usize>(
+        v: V,
+        codes: &[V::I; N],
+        scale: V::F,
+        min: V::F,
+        x: &Act,
+        j: usize,
+        inner: V::F,
+    ) -> V::F {
         let zero = if L::BITS == 8 { V::SIGNED_ZERO } else { L::ZERO };
-        let n_subs = 32 / L::SUB;
-        let mut inner = inner;
-        let mut j = 0;
-        while j < n_subs {
-            let sub = i * n_subs + j;
-            // SAFETY: the token has this sub-block, by the caller's promise.
-            unsafe {
-                let start = if zero == 0 { 0 } else { (*x.sum.add(sub)).wrapping_mul(-zero) };
-                let start = v.splat(start.cast_unsigned());
-                let q = x.q.add(L::SUB * sub);
-                let isum = if L::SUB == 32 {
-                    v.dot(start, &w.codes, q, L::BITS)
-                } else {
-                    let c = &w.codes[4 * j..];
-                    v.dot(start, &[c[0], c[1], c[2], c[3]], q, L::BITS)
-                };
-                inner = v.fma(v.to_f32(isum), w.scale[j], inner);
-                if L::MIN {
-                    inner = v.fnma(v.splat_f32(*x.offset.add(sub)), w.min[j], inner);
+        // SAFETY: the token has this sub-block, by the caller's promise.
+        unsafe {
+            let isum = v.dot(start(v, x, j, zero), codes, x.q.add(4 * N * j), L::BITS);
+            let inner = v.fma(v.to_f32(isum), scale, inner);
+            if L::MIN { v.fnma(v.splat_f32(*x.offset.add(j)), min, inner) } else { inner }
+        }
+    }
+
+    /// Adds some superblocks' part, from superblock `first` on, to the dot products with some tokens.
+    ///
+    /// # Safety
+    /// The tokens have these superblocks.
+    #[inline(always)]
+    unsafe fn tile<V: Vector, const N: usize>(
+        v: V,
+        panel: &[Panel<V>],
+        first: usize,
+        x: &[Act; N],
+        acc: &mut [V::F; N],
+    ) {
+        for (i, w) in panel.iter().enumerate() {
+            let mut inner = [v.splat_f32(0.0); N];
+            for (s, w) in w.iter().enumerate() {
+                for t in 0..N {
+                    // SAFETY: the caller's promise.
+                    inner[t] = unsafe { Self::step(v, w, &x[t], 8 * (first + i) + s, inner[t]) };
                 }
             }
-            j += 1;
+            for t in 0..N {
+                // SAFETY: the caller's promise.
+                let d = unsafe { v.splat_f32(*x[t].d.add(first + i)) };
+                acc[t] = v.fma(inner[t], d, acc[t]);
+            }
         }
-        inner
     }
 }
 
@@ -121,23 +244,27 @@ impl<L: Superblock> Kernel for Superblocks<L> {
     unsafe fn gemv<V: Vector, const T: usize>(v: V, job: &Job<'_>) {
         let x: &[Act; T] = job.x.try_into().expect("as many tokens as the kernel is for");
         let bytes = L::BYTES * V::LANES;
+        let columns = four();
         let zero = v.splat_f32(0.0);
+        let mut panel = [Open::nothing(v); 8];
         for g in 0..job.n_groups {
             let mut acc = [zero; T];
             for i in 0..job.n_blocks {
                 // SAFETY: the job's promise: the groups' blocks and the tokens' blocks are there.
                 unsafe {
                     let b = Block::new(v, job.w.add((g * job.n_blocks + i) * bytes));
-                    let head = L::head(v, b);
-                    let mut inner = [zero; T];
-                    eight_times!(s => {
-                        let w = Self::open(v, b, &head, s);
-                        for t in 0..T {
-                            inner[t] = Self::step(v, &w, &x[t], 8 * i + s, inner[t]);
+                    if T == 1 || V::MANY_REGISTERS && (L::SUB == 32 || T == 2) {
+                        let (pairs, odd) = x.as_chunks::<2>();
+                        let (pair_acc, odd_acc) = acc.as_chunks_mut::<2>();
+                        for (x, acc) in pairs.iter().zip(pair_acc) {
+                            Self::fused(v, b, columns, x, i, acc);
                         }
-                    });
-                    for t in 0..T {
-                        acc[t] = v.fma(inner[t], v.splat_f32(*x[t].d.add(i)), acc[t]);
+                        if let ([x], [acc]) = (odd, odd_acc) {
+                            Self::fused(v, b, columns, &[*x], i, std::array::from_mut(acc));
+                        }
+                    } else {
+                        Self::open(v, b, columns, &mut panel);
+                        Self::tile(v, std::slice::from_ref(&panel), i, x, &mut acc);
                     }
                 }
             }
@@ -153,42 +280,40 @@ impl<L: Superblock> Kernel for Superblocks<L> {
         /// Superblocks that are unpacked at once: with 16 lanes 8 KiB of codes, a quarter of the L1 cache.
         const DEPTH: usize = 2;
         let bytes = L::BYTES * V::LANES;
-        let zero = v.splat_f32(0.0);
+        let zero = v.splat_f32(NO_SCALE);
+        let columns = four();
+        let mut panel = [[Open::nothing(v); 8]; DEPTH];
+        let mut acc = [zero; MAX_TOKENS];
+        let acc = &mut acc[..job.x.len()];
         for g in 0..job.n_groups {
-            let mut acc = [zero; MAX_TOKENS];
-            let mut panel = [[Open::<V> { codes: [v.splat(0); 8], scale: [zero; 2], min: [zero; 2] }; 8]; DEPTH];
+            acc.fill(zero);
             for first in (0..job.n_blocks).step_by(DEPTH) {
-                let n = DEPTH.min(job.n_blocks - first);
-                for (i, w) in panel[..n].iter_mut().enumerate() {
+                let panel = &mut panel[..DEPTH.min(job.n_blocks - first)];
+                for (i, w) in panel.iter_mut().enumerate() {
                     // SAFETY: the job's promise.
                     let b = unsafe { Block::new(v, job.w.add((g * job.n_blocks + first + i) * bytes)) };
-                    let head = L::head(v, b);
-                    eight_times!(s => { w[s] = Self::open(v, b, &head, s); });
+                    Self::open(v, b, columns, w);
                 }
-                for t0 in (0..job.x.len()).step_by(N) {
-                    // Past the last token the last is computed again: cheaper than a kernel for each remainder.
-                    let mut x = [job.x[job.x.len() - 1]; N];
-                    let n_tokens = N.min(job.x.len() - t0);
-                    x[..n_tokens].copy_from_slice(&job.x[t0..t0 + n_tokens]);
-                    for (i, w) in panel[..n].iter().enumerate() {
-                        let mut inner = [zero; N];
-                        for (s, w) in w.iter().enumerate() {
-                            for t in 0..N {
-                                // SAFETY: the job's promise.
-                                inner[t] = unsafe { Self::step(v, w, &x[t], 8 * (first + i) + s, inner[t]) };
-                            }
-                        }
-                        for t in 0..N {
-                            // SAFETY: the job's promise.
-                            let d = unsafe { v.splat_f32(*x[t].d.add(first + i)) };
-                            acc[t0 + t] = v.fma(inner[t], d, acc[t0 + t]);
-                        }
-                    }
+                let (x, rest) = job.x.as_chunks::<N>();
+                let (a, acc) = acc.as_chunks_mut::<N>();
+                for (x, acc) in x.iter().zip(a) {
+                    // SAFETY: the job's promise.
+                    unsafe { Self::tile(v, panel, first, x, acc) };
+                }
+                let (x, rest) = rest.as_chunks::<2>();
+                let (a, acc) = acc.as_chunks_mut::<2>();
+                for (x, acc) in x.iter().zip(a) {
+                    // SAFETY: the job's promise.
+                    unsafe { Self::tile(v, panel, first, x, acc) };
+                }
+                for (x, acc) in rest.iter().zip(acc) {
+                    // SAFETY: the job's promise.
+                    unsafe { Self::tile(v, panel, first, &[*x], std::array::from_mut(acc)) };
                 }
             }
-            for t in 0..job.x.len() {
+            for (t, acc) in acc.iter().enumerate() {
                 // SAFETY: the job's promise.
-                unsafe { v.store_f32(job.out(t, g * V::LANES), acc[t]) };
+                unsafe { v.store_f32(job.out(t, g * V::LANES), *acc) };
             }
         }
     }

@@ -8,6 +8,8 @@
 pub(crate) trait Vector: Copy + 'static {
     /// 32-bit lanes.
     const LANES: usize;
+    /// Whether there are 32 vector registers, not 16.
+    const MANY_REGISTERS: bool;
     /// What [`signed`](Self::signed) adds to weights.
     const SIGNED_ZERO: i32;
     /// Integer lanes, or four bytes a lane.
@@ -40,6 +42,9 @@ pub(crate) trait Vector: Copy + 'static {
     /// # Safety
     /// They can be written.
     unsafe fn store_f32(self, p: *mut f32, x: Self::F);
+
+    /// Asks for the cache line at `p`, which may be anything.
+    fn prefetch(self, p: *const u8);
 
     /// `x` in every lane.
     fn splat(self, x: u32) -> Self::I;
