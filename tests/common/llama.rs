@@ -88,14 +88,22 @@ fn len_i32(len: usize) -> i32 {
 impl Model {
     /// Loads a file; panics if llama.cpp refuses it (run with `LLAMA_LOG=1` to see why).
     pub fn load(path: impl AsRef<Path>, mode: Mode) -> Self {
+        Self::load_with(path.as_ref(), |params| params.use_extra_bufts = mode == Mode::Repacked)
+    }
+
+    /// Loads nothing but a file's vocabulary; it needs no weights.
+    pub fn load_vocab(path: impl AsRef<Path>) -> Self {
+        Self::load_with(path.as_ref(), |params| params.vocab_only = true)
+    }
+
+    fn load_with(path: &Path, set: impl FnOnce(&mut sys::llama_model_params)) -> Self {
         init();
-        let path = path.as_ref();
         let c_path = CString::new(path.to_str().expect("UTF-8 path")).expect("no NUL in the path");
         // SAFETY: the parameters are the library's own defaults; the path outlives the call.
         let model = unsafe {
             let mut params = sys::llama_model_default_params();
-            params.use_extra_bufts = mode == Mode::Repacked;
             params.n_gpu_layers = 0;
+            set(&mut params);
             sys::llama_model_load_from_file(c_path.as_ptr(), params)
         };
         let model = NonNull::new(model)

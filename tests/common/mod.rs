@@ -3,3 +3,5 @@
 #[cfg(feature = "llama-cpp")]
 pub mod llama;
 pub mod stats;
+pub mod strings;
+pub mod vocab;

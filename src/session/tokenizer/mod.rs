@@ -22,6 +22,7 @@ mod tests;
 
 pub use data::{SPECIAL_KEYS, Special, VocabData};
 pub use error::TokenizerError;
+pub use pre::known_pre_tokenizers;
 pub use store::TokenKind;
 pub use stream::StreamDecoder;
 

@@ -7,8 +7,8 @@ use super::error::TokenizerError;
 use super::patterns::{Cut, PRES};
 use regex_automata::{Anchored, Input, meta::Regex};
 
-/// The names that [`PreTokenizer::new`] accepts, in the registry's order.
-pub(super) fn known_names() -> impl Iterator<Item = &'static str> {
+/// The values of `tokenizer.ggml.pre` that oncall knows.
+pub fn known_pre_tokenizers() -> impl Iterator<Item = &'static str> {
     PRES.iter().flat_map(|p| p.names).copied()
 }
 
@@ -23,7 +23,7 @@ impl PreTokenizer {
     /// The pre-tokeniser of this name.
     pub(super) fn new(name: &str) -> Result<PreTokenizer, TokenizerError> {
         let Some(pre) = PRES.iter().find(|p| p.names.contains(&name)) else {
-            let mut known: Vec<_> = known_names().collect();
+            let mut known: Vec<_> = known_pre_tokenizers().collect();
             known.sort_unstable();
             return Err(TokenizerError::UnknownPre { name: super::error::excerpt(name), known: known.join(", ") });
         };
@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn every_name_compiles_and_is_listed_once() {
-        let mut names: Vec<_> = known_names().collect();
+        let mut names: Vec<_> = known_pre_tokenizers().collect();
         for name in &names {
             assert!(cut(name, "").is_empty());
             cut(name, " Hello  wörld\n\n 12345 (x)\t'S \u{3000}字。");
