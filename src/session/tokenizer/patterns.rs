@@ -101,7 +101,8 @@ const YOUTU: Cut = words(concat!(
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+"
 ));
 const DEEPSEEK3: Cut = words(concat!(ascii_marks_then_words!(), r"[\r\n]*|\s*[\r\n]+|\s+"));
-const SPARK: Cut = words(concat!(ascii_marks_then_words!(), r"|[\r\n]|\s+"));
+/// A line end is a word, unless white space stands before it: then it belongs to the run.
+const SPARK: Cut = Cut::Words { pattern: concat!(ascii_marks_then_words!(), r"|[\r\n]|\s+"), line_ends_apart: false };
 /// Moonshot's: Han apart, other letters with their contraction.
 const KIMI: Cut = words(concat!(
     r"[\u{4E00}-\u{9FFF}\u{3400}-\u{4DBF}\u{20000}-\u{2A6DF}\u{2A700}-\u{2EBEF}\u{F900}-\u{FAFF}\u{2F800}-\u{2FA1F}]+",

@@ -56,6 +56,9 @@ fn cut_all<'t>(cuts: &[(Cut, Regex)], text: &'t str, each: &mut dyn FnMut(&'t st
         }
         return;
     };
+    if matches!(cut, Cut::DigitTriples) {
+        return cut_triples(regex, text, &mut |piece| cut_all(rest, piece, each));
+    }
     let mut at = 0;
     while at < text.len() {
         let Some((start, end)) = next_match(regex, text, at) else { break };
@@ -63,16 +66,10 @@ fn cut_all<'t>(cuts: &[(Cut, Regex)], text: &'t str, each: &mut dyn FnMut(&'t st
             cut_all(rest, &text[at..start], each);
         }
         at = match cut {
-            Cut::Pattern(_) => end,
             Cut::Words { line_ends_apart, .. } => give_back(text, start, end, *line_ends_apart),
-            Cut::DigitTriples => {
-                triples(&text[start..end], |piece| cut_all(rest, piece, each));
-                end
-            }
+            _ => end,
         };
-        if !matches!(cut, Cut::DigitTriples) {
-            cut_all(rest, &text[start..at], each);
-        }
+        cut_all(rest, &text[start..at], each);
     }
     if at < text.len() {
         cut_all(rest, &text[at..], each);
@@ -102,16 +99,23 @@ fn give_back(text: &str, start: usize, end: usize, line_ends_apart: bool) -> usi
     if last.is_whitespace() && !apart && shorter > start { shorter } else { end }
 }
 
-/// Pieces of three characters, the first one shorter if need be.
-fn triples<'t>(digits: &'t str, mut each: impl FnMut(&'t str)) {
-    let n = digits.chars().count();
-    let mut rest = digits;
-    let mut take = if n.is_multiple_of(3) { 3 } else { n % 3 };
-    while !rest.is_empty() {
-        let cut = rest.char_indices().nth(take).map_or(rest.len(), |(i, _)| i);
-        each(&rest[..cut]);
-        rest = &rest[cut..];
-        take = 3;
+/// Cuts runs of digits into threes from the right. What stands before a run belongs to its first piece, which isn't as
+/// published (there the digits stand alone), but as llama.cpp does it.
+fn cut_triples<'t>(digits: &Regex, text: &'t str, each: &mut dyn FnMut(&'t str)) {
+    let (mut done, mut at) = (0, 0);
+    while let Some((start, end)) = next_match(digits, text, at) {
+        let n = text[start..end].chars().count();
+        let ends = text[start..end].char_indices().map(|(i, c)| start + i + c.len_utf8());
+        for (i, piece_end) in ends.enumerate() {
+            if (n - 1 - i).is_multiple_of(3) {
+                each(&text[done..piece_end]);
+                done = piece_end;
+            }
+        }
+        at = end;
+    }
+    if done < text.len() {
+        each(&text[done..]);
     }
 }
 

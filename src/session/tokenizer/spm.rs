@@ -18,8 +18,9 @@ pub(super) struct Spm {
     ranks: Vec<u32>,
     /// The token of each byte.
     bytes: [u32; 256],
-    /// No token has a space after another character, so that words can be merged one by one.
-    words_apart: bool,
+    /// The characters that have a space after them in some token, sorted. After any other a space begins a new word, and
+    /// words can be merged one by one.
+    before_space: Vec<char>,
     pub(super) add_space_prefix: bool,
 }
 
@@ -40,9 +41,11 @@ impl Spm {
             let id = store.find(format!("<0x{b:02X}>").as_bytes()).or_else(|| store.find(&[b as u8]));
             *slot = id.or(unknown).ok_or(TokenizerError::NoByteToken(b as u8))?;
         }
-        let words_apart = (0..n as u32).all(|id| !has_inner_space(store.bytes(id)));
+        let mut before_space: Vec<char> = data.tokens.iter().flat_map(|t| chars_before_space(t)).collect();
+        before_space.sort_unstable();
+        before_space.dedup();
         let add_space_prefix = data.add_space_prefix.unwrap_or(true);
-        Ok(Spm { ranks, bytes, words_apart, add_space_prefix })
+        Ok(Spm { ranks, bytes, before_space, add_space_prefix })
     }
 
     /// Appends the tokens of `text`; with `prefix`, as if a space stood before it.
@@ -59,10 +62,19 @@ impl Spm {
         }
         let mut rest = escaped.as_str();
         while !rest.is_empty() {
-            let end = if self.words_apart { word_end(rest) } else { rest.len() };
+            let end = self.word_end(rest);
             self.encode_word(store, &rest[..end], merger, out);
             rest = &rest[end..];
         }
+    }
+
+    /// Where the next word begins.
+    fn word_end(&self, text: &str) -> usize {
+        let begins = |at: &usize| {
+            let before = text[..*at].chars().next_back();
+            before.is_some_and(|c| self.before_space.binary_search(&c).is_err())
+        };
+        text.match_indices(SPACE).map(|(at, _)| at).find(begins).unwrap_or(text.len())
     }
 
     fn encode_word(&self, store: &TokenStore, word: &str, merger: &mut Merger, out: &mut Vec<u32>) {
@@ -102,20 +114,14 @@ fn rank(score: f32) -> u32 {
     !ascending
 }
 
-/// Whether a space follows something else in the token.
-fn has_inner_space(token: &[u8]) -> bool {
-    let Ok(text) = std::str::from_utf8(token) else { return true };
-    text.trim_start_matches(SPACE).contains(SPACE)
-}
-
-/// Where the next word begins: at a space that follows something else.
-fn word_end(text: &str) -> usize {
-    let spaces = text.len() - text.trim_start_matches(SPACE).len();
-    text[spaces..].find(SPACE).map_or(text.len(), |i| spaces + i)
+/// The characters of a text that have a space after them.
+fn chars_before_space(text: &str) -> impl Iterator<Item = char> {
+    text.match_indices(SPACE).filter_map(|(at, _)| text[..at].chars().next_back())
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::store::Attr;
     use super::*;
 
     #[test]
@@ -128,11 +134,16 @@ mod tests {
     }
 
     #[test]
-    fn words_begin_at_a_space_after_something_else() {
-        assert_eq!(word_end("\u{2581}\u{2581}ab\u{2581}c"), 8);
-        assert_eq!(word_end("ab"), 2);
-        assert_eq!(word_end("\u{2581}"), 3);
-        assert!(has_inner_space("a\u{2581}".as_bytes()));
-        assert!(!has_inner_space("\u{2581}\u{2581}a".as_bytes()));
+    fn words_begin_at_a_space_unless_a_token_spans_it() {
+        let tokens = vec!["<unk>", "\u{2581}\u{2581}a", "b>\u{2581}<", "\u{2581}c"];
+        let attrs = vec![Attr(Attr::NORMAL); 4];
+        let data = VocabData { model: "llama", tokens, ..VocabData::default() };
+        let store = super::super::build_store(&data, &attrs, false).unwrap();
+        let spm = Spm::new(&data, &store, Some(0)).unwrap();
+        assert_eq!(spm.before_space, ['>', '\u{2581}']);
+        assert_eq!(spm.word_end("\u{2581}\u{2581}ab\u{2581}c"), 8);
+        assert_eq!(spm.word_end("b>\u{2581}<\u{2581}c"), 6);
+        assert_eq!(spm.word_end("ab"), 2);
+        assert_eq!(spm.word_end("\u{2581}"), 3);
     }
 }

@@ -294,7 +294,7 @@ fn bos_eos_and_the_space_before_a_text() {
     };
     let t = Tokenizer::new(&data).unwrap();
     assert_eq!(t.encode("", true, false), [1, 2]);
-    assert_eq!(t.encode("", false, false), []);
+    assert!(t.encode("", false, false).is_empty());
     assert_eq!(t.encode("a b", true, false), [1, 3, 6, 2]);
     // After a special token the space is put again.
     assert_eq!(t.encode("a<u>a</s>", false, true), [3, 7, 3, 2]);
