@@ -4,8 +4,9 @@ use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::job::Act;
-use crate::quant::act::{ActRow, quantize_q8_0, quantize_q8_k};
-use crate::quant::{ActKind, Format};
+use super::quantize;
+use crate::cpu::Isa;
+use crate::quant::{ActKind, ActRow, Format};
 
 /// A vector whose disjoint parts several threads write through a shared reference.
 struct Cells<T>(Vec<UnsafeCell<T>>);
@@ -100,6 +101,8 @@ pub struct Acts {
     q8_0: Quantised,
     q8k: Quantised,
     kinds: [bool; 3],
+    /// What they are quantised with; the result doesn't depend on it.
+    isa: Isa,
     state: Vec<AtomicU8>,
 }
 
@@ -119,6 +122,7 @@ impl Acts {
             q8_0: Quantised::new(),
             q8k: Quantised::new(),
             kinds: [false; 3],
+            isa: Isa::Scalar,
             state: Vec::new(),
         }
     }
@@ -129,6 +133,8 @@ impl Acts {
     /// If `width` isn't a multiple of the block length of each form: 32 for Q8_0, 256 for Q8K.
     pub fn reset(&mut self, n_tokens: usize, width: usize, kinds: &[ActKind]) {
         (self.n_tokens, self.width) = (n_tokens, width);
+        // A wrong `ONCALL_ISA` has been refused when the engine started.
+        self.isa = Isa::get().unwrap_or(Isa::Scalar);
         let n = n_tokens.checked_mul(width).expect("the caller bounds its token blocks");
         self.kinds = [false; 3];
         for kind in kinds {
@@ -182,20 +188,15 @@ impl Acts {
     unsafe fn put_q8_0(&self, token: usize, row: &[f32]) {
         let (x, n) = (&self.q8_0, row.len());
         // SAFETY: the token is claimed.
-        let (q, d, sums, offsets) = unsafe {
-            (
-                x.q.part_mut(token, n),
-                x.d.part_mut(token, n / 32),
-                x.sum32.0.part_mut(token, n / 32),
-                x.sum32.1.part_mut(token, n / 32),
-            )
+        let to = unsafe {
+            quantize::Q8_0 {
+                q: x.q.part_mut(token, n),
+                d: x.d.part_mut(token, n / 32),
+                negated_sum: x.sum32.0.part_mut(token, n / 32),
+                offset: x.sum32.1.part_mut(token, n / 32),
+            }
         };
-        quantize_q8_0(row, q, d);
-        for (i, q) in q.as_chunks::<32>().0.iter().enumerate() {
-            let sum = sum(q);
-            sums[i] = -sum;
-            offsets[i] = sum as f32 * d[i];
-        }
+        quantize::q8_0(self.isa, row, to);
     }
 
     /// # Safety
@@ -203,26 +204,15 @@ impl Acts {
     unsafe fn put_q8k(&self, token: usize, row: &[f32]) {
         let (x, n) = (&self.q8k, row.len());
         // SAFETY: the token is claimed.
-        let (q, d, sum32, off32, sum16, off16) = unsafe {
-            (
-                x.q.part_mut(token, n),
-                x.d.part_mut(token, n / 256),
-                x.sum32.0.part_mut(token, n / 32),
-                x.sum32.1.part_mut(token, n / 32),
-                x.sum16.0.part_mut(token, n / 16),
-                x.sum16.1.part_mut(token, n / 16),
-            )
+        let to = unsafe {
+            quantize::Q8K {
+                q: x.q.part_mut(token, n),
+                d: x.d.part_mut(token, n / 256),
+                negated_sum: (x.sum16.0.part_mut(token, n / 16), x.sum32.0.part_mut(token, n / 32)),
+                offset: (x.sum16.1.part_mut(token, n / 16), x.sum32.1.part_mut(token, n / 32)),
+            }
         };
-        quantize_q8_k(row, q, d);
-        for (i, q) in q.as_chunks::<16>().0.iter().enumerate() {
-            let sum = sum(q);
-            sum16[i] = -sum;
-            off16[i] = sum as f32;
-        }
-        for (i, pair) in sum16.as_chunks::<2>().0.iter().enumerate() {
-            sum32[i] = pair[0] + pair[1];
-            off32[i] = -sum32[i] as f32;
-        }
+        quantize::q8_k(self.isa, row, to);
     }
 
     /// That a token's row is in, in this form.
@@ -268,8 +258,4 @@ impl Acts {
         act.offset = sums.1.at(token, n / sub);
         act
     }
-}
-
-fn sum(q: &[i8]) -> i32 {
-    q.iter().map(|q| i32::from(*q)).sum()
 }

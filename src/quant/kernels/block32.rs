@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use super::job::{Act, Job, MAX_TOKENS};
-use super::layout::{Block, Layout};
+use super::layout::{Ahead, Block, Layout};
 use super::vector::Vector;
 use super::{Kernel, NO_SCALE, start};
 
@@ -135,22 +135,27 @@ impl<L: Block32> Kernel for Blocks<L> {
                 for (i, w) in panel.iter_mut().enumerate() {
                     // SAFETY: the job's promise.
                     let b = unsafe { Block::new(v, job.w.add((g * job.n_blocks + first + i) * bytes)) };
-                    b.prefetch(0, 1);
                     *w = Self::open(v, b);
                 }
+                // SAFETY: only an address is made, of bytes to ask for.
+                let ahead = unsafe { job.w.add((g * job.n_blocks + first) * bytes) }.wrapping_add(panel.len() * bytes);
+                let mut ahead = Ahead::new(ahead, panel.len() * bytes, job.x.len());
                 let (x, rest) = job.x.as_chunks::<N>();
                 let (a, acc) = acc.as_chunks_mut::<N>();
                 for (x, acc) in x.iter().zip(a) {
+                    ahead.ask(v, N);
                     // SAFETY: the job's promise.
                     unsafe { Self::tile(v, panel, first, x, acc) };
                 }
                 let (x, rest) = rest.as_chunks::<2>();
                 let (a, acc) = acc.as_chunks_mut::<2>();
                 for (x, acc) in x.iter().zip(a) {
+                    ahead.ask(v, 2);
                     // SAFETY: the job's promise.
                     unsafe { Self::tile(v, panel, first, x, acc) };
                 }
                 for (x, acc) in rest.iter().zip(acc) {
+                    ahead.ask(v, 1);
                     // SAFETY: the job's promise.
                     unsafe { Self::tile(v, panel, first, &[*x], std::array::from_mut(acc)) };
                 }

@@ -119,6 +119,33 @@ impl<V: Vector, L: Layout> Block<V, L> {
     }
 }
 
+/// Weights that will be wanted next, asked for little by little while something else is computed.
+pub(super) struct Ahead {
+    at: *const u8,
+    n_bytes: usize,
+    n_steps: usize,
+    done: usize,
+}
+
+impl Ahead {
+    /// `n_bytes` from `at`, which may be anything, over `n_steps` steps.
+    #[inline(always)]
+    pub(super) fn new(at: *const u8, n_bytes: usize, n_steps: usize) -> Self {
+        Self { at, n_bytes, n_steps, done: 0 }
+    }
+
+    /// Asks for the part of `n` steps.
+    #[inline(always)]
+    pub(super) fn ask<V: Vector>(&mut self, v: V, n: usize) {
+        let from = self.n_bytes * self.done / self.n_steps;
+        self.done += n;
+        let to = self.n_bytes * self.done / self.n_steps;
+        for at in (from..to).step_by(64) {
+            v.prefetch(self.at.wrapping_add(at));
+        }
+    }
+}
+
 /// Interleaves a group of `lanes` rows in place; `scratch` holds as many bytes.
 pub(super) fn pack<L: Layout>(lanes: usize, group: &mut [u8], scratch: &mut [u8]) {
     scratch.copy_from_slice(group);

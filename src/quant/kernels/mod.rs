@@ -20,6 +20,8 @@ mod block32;
 mod job;
 mod layout;
 mod number;
+mod plain;
+mod quantize;
 mod run;
 mod scalar;
 mod superblock;
@@ -51,6 +53,9 @@ trait Kernel: 'static {
     type Layout: Layout;
     /// Activations whose sums it reads together; 0 if it reads none.
     const SUB: usize;
+    /// Up to so many tokens, a matrix that comes from memory is multiplied faster by `gemv` again and again than by `gemm`, which
+    /// has too few tokens to compute with while it waits for weights (Q4_0: 12 tokens 40% faster, 16 tokens 30%).
+    const FEW: usize = 16;
 
     /// `T` tokens, weights unpacked in registers.
     ///
@@ -71,6 +76,8 @@ pub(crate) struct Kernels {
     pub lanes: usize,
     /// [`Kernel::SUB`].
     pub sub: usize,
+    /// [`Kernel::FEW`].
+    pub few: usize,
     /// Interleaves a group in place: `(lanes, group, scratch of the same size)`.
     pub pack: fn(usize, &mut [u8], &mut [u8]),
     /// For 1 to 4 tokens.
@@ -120,6 +127,7 @@ macro_rules! instruction_set {
                 Kernels {
                     lanes: <$vector as Vector>::LANES,
                     sub: K::SUB,
+                    few: K::FEW,
                     pack: layout::pack::<K::Layout>,
                     gemv: [gemv::<K, 1>, gemv::<K, 2>, gemv::<K, 3>, gemv::<K, 4>],
                     gemm: gemm::<K>,
@@ -152,6 +160,7 @@ mod on_scalar {
         Kernels {
             lanes: scalar::Scalar::LANES,
             sub: K::SUB,
+            few: K::FEW,
             pack: layout::pack::<K::Layout>,
             gemv: [each_token::<K>; MAX_GEMV],
             gemm: each_token::<K>,

@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use super::acts::Acts;
 use super::job::{Act, Job, MAX_TOKENS};
-use super::{Kernels, MAX_GEMV};
+use super::{Kernels, MAX_GEMV, number};
 use crate::cpu::Isa;
-use crate::quant::Format;
+use crate::quant::{ActKind, Format};
 
 /// A matrix of weights as the kernels of one instruction set read it, see [`pack_in_place`].
 ///
@@ -15,6 +15,7 @@ use crate::quant::Format;
 #[derive(Clone, Copy)]
 pub struct Packed<'a> {
     format: &'static Format,
+    isa: Isa,
     kernels: &'static Kernels,
     n_rows: usize,
     n_cols: usize,
@@ -63,7 +64,7 @@ impl<'a> Packed<'a> {
     pub fn new(format: &'static Format, isa: Isa, n_rows: usize, n_cols: usize, data: &'a [u8]) -> Self {
         let (kernels, row_bytes) = kernels_of(format, isa, n_cols);
         assert_eq!(Some(data.len()), n_rows.checked_mul(row_bytes));
-        Self { format, kernels, n_rows, n_cols, row_bytes, data }
+        Self { format, isa, kernels, n_rows, n_cols, row_bytes, data }
     }
 
     /// The weights' format.
@@ -165,29 +166,41 @@ fn run<const N: usize>(w: Packed<'_>, groups: &Range<usize>, x: &Acts, tokens: &
     }
     let full = w.n_rows / kernels.lanes;
     let packed = groups.start.min(full)..groups.end.min(full);
-    if !packed.is_empty() {
-        let at = packed.start * kernels.lanes;
-        let kernel = if tokens.len() <= MAX_GEMV { kernels.gemv[tokens.len() - 1] } else { kernels.gemm };
-        // SAFETY: `new` checked that the processor has the instructions and that the data holds the rows;
-        // `matmul_groups` that the groups and the places are there; `act` that the tokens are there and complete.
-        // That nobody writes the same places is what `matmul_groups` asks of its callers.
-        unsafe {
-            kernel(&Job {
-                w: w.data[at * w.row_bytes..].as_ptr(),
-                n_groups: packed.len(),
-                n_blocks: w.n_cols / format.block_len,
-                x: &acts[..tokens.len()],
-                out: out.data.add(first * out.stride + at),
-                stride: out.stride,
-                lives: PhantomData,
-            });
+    // Few tokens are a few goes of `gemv`, a group at a time, so that the second finds the group in the cache.
+    let (at_once, n_groups) = match tokens.len() {
+        ..=MAX_GEMV => (tokens.len(), packed.len()),
+        n if n <= kernels.few => (n.div_ceil(n.div_ceil(MAX_GEMV)), 1),
+        n => (n, packed.len()),
+    };
+    for first_group in packed.clone().step_by(n_groups.max(1)) {
+        let row = first_group * kernels.lanes;
+        for (i, acts) in acts[..tokens.len()].chunks(at_once).enumerate() {
+            let kernel = if at_once <= MAX_GEMV { kernels.gemv[acts.len() - 1] } else { kernels.gemm };
+            // SAFETY: `new` checked that the processor has the instructions and that the data holds the rows;
+            // `matmul_groups` that the groups and the places are there; `act` that the tokens are there and complete.
+            // That nobody writes the same places is what `matmul_groups` asks of its callers.
+            unsafe {
+                kernel(&Job {
+                    w: w.data[row * w.row_bytes..].as_ptr(),
+                    n_groups,
+                    n_blocks: w.n_cols / format.block_len,
+                    x: acts,
+                    out: out.data.add((first + i * at_once) * out.stride + row),
+                    stride: out.stride,
+                    lives: PhantomData,
+                });
+            }
         }
     }
     if groups.end > full {
         for row in full * kernels.lanes..w.n_rows {
             let weights = &w.data[row * w.row_bytes..][..w.row_bytes];
             for (i, token) in tokens.iter().enumerate() {
-                let y = (format.vec_dot)(weights, x.row(format, *token as usize));
+                let x = x.row(format, *token as usize);
+                let y = match format.act {
+                    ActKind::F32 => number::dot_row(w.isa, format, weights, x.f32),
+                    _ => (format.vec_dot)(weights, x),
+                };
                 // SAFETY: as above.
                 unsafe { *out.data.add((first + i) * out.stride + row) = y };
             }

@@ -1,0 +1,36 @@
+//! Plain Rust compiled for an instruction set: loops that the compiler vectorises well enough.
+
+use crate::cpu::Isa;
+
+/// Something to do with the instructions of one set.
+pub(super) trait Task {
+    /// What comes of it.
+    type Out;
+    /// Must be `#[inline(always)]`.
+    fn run(self) -> Self::Out;
+}
+
+/// Runs a task with the instructions of `isa`.
+pub(super) fn run_on<T: Task>(isa: Isa, task: T) -> T::Out {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn avx2<T: Task>(task: T) -> T::Out {
+            task.run()
+        }
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+        fn avx512<T: Task>(task: T) -> T::Out {
+            task.run()
+        }
+        assert!(isa.is_available());
+        match isa {
+            // SAFETY: the processor has the instruction set.
+            Isa::Avx512Vnni => return unsafe { avx512(task) },
+            // SAFETY: as above.
+            Isa::Avx2 => return unsafe { avx2(task) },
+            _ => {}
+        }
+    }
+    let _ = isa;
+    task.run()
+}

@@ -1,0 +1,207 @@
+//! Quantises rows of activations faster than [`act`](crate::quant::act), with the same integers and scales, and sums the integers.
+//!
+//! Plain loops over whole blocks, which the compiler vectorises for the instruction set of the function that they're inlined into.
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use super::plain::{Task, run_on};
+use crate::cpu::Isa;
+
+/// A row quantised to blocks of 32 and what the kernels want to know of it.
+pub(super) struct Q8_0<'a> {
+    pub q: &'a mut [i8],
+    /// A scale for each 32.
+    pub d: &'a mut [f32],
+    /// The integers' sum over each 32, negated.
+    pub negated_sum: &'a mut [i32],
+    /// The sum times the scale.
+    pub offset: &'a mut [f32],
+}
+
+/// A row quantised to blocks of 256 and what the kernels want to know of it.
+pub(super) struct Q8K<'a> {
+    pub q: &'a mut [i8],
+    /// A scale for each 256.
+    pub d: &'a mut [f32],
+    /// The integers' sum over each 16 and each 32, negated.
+    pub negated_sum: (&'a mut [i32], &'a mut [i32]),
+    /// The sums as f32.
+    pub offset: (&'a mut [f32], &'a mut [f32]),
+}
+
+/// As [`quantize_q8_0`](crate::quant::act::quantize_q8_0).
+pub(super) fn q8_0(isa: Isa, src: &[f32], to: Q8_0<'_>) {
+    let n = src.len() / 32;
+    assert!(src.len() == 32 * n && to.q.len() == 32 * n);
+    assert!(to.d.len() == n && to.negated_sum.len() == n && to.offset.len() == n);
+    run_on(isa, (src, to));
+}
+
+/// As [`quantize_q8_k`](crate::quant::act::quantize_q8_k).
+pub(super) fn q8_k(isa: Isa, src: &[f32], to: Q8K<'_>) {
+    let n = src.len() / 256;
+    assert!(src.len() == 256 * n && to.q.len() == 256 * n && to.d.len() == n);
+    assert!(to.negated_sum.0.len() == 16 * n && to.offset.0.len() == 16 * n);
+    assert!(to.negated_sum.1.len() == 8 * n && to.offset.1.len() == 8 * n);
+    run_on(isa, (src, to));
+}
+
+impl Task for (&[f32], Q8_0<'_>) {
+    type Out = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let (src, to) = self;
+        // Scales go through half precision sixteen at a time.
+        for (first, group) in src.chunks(32 * 16).enumerate() {
+            let (blocks, first) = (group.as_chunks::<32>().0, 16 * first);
+            let (mut amax, mut d, mut halves) = ([0.0; 16], [0.0; 16], [f16::ZERO; 16]);
+            for (i, block) in blocks.iter().enumerate() {
+                amax[i] = largest_size(block);
+                d[i] = amax[i] / 127.0;
+            }
+            halves.convert_from_f32_slice(&d);
+            halves.convert_to_f32_slice(&mut d);
+            for (i, block) in blocks.iter().enumerate() {
+                let id = if d[i] > 0.0 { 127.0 / amax[i] } else { 0.0 };
+                let [low, high] = scale_and_sum(block, id, &mut to.q[32 * (first + i)..][..32]);
+                to.d[first + i] = d[i];
+                to.negated_sum[first + i] = -(low + high);
+                to.offset[first + i] = (low + high) as f32 * d[i];
+            }
+        }
+    }
+}
+
+impl Task for (&[f32], Q8K<'_>) {
+    type Out = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let (src, to) = self;
+        for (b, block) in src.as_chunks::<256>().0.iter().enumerate() {
+            let amax = largest_size(block);
+            // The scale has the sign of the first that is so large.
+            let has_it = |chunk: &&[f32; 16]| chunk.iter().fold(false, |found, x| found | (x.abs() == amax));
+            let chunk = block.as_chunks::<16>().0.iter().find(has_it);
+            let first = chunk.and_then(|chunk| chunk.iter().find(|x| x.abs() == amax));
+            let negative = first.is_some_and(|x| x.is_sign_negative());
+            let id = -127.0 / if negative { -amax } else { amax };
+            let id = if id.is_finite() { id } else { 0.0 };
+            to.d[b] = if id != 0.0 { 1.0 / id } else { 0.0 };
+            for (s, sub) in block.as_chunks::<32>().0.iter().enumerate() {
+                let at = 8 * b + s;
+                let [low, high] = scale_and_sum(sub, id, &mut to.q[32 * at..][..32]);
+                to.negated_sum.0[2 * at..2 * at + 2].copy_from_slice(&[-low, -high]);
+                to.offset.0[2 * at..2 * at + 2].copy_from_slice(&[low as f32, high as f32]);
+                to.negated_sum.1[at] = -(low + high);
+                to.offset.1[at] = (low + high) as f32;
+            }
+        }
+    }
+}
+
+/// The size of the number that is largest in size.
+#[inline(always)]
+fn largest_size<const N: usize>(x: &[f32; N]) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    for x in x.as_chunks::<16>().0 {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *lane = if x.abs() > *lane { x.abs() } else { *lane };
+        }
+    }
+    let mut n = 8;
+    while n > 0 {
+        for i in 0..n {
+            lanes[i] = if lanes[i + n] > lanes[i] { lanes[i + n] } else { lanes[i] };
+        }
+        n /= 2;
+    }
+    lanes[0]
+}
+
+/// `src * id` rounded to nearest (ties to even) and held within -127..=127; the sums of the first and of the second 16.
+#[inline(always)]
+fn scale_and_sum(src: &[f32; 32], id: f32, q: &mut [i8]) -> [i32; 2] {
+    /// See [`nearest`](crate::quant::act::nearest).
+    const SHIFT: f32 = 12_582_912.0;
+    let mut sums = [0; 2];
+    for (half, (x, q)) in src.as_chunks::<16>().0.iter().zip(q.as_chunks_mut::<16>().0).enumerate() {
+        let mut lanes = [0i32; 16];
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *lane = (((x * id + SHIFT).to_bits() & 0x7f_ffff) as i32 - 0x40_0000).clamp(-127, 127);
+        }
+        for (q, lane) in q.iter_mut().zip(lanes) {
+            *q = lane as i8;
+        }
+        sums[half] = lanes.iter().sum();
+    }
+    sums
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::quant::act::{quantize_q8_0, quantize_q8_k};
+
+    fn check(src: &[f32]) {
+        let n = src.len();
+        for isa in Isa::available() {
+            let (mut q, mut d) = (vec![0; n], vec![0.0; n / 32]);
+            quantize_q8_0(src, &mut q, &mut d);
+            let (mut fast_q, mut fast_d) = (vec![9; n], vec![9.0; n / 32]);
+            let (mut sum, mut offset) = (vec![9; n / 32], vec![9.0; n / 32]);
+            let to = Q8_0 { q: &mut fast_q, d: &mut fast_d, negated_sum: &mut sum, offset: &mut offset };
+            q8_0(isa, src, to);
+            assert_eq!((&q, bits(&d)), (&fast_q, bits(&fast_d)), "q8_0 on {isa}");
+            assert_eq!(sum, negated_sums(&q, 32));
+            let expected: Vec<f32> = sum.iter().zip(&d).map(|(s, d)| (-s) as f32 * d).collect();
+            assert_eq!(offset, expected);
+
+            let (mut q, mut d) = (vec![0; n], vec![0.0; n / 256]);
+            quantize_q8_k(src, &mut q, &mut d);
+            let (mut fast_q, mut fast_d) = (vec![9; n], vec![9.0; n / 256]);
+            let (mut sum, mut offset) = (vec![9; n / 16], vec![9.0; n / 16]);
+            let (mut sum32, mut offset32) = (vec![9; n / 32], vec![9.0; n / 32]);
+            let (negated_sum, offset_) = ((&mut sum[..], &mut sum32[..]), (&mut offset[..], &mut offset32[..]));
+            q8_k(isa, src, Q8K { q: &mut fast_q, d: &mut fast_d, negated_sum, offset: offset_ });
+            assert_eq!((&q, bits(&d)), (&fast_q, bits(&fast_d)), "q8_k on {isa}");
+            assert_eq!((&sum, &sum32), (&negated_sums(&q, 16), &negated_sums(&q, 32)));
+            assert!(offset.iter().zip(&sum).chain(offset32.iter().zip(&sum32)).all(|(o, s)| *o == -s as f32));
+        }
+    }
+
+    fn bits(x: &[f32]) -> Vec<u32> {
+        x.iter().map(|x| x.to_bits()).collect()
+    }
+
+    fn negated_sums(q: &[i8], n: usize) -> Vec<i32> {
+        q.chunks(n).map(|q| -q.iter().map(|q| i32::from(*q)).sum::<i32>()).collect()
+    }
+
+    #[test]
+    fn edges_are_the_definitions() {
+        let mut src = vec![0.0; 256 * 8];
+        src[256] = 1e-30;
+        src[512..768].fill(-3.0);
+        src[768] = 4.0;
+        src[769] = -4.0;
+        src[1024 + 255] = -1e-38;
+        src[1280..1536].iter_mut().enumerate().for_each(|(i, x)| *x = i as f32 * 0.5 - 63.5);
+        src[1536..1792].fill(1e-6);
+        src[1792] = f32::MAX;
+        check(&src);
+    }
+
+    proptest! {
+        #[test]
+        fn any_row_gives_the_definitions_bits(
+            src in prop::collection::vec((-1.0f32..1.0, -30i32..30).prop_map(|(x, e)| x * 2f32.powi(e / 3)), 256 * 5)
+        ) {
+            check(&src);
+        }
+    }
+}
