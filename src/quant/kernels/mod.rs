@@ -19,6 +19,8 @@ mod avx512;
 mod block32;
 mod job;
 mod layout;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod number;
 mod plain;
 mod quantize;
@@ -142,6 +144,11 @@ instruction_set!(on_avx2, avx2::Avx2, "avx2,fma,f16c", 4);
 #[cfg(target_arch = "x86_64")]
 instruction_set!(on_avx512, avx512::Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", 6);
 
+#[cfg(target_arch = "aarch64")]
+instruction_set!(on_neon, neon::Neon<false>, "neon", 6);
+#[cfg(target_arch = "aarch64")]
+instruction_set!(on_neondot, neon::Neon<true>, "neon,dotprod", 6);
+
 /// Plain Rust, which isn't for speed: one small function serves any number of tokens.
 mod on_scalar {
     use super::*;
@@ -174,7 +181,12 @@ fn of<K: Kernel>(isa: Isa) -> Option<&'static Kernels> {
         Isa::Avx2 => Some(const { &on_avx2::kernels::<K>() }),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => Some(const { &on_avx512::kernels::<K>() }),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => Some(const { &on_neon::kernels::<K>() }),
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonDot => Some(const { &on_neondot::kernels::<K>() }),
         Isa::Scalar => Some(const { &on_scalar::kernels::<K>() }),
+        #[allow(unreachable_patterns)]
         _ => None,
     }
 }
