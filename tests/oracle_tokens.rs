@@ -30,7 +30,7 @@ fn oracle(pre: &str, splits: &[&str]) -> Oracle {
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
-        "post_processor": null, "decoder": {"type": "ByteLevel"},
+        "post_processor": null, "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
         "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
             "ignore_merges": pre == "llama-bpe", "vocab": ids, "merges": vocab.merges},

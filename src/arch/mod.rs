@@ -1,6 +1,6 @@
 //! Families of models: configuration, weights and forward pass of each.
 //!
-//! [`decoder`] holds the forward pass that decoder-only transformers share; an architecture's file says what is
+//! `decoder` holds the forward pass that decoder-only transformers share; an architecture's file says what is
 //! particular to it, and one line in [`ARCHES`] makes it known.
 
 mod config;

@@ -9,7 +9,7 @@ use rustix::fs::OFlags;
 
 use super::error::WriteError;
 
-/// A file being written as `NAME.part`. [`PartFile::commit`] renames it; dropped before that, it is removed.
+/// A file being written as `NAME.part`. `commit` renames it; dropped before that, it is removed.
 #[derive(Debug)]
 pub struct PartFile {
     out: BufWriter<File>,

@@ -4,7 +4,7 @@
 //! maps, `raise_exception`, `strftime_now` (in UTC), a `tojson` like Python's `json.dumps`, loop controls, and `{% generation %}` tags without
 //! an effect. `include`, `import`, `extends`, `block` and `autoescape` are refused.
 //!
-//! A template is untrusted input: what it may execute, hold and print is bounded ([`guard`], [`meter`]).
+//! A template is untrusted input: what it may execute, hold and print is bounded (`guard`, `meter`).
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! Tokenisers: text to tokens and back, as the file's own `tokenizer.ggml.*` metadata say.
 //!
-//! Two kinds: SentencePiece-style merging by score ([`spm`], `tokenizer.ggml.model` = `llama`) and byte-level byte-pair encoding
-//! ([`bpe`], `gpt2`) behind a pre-tokeniser ([`pre`], `tokenizer.ggml.pre`). The ids are those of llama.cpp for the same file; a
+//! Two kinds: SentencePiece-style merging by score (`spm`, `tokenizer.ggml.model` = `llama`) and byte-level byte-pair encoding
+//! (`bpe`, `gpt2`) behind a pre-tokeniser (`pre`, `tokenizer.ggml.pre`). The ids are those of llama.cpp for the same file; a
 //! vocabulary that isn't understood is an error, never a guess.
 
 mod bpe;
