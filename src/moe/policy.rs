@@ -1,4 +1,4 @@
-//! Which expert leaves when another needs its slot. Pure: told what was used and when, asked for a score.
+//! Which expert leaves when another needs its slot. Pure: told what was used and when, asked for a rank.
 //!
 //! Below one token's cycle (layers x experts used) a plain LRU never hits, because every expert is evicted just
 //! before its next turn; the decayed LFU keeps the popular ones. Half-life and figures: `docs/paging.md`.
@@ -9,8 +9,9 @@ pub trait Policy: Send {
     fn name(&self) -> &'static str;
     /// The expert was used by the token at `now` (a count of tokens), by `n` tokens of the block.
     fn used(&mut self, expert: usize, n: u32, now: u64);
-    /// How much the expert deserves its slot at `now`: the lowest score leaves.
-    fn score(&self, expert: usize, now: u64) -> f64;
+    /// How much the expert deserves its slot: the lowest rank leaves. It changes only when that expert is used, so
+    /// the store can keep residents in order instead of scanning them.
+    fn rank(&self, expert: usize) -> f64;
 }
 
 /// Makes a policy for a number of experts.
@@ -26,9 +27,12 @@ pub fn by_name(name: &str) -> Option<MakePolicy> {
 }
 
 /// Decayed least frequently used: a use counts 1 and loses half of that every [`Dlfu::HALF_LIFE`] tokens.
+///
+/// All heats fade alike, so their order doesn't change with time, and the rank is the logarithm of the heat that an
+/// expert would have had at time 0.
 pub struct Dlfu {
-    /// Heat at the time of the last use, and that time.
-    heat: Vec<(f64, u64)>,
+    /// log2 of the heat, as of time 0.
+    ranks: Vec<f64>,
 }
 
 impl Dlfu {
@@ -36,12 +40,7 @@ impl Dlfu {
     pub const HALF_LIFE: f64 = 8.0;
 
     fn new(n: usize) -> Self {
-        Dlfu { heat: vec![(0.0, 0); n] }
-    }
-
-    fn decayed(&self, expert: usize, now: u64) -> f64 {
-        let (heat, at) = self.heat[expert];
-        heat * (-(now.saturating_sub(at) as f64) / Self::HALF_LIFE).exp2()
+        Dlfu { ranks: vec![f64::NEG_INFINITY; n] }
     }
 }
 
@@ -50,10 +49,12 @@ impl Policy for Dlfu {
         "dlfu"
     }
     fn used(&mut self, expert: usize, n: u32, now: u64) {
-        self.heat[expert] = (self.decayed(expert, now) + n as f64, now);
+        let now = now as f64 / Self::HALF_LIFE;
+        let heat = (self.ranks[expert] - now).exp2() + f64::from(n);
+        self.ranks[expert] = heat.log2() + now;
     }
-    fn score(&self, expert: usize, now: u64) -> f64 {
-        self.decayed(expert, now)
+    fn rank(&self, expert: usize) -> f64 {
+        self.ranks[expert]
     }
 }
 
@@ -77,7 +78,7 @@ impl Policy for Lru {
         self.clock += 1;
         self.last[expert] = self.clock;
     }
-    fn score(&self, expert: usize, _: u64) -> f64 {
+    fn rank(&self, expert: usize) -> f64 {
         self.last[expert] as f64
     }
 }
@@ -102,8 +103,8 @@ impl Policy for Lfu {
         self.count[expert] += u64::from(n);
         self.recent.used(expert, n, now);
     }
-    fn score(&self, expert: usize, now: u64) -> f64 {
-        self.count[expert] as f64 + self.recent.score(expert, now) / (self.recent.clock + 1) as f64
+    fn rank(&self, expert: usize) -> f64 {
+        self.count[expert] as f64 + self.recent.rank(expert) / (self.recent.clock + 1) as f64
     }
 }
 
@@ -112,9 +113,9 @@ mod tests {
     use super::*;
 
     /// The order in which experts 0..n would leave.
-    fn leaving(p: &dyn Policy, n: usize, now: u64) -> Vec<usize> {
+    fn leaving(p: &dyn Policy, n: usize) -> Vec<usize> {
         let mut order: Vec<usize> = (0..n).collect();
-        order.sort_by(|&a, &b| p.score(a, now).total_cmp(&p.score(b, now)));
+        order.sort_by(|&a, &b| p.rank(a).total_cmp(&p.rank(b)));
         order
     }
 
@@ -128,7 +129,7 @@ mod tests {
             p.used(1, 1, 30);
             p.used(2, 1, 31);
             p.used(1, 1, 32);
-            leaving(&*p, 3, 33)
+            leaving(&*p, 3)
         };
         assert_eq!(order("lru"), [0, 2, 1]);
         assert_eq!(order("lfu"), [2, 1, 0]);

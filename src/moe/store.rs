@@ -351,7 +351,7 @@ impl ExpertStore {
             .filter_map(|slot| {
                 let key = s.slots[slot].owner? as usize;
                 let idle = s.slots[slot].pins == 0 && s.places[key] == Place::Resident(slot as u32);
-                idle.then(|| (s.policy.score(key, s.now), slot, key))
+                idle.then(|| (s.policy.rank(key), slot, key))
             })
             .min_by(|a, b| a.0.total_cmp(&b.0))?;
         s.places[victim.2] = Place::Absent;
