@@ -55,7 +55,8 @@ impl Budget {
         });
         let bytes = match o.memory {
             Memory::Bytes(n) => Some(n),
-            Memory::Auto => cpu::memory::available().map(|n| n - n / HEADROOM),
+            // What it holds already, when the budget is changed, it can hold on to.
+            Memory::Auto => cpu::memory::available().map(|n| n - n / HEADROOM + cpu::memory::resident().unwrap_or(0)),
         };
         let base = BASE_BYTES;
         let whole = |chunk| Budget { bytes, dense, kv, activations: activations(chunk), base, slots: all, chunk };
