@@ -258,7 +258,7 @@ impl Engine {
         let e = &*self.0;
         let mut buffers = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
         let options = EngineOptions { memory, ..e.options.clone() };
-        let budget = Budget::new(&options, &e.model, e.dense.n_bytes() as u64, e.n_ctx)?;
+        let budget = Budget::new(&options, &e.model, self.budget().dense, e.n_ctx)?;
         *self.0.budget.lock().unwrap_or_else(|e| e.into_inner()) = budget;
         *buffers = Buffers::default();
         if let Some(store) = &e.store {
