@@ -3,6 +3,7 @@
 mod args;
 mod bench;
 mod chat;
+mod figures;
 mod logits;
 mod output;
 mod perplexity;

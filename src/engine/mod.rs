@@ -1,11 +1,13 @@
 //! A loaded model and its timelines: the only interface that the front ends see.
 
+mod account;
 mod budget;
 mod error;
 mod generate;
 mod saved;
 mod timeline;
 
+pub use account::{Account, Histogram, Phase};
 pub use budget::{Budget, Memory};
 pub use error::EngineError;
 pub use generate::{Finish, Generation, GenerationParams, Piece};
@@ -97,6 +99,7 @@ struct Inner {
     n_ctx: usize,
     options: EngineOptions,
     budget: Mutex<Budget>,
+    account: Mutex<Account>,
     /// One pass at a time; its buffers stay.
     buffers: Mutex<Buffers>,
 }
@@ -197,6 +200,7 @@ impl Engine {
             n_ctx,
             options: o.clone(),
             budget: Mutex::new(budget),
+            account: Mutex::default(),
             buffers: Mutex::default(),
         })))
     }
@@ -272,9 +276,9 @@ impl Engine {
         self.0.team.n_threads()
     }
 
-    /// What the expert store has done; `None` for a dense model.
-    pub fn store_stats(&self) -> Option<StoreStats> {
-        self.0.store.as_ref().map(ExpertStore::stats)
+    /// Where the time of all passes so far went.
+    pub fn account(&self) -> Account {
+        self.0.account.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
     /// Slots, and experts in all; `None` for a dense model.
@@ -290,7 +294,6 @@ impl Engine {
     pub fn forward(&self, inputs: &mut [Input<'_>]) -> Result<Duration, EngineError> {
         let e = &*self.0;
         let n_vocab = e.model.config.n_vocab;
-        let began = Instant::now();
         let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
         for i in inputs.iter() {
             i.session.check_room(i.tokens.len())?;
@@ -310,6 +313,8 @@ impl Engine {
             return Ok(Duration::ZERO);
         }
         let mut buffers: MutexGuard<'_, Buffers> = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
+        let began = Instant::now();
+        let before = self.store_stats();
         if let Some(store) = &e.store {
             store.begin_pass();
         }
@@ -318,9 +323,15 @@ impl Engine {
         let machine = Machine { team: &e.team, dense: &e.dense, experts: e.store.as_ref() };
         e.model.forward(&machine, &mut buffers, &e.gguf, &mut block)?;
         block.kv.advance();
+        let took = began.elapsed();
         if let Some(store) = &e.store {
-            store.end_pass(tokens.len(), began.elapsed());
+            store.end_pass(tokens.len(), took);
         }
+        let mut account = e.account.lock().unwrap_or_else(|e| e.into_inner());
+        let is_decode = inputs.iter().all(|i| i.tokens.len() <= 1);
+        let phase = if is_decode { &mut account.decode } else { &mut account.prefill };
+        phase.add(tokens.len(), took, &self.store_stats().since(&before));
+        drop(account);
         let mut logits = &buffers.logits[..wanted.len() * n_vocab];
         for i in inputs {
             let n = match i.want {
@@ -332,6 +343,10 @@ impl Engine {
             i.session.took(i.tokens, own);
             logits = rest;
         }
-        Ok(began.elapsed())
+        Ok(took)
+    }
+
+    fn store_stats(&self) -> StoreStats {
+        self.0.store.as_ref().map(ExpertStore::stats).unwrap_or_default()
     }
 }

@@ -57,15 +57,24 @@ pub struct StoreStats {
 impl StoreStats {
     /// What was done since an earlier moment.
     pub fn since(&self, before: &StoreStats) -> StoreStats {
+        self.each(before, |now, before| now - before)
+    }
+
+    /// This and that together.
+    pub fn and(&self, more: &StoreStats) -> StoreStats {
+        self.each(more, |a, b| a + b)
+    }
+
+    fn each(&self, other: &StoreStats, f: impl Fn(u64, u64) -> u64) -> StoreStats {
         StoreStats {
-            uses: self.uses - before.uses,
-            hits: self.hits - before.hits,
-            ahead_hits: self.ahead_hits - before.ahead_hits,
-            demand_bytes: self.demand_bytes - before.demand_bytes,
-            ahead_bytes: self.ahead_bytes - before.ahead_bytes,
-            wasted_bytes: self.wasted_bytes - before.wasted_bytes,
-            evictions: self.evictions - before.evictions,
-            stall_ns: self.stall_ns - before.stall_ns,
+            uses: f(self.uses, other.uses),
+            hits: f(self.hits, other.hits),
+            ahead_hits: f(self.ahead_hits, other.ahead_hits),
+            demand_bytes: f(self.demand_bytes, other.demand_bytes),
+            ahead_bytes: f(self.ahead_bytes, other.ahead_bytes),
+            wasted_bytes: f(self.wasted_bytes, other.wasted_bytes),
+            evictions: f(self.evictions, other.evictions),
+            stall_ns: f(self.stall_ns, other.stall_ns),
         }
     }
 
