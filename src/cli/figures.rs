@@ -83,6 +83,9 @@ impl Figures {
         if let Some(peak) = self.process.peak_memory {
             line += &format!(", {} of memory at most", output::size(peak));
         }
+        if store.dropped + store.replaced > 0 {
+            line += &format!(", lossy: {} experts dropped, {} replaced", store.dropped, store.replaced);
+        }
         line + &format!(", seed {}", self.seed)
     }
 
@@ -96,7 +99,9 @@ impl Figures {
             let _ = writeln!(t, "{name:<28}{a:>12}{b:>12}");
         };
         row("tokens", &|p, _| p.tokens.to_string());
-        row("tokens a second", &|p, wall| if wall > 0.0 { format!("{:.1}", p.tokens as f64 / wall) } else { "-".into() });
+        row("tokens a second", &|p, wall| {
+            if wall > 0.0 { format!("{:.1}", p.tokens as f64 / wall) } else { "-".into() }
+        });
         row("computing", &|p, _| seconds(p.compute_s));
         row("waiting for the disk", &|p, _| seconds(p.stalled_s));
         row("everything else", &|p, wall| seconds((wall - p.compute_s - p.stalled_s).max(0.0)));
@@ -110,6 +115,10 @@ impl Figures {
             row("read when missing", &|p, _| output::size(p.store.demand_bytes));
             row("read ahead", &|p, _| output::size(p.store.ahead_bytes));
             row("  in vain", &|p, _| output::size(p.store.wasted_bytes));
+            if phases.iter().any(|(p, _)| p.store.dropped + p.store.replaced > 0) {
+                row("lossy: dropped", &|p, _| p.store.dropped.to_string());
+                row("lossy: replaced", &|p, _| p.store.replaced.to_string());
+            }
             row("read for each token", &|p, _| output::size(p.bytes_per_token() as u64));
         }
         let say = |v: Option<String>| v.unwrap_or_else(|| "unknown".into());

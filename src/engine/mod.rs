@@ -17,7 +17,7 @@ use crate::arch::{self, Block, Buffers, Config, Decoder, Dense, Machine};
 use crate::cpu::{Isa, Team};
 use crate::gguf::Gguf;
 use crate::moe::policy::{self, MakePolicy};
-use crate::moe::{DiskSource, ExpertStore, IoMode, StoreOptions, StoreStats};
+use crate::moe::{DiskSource, ExpertStore, IoMode, Lossy, StoreOptions, StoreStats};
 use crate::ops::attention::KvBatch;
 use crate::ops::kv::{KV_BLOCK, KvPool, KvType, SeqKv};
 use crate::session::tokenizer::Tokenizer;
@@ -67,6 +67,10 @@ pub struct EngineOptions {
     pub policy: MakePolicy,
     /// Whether the next layer's experts are guessed and read ahead, while that pays.
     pub lookahead: bool,
+    /// Lossy: experts that a token uses, fewer than the model was trained with.
+    pub n_expert_used: Option<usize>,
+    /// Lossy: what may be given up to read less.
+    pub lossy: Lossy,
 }
 
 impl Default for EngineOptions {
@@ -83,6 +87,8 @@ impl Default for EngineOptions {
             io: IoMode::Auto,
             policy: policy::POLICIES[0].1,
             lookahead: true,
+            n_expert_used: None,
+            lossy: Lossy::default(),
         }
     }
 }
@@ -159,7 +165,7 @@ impl Engine {
         let of_model = |source| EngineError::Model { file: gguf.name().into(), source };
         let system = |what| move |source| EngineError::System { what, source };
         let isa = Isa::get()?;
-        let (model, loader) = arch::declare(&gguf, isa).map_err(of_model)?;
+        let (model, loader) = arch::declare(&gguf, isa, o.n_expert_used).map_err(of_model)?;
         let tokenizer = Tokenizer::from_metadata(gguf.metadata())
             .map_err(|source| EngineError::Tokenizer { file: gguf.name().into(), source })?;
         let n_ctx = match o.n_ctx {
@@ -320,7 +326,7 @@ impl Engine {
         }
         let kv = KvBatch::new(inputs.iter_mut().map(|i| (i.session.kv_mut(), i.tokens.len())))?;
         let mut block = Block { tokens: &tokens, kv, wanted: &wanted };
-        let machine = Machine { team: &e.team, dense: &e.dense, experts: e.store.as_ref() };
+        let machine = Machine { team: &e.team, dense: &e.dense, experts: e.store.as_ref(), lossy: e.options.lossy };
         e.model.forward(&machine, &mut buffers, &e.gguf, &mut block)?;
         block.kv.advance();
         let took = began.elapsed();

@@ -1,11 +1,13 @@
 //! Mixture of experts: router, expert store, policies, planner.
 
 mod lookahead;
+mod lossy;
 pub mod policy;
 mod router;
 mod source;
 mod store;
 
+pub use lossy::{Losses, Lossy};
 pub use router::{Gating, Pick, Router};
 pub use source::{DiskSource, IoMode, Source};
 pub use store::{

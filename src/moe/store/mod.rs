@@ -21,6 +21,7 @@ pub use fetch::{Fetch, FetchError, Ready};
 pub use layout::{LayerParts, Part, StoreLayout, room_for};
 
 use super::lookahead::Lookahead;
+use super::lossy::Losses;
 use super::policy::MakePolicy;
 use super::source::Source;
 use crate::cpu::{Isa, Pages};
@@ -50,6 +51,10 @@ pub struct StoreStats {
     pub wasted_bytes: u64,
     /// Experts that left their slot.
     pub evictions: u64,
+    /// Lossy: experts that were dropped because they weren't at hand.
+    pub dropped: u64,
+    /// Lossy: experts that others at hand stood in for.
+    pub replaced: u64,
     /// Nanoseconds that computing waited for reads.
     pub stall_ns: u64,
 }
@@ -74,6 +79,8 @@ impl StoreStats {
             ahead_bytes: f(self.ahead_bytes, other.ahead_bytes),
             wasted_bytes: f(self.wasted_bytes, other.wasted_bytes),
             evictions: f(self.evictions, other.evictions),
+            dropped: f(self.dropped, other.dropped),
+            replaced: f(self.replaced, other.replaced),
             stall_ns: f(self.stall_ns, other.stall_ns),
         }
     }
@@ -204,6 +211,20 @@ impl ExpertStore {
         let s = self.shared.lock();
         let n = (self.shared.layout.layers.len() * self.shared.layout.n_expert) as u32;
         (0..n).map(|key| matches!(s.slots.place(key), Place::Resident(_))).collect()
+    }
+
+    /// Which experts of a layer are resident or on their way. (n_expert)
+    pub fn at_hand(&self, layer: usize) -> Vec<bool> {
+        let s = self.shared.lock();
+        let key = |e| self.shared.layout.key(layer, e);
+        (0..self.shared.layout.n_expert as u32).map(|e| s.slots.place(key(e)) != Place::Absent).collect()
+    }
+
+    /// Counts what was given up.
+    pub fn count_losses(&self, losses: Losses) {
+        let mut s = self.shared.lock();
+        s.stats.dropped += losses.dropped;
+        s.stats.replaced += losses.replaced;
     }
 
     /// Whether [`ExpertStore::ahead`] would do anything for a pass of `n_tokens`.
