@@ -62,10 +62,23 @@ pub struct Buffers {
     pub acts: Acts,
     /// As `acts`, for what comes in between.
     pub inner: Acts,
+    /// For guessing the next layer's experts: its input, quantised, and its scores.
+    pub guess: Guess,
     /// (n_wanted, n_vocab)
     pub logits: Vec<f32>,
     /// 0, 1, 2 …: every row of a block.
     pub rows: Vec<u32>,
+}
+
+/// What guessing the next layer's experts needs. Rows are a sample of the tokens.
+#[derive(Default)]
+pub struct Guess {
+    /// (n_sample, n_embd)
+    pub h: Vec<f32>,
+    /// The same, quantised.
+    pub acts: Acts,
+    /// (n_sample, n_expert)
+    pub scores: Vec<f32>,
 }
 
 /// Makes `buf` hold `n` values; what they were doesn't matter.

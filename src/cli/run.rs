@@ -198,8 +198,9 @@ pub(super) fn answer(
         write(session, params, each, &mut figures)?;
     }
     if let (Some(b), Some(a)) = (before, engine.store_stats()) {
-        figures.hit_rate = (a.uses > b.uses).then(|| (a.hits - b.hits) as f64 / (a.uses - b.uses) as f64);
-        figures.expert_bytes_read = Some(a.bytes_read - b.bytes_read);
+        let done = a.since(&b);
+        figures.hit_rate = done.hit_rate();
+        figures.expert_bytes_read = Some(done.bytes_read());
     }
     figures.peak_memory = output::peak_memory();
     Ok(figures)

@@ -38,6 +38,8 @@ pub struct Budget {
     pub slots: u64,
     /// Tokens of a prompt that go through the layers together.
     pub chunk: usize,
+    /// The smallest budget that works.
+    pub least: u64,
 }
 
 impl Budget {
@@ -55,17 +57,21 @@ impl Budget {
         });
         let bytes = match o.memory {
             Memory::Bytes(n) => Some(n),
-            Memory::Auto => cpu::memory::available().map(|n| n - n / HEADROOM),
+            // What it holds already, when the budget is changed, it can hold on to.
+            Memory::Auto => cpu::memory::available().map(|n| n - n / HEADROOM + cpu::memory::resident().unwrap_or(0)),
         };
         let base = BASE_BYTES;
-        let whole = |chunk| Budget { bytes, dense, kv, activations: activations(chunk), base, slots: all, chunk };
-        let Some(budget) = bytes else { return Ok(whole(o.chunk)) };
         let fixed = |chunk| base.saturating_add(dense).saturating_add(kv).saturating_add(activations(chunk));
+        let smallest = fixed(1).saturating_add(least);
+        let whole = |chunk: usize| {
+            let activations = activations(chunk);
+            Budget { bytes, dense, kv, activations, base, slots: all, chunk, least: smallest }
+        };
+        let Some(budget) = bytes else { return Ok(whole(o.chunk)) };
         let mut chunk = o.chunk.max(1);
         while chunk > 1 && fixed(chunk).saturating_add(least) > budget {
             chunk /= 2;
         }
-        let smallest = fixed(1).saturating_add(least);
         if smallest > budget {
             return Err(EngineError::Budget { budget, smallest });
         }

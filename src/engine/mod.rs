@@ -14,7 +14,8 @@ pub use timeline::Session;
 use crate::arch::{self, Block, Buffers, Config, Decoder, Dense, Machine};
 use crate::cpu::{Isa, Team};
 use crate::gguf::Gguf;
-use crate::moe::{ExpertStore, StoreStats, policy};
+use crate::moe::policy::{self, MakePolicy};
+use crate::moe::{DiskSource, ExpertStore, IoMode, StoreOptions, StoreStats};
 use crate::ops::attention::KvBatch;
 use crate::ops::kv::{KV_BLOCK, KvPool, KvType, SeqKv};
 use crate::session::tokenizer::Tokenizer;
@@ -37,7 +38,7 @@ const DEFAULT_CTX: usize = 4096;
 /// Tokens of a prompt that go through the layers together when nothing else is asked for.
 pub const DEFAULT_CHUNK: usize = 512;
 /// Threads that read experts. Two to four are best on the disks that were measured; eight are worse.
-const READ_LANES: usize = 4;
+const READ_LANES: usize = 3;
 
 /// What an engine is loaded with.
 #[derive(Clone, Debug)]
@@ -58,6 +59,12 @@ pub struct EngineOptions {
     pub memory: Memory,
     /// Bytes for expert slots, whatever the memory says: for tests and measurements.
     pub expert_bytes: Option<u64>,
+    /// How experts are read.
+    pub io: IoMode,
+    /// Which expert leaves when another needs its slot.
+    pub policy: MakePolicy,
+    /// Whether the next layer's experts are guessed and read ahead, while that pays.
+    pub lookahead: bool,
 }
 
 impl Default for EngineOptions {
@@ -71,6 +78,9 @@ impl Default for EngineOptions {
             type_v: KvType::F16,
             memory: Memory::Auto,
             expert_bytes: None,
+            io: IoMode::Auto,
+            policy: policy::POLICIES[0].1,
+            lookahead: true,
         }
     }
 }
@@ -85,7 +95,8 @@ struct Inner {
     tokenizer: Tokenizer,
     isa: Isa,
     n_ctx: usize,
-    budget: Budget,
+    options: EngineOptions,
+    budget: Mutex<Budget>,
     /// One pass at a time; its buffers stay.
     buffers: Mutex<Buffers>,
 }
@@ -165,15 +176,29 @@ impl Engine {
             None => None,
             Some(layout) => {
                 let bytes = o.expert_bytes.unwrap_or(budget.slots);
-                let store = ExpertStore::new(layout, bytes, isa, policy::POLICIES[0].1, gguf.clone(), READ_LANES);
+                let source = Arc::new(DiskSource::new(gguf.clone(), o.io));
+                let options = StoreOptions { bytes, isa, policy: o.policy, lanes: READ_LANES, lookahead: o.lookahead };
+                let store = ExpertStore::new(layout, &options, source);
                 Some(store.map_err(system("memory for expert slots, or threads"))?)
             }
         };
         let n_threads = o.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
         let team = Team::new(n_threads).map_err(system("threads"))?;
         tracing::info!(model = gguf.name(), %isa, n_threads, n_ctx, dense_bytes = dense.n_bytes(), "loaded");
-        let buffers = Mutex::default();
-        Ok(Engine(Arc::new(Inner { gguf, model, dense, store, kv, team, tokenizer, isa, n_ctx, budget, buffers })))
+        Ok(Engine(Arc::new(Inner {
+            gguf,
+            model,
+            dense,
+            store,
+            kv,
+            team,
+            tokenizer,
+            isa,
+            n_ctx,
+            options: o.clone(),
+            budget: Mutex::new(budget),
+            buffers: Mutex::default(),
+        })))
     }
 
     /// A new, empty timeline.
@@ -222,7 +247,24 @@ impl Engine {
 
     /// How its memory is divided.
     pub fn budget(&self) -> Budget {
-        self.0.budget
+        *self.0.budget.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Gives the engine more or less memory while it's loaded, between two passes. What is written doesn't change.
+    ///
+    /// # Errors
+    /// When it's less than the least that works with the sessions that it was loaded for; nothing is changed then.
+    pub fn set_memory_budget(&self, memory: Memory) -> Result<Budget, EngineError> {
+        let e = &*self.0;
+        let mut buffers = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
+        let options = EngineOptions { memory, ..e.options.clone() };
+        let budget = Budget::new(&options, &e.model, self.budget().dense, e.n_ctx)?;
+        *self.0.budget.lock().unwrap_or_else(|e| e.into_inner()) = budget;
+        *buffers = Buffers::default();
+        if let Some(store) = &e.store {
+            store.resize(e.options.expert_bytes.unwrap_or(budget.slots));
+        }
+        Ok(budget)
     }
 
     /// Threads that compute.
@@ -269,13 +311,16 @@ impl Engine {
         }
         let mut buffers: MutexGuard<'_, Buffers> = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
         if let Some(store) = &e.store {
-            store.advance(inputs.iter().map(|i| i.tokens.len() as u64).max().unwrap_or(0));
+            store.begin_pass();
         }
         let kv = KvBatch::new(inputs.iter_mut().map(|i| (i.session.kv_mut(), i.tokens.len())))?;
         let mut block = Block { tokens: &tokens, kv, wanted: &wanted };
         let machine = Machine { team: &e.team, dense: &e.dense, experts: e.store.as_ref() };
         e.model.forward(&machine, &mut buffers, &e.gguf, &mut block)?;
         block.kv.advance();
+        if let Some(store) = &e.store {
+            store.end_pass(tokens.len(), began.elapsed());
+        }
         let mut logits = &buffers.logits[..wanted.len() * n_vocab];
         for i in inputs {
             let n = match i.want {

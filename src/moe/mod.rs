@@ -1,10 +1,13 @@
 //! Mixture of experts: router, expert store, policies, planner.
 
+mod lookahead;
 pub mod policy;
-mod reader;
 mod router;
+mod source;
 mod store;
 
-pub use reader::{Reader, Source};
 pub use router::{Gating, Pick, Router};
-pub use store::{ExpertStore, Fetch, FetchError, LayerParts, Part, Ready, StoreLayout, StoreStats};
+pub use source::{DiskSource, IoMode, Source};
+pub use store::{
+    ExpertStore, Fetch, FetchError, LayerParts, Part, Ready, StoreLayout, StoreOptions, StoreStats, room_for,
+};
