@@ -298,6 +298,16 @@ impl Context {
         self.n_past = 0;
     }
 
+    /// Forgets all but the first tokens.
+    pub fn truncate(&mut self, len: usize) {
+        assert!(len <= self.n_past);
+        // SAFETY: the context is alive; the positions of sequence 0 from `len` on are there or absent.
+        let done =
+            unsafe { sys::llama_memory_seq_rm(sys::llama_get_memory(self.context.as_ptr()), 0, len_i32(len), -1) };
+        assert!(done, "llama.cpp can't forget a part");
+        self.n_past = len;
+    }
+
     /// Tokens seen so far.
     pub fn n_past(&self) -> usize {
         self.n_past

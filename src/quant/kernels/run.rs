@@ -64,6 +64,29 @@ pub fn pack_in_place(
     }
 }
 
+/// How matrices of a format are multiplied on an instruction set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    /// What kind of format the kernels are written for: `block32`, `superblock` or `number`.
+    pub kind: &'static str,
+    /// Rows that lie interleaved, one a lane.
+    pub lanes: usize,
+    /// Up to so many tokens are multiplied by one go of `gemv`,
+    pub gemv: usize,
+    /// up to so many by several of them, and more by `gemm`,
+    pub few: usize,
+    /// which keeps the sums of so many tokens and groups of rows in registers.
+    pub tile: (usize, usize),
+}
+
+impl Chosen {
+    /// `None` if there are no kernels for this instruction set on this machine.
+    pub fn of(format: &Format, isa: Isa) -> Option<Self> {
+        let k = (format.kernels)(isa)?;
+        Some(Self { kind: k.kind, lanes: k.lanes, gemv: MAX_GEMV, few: k.few, tile: k.tile })
+    }
+}
+
 impl<'a> Packed<'a> {
     /// A matrix `(n_rows, n_cols)` that [`pack_in_place`] has prepared for the same instruction set.
     ///
