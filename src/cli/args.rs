@@ -188,6 +188,7 @@ impl SamplingArgs {
             stop: self.stop.clone(),
             ignore_eos: self.ignore_eos,
             show_special: false,
+            logprobs: None,
         }
     }
 

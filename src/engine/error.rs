@@ -89,6 +89,9 @@ pub enum EngineError {
         /// The smallest that works.
         smallest: u64,
     },
+    /// The queue's worker is gone.
+    #[error("the engine stopped before this was done: its queue's worker ended; load the model again")]
+    Stopped,
     /// A saved session.
     #[error("{path}: {why}")]
     Saved {

@@ -4,11 +4,13 @@ mod budget;
 mod error;
 mod generate;
 mod saved;
+mod scheduler;
 mod timeline;
 
 pub use budget::{Budget, Memory};
 pub use error::EngineError;
 pub use generate::{Finish, Generation, GenerationParams, Piece};
+pub use scheduler::{Event, Finished, Queue, QueueStats, Request, Stream, Ticket};
 pub use timeline::Session;
 
 use crate::arch::{self, Block, Buffers, Config, Decoder, Dense, Machine};
@@ -19,7 +21,7 @@ use crate::ops::attention::KvBatch;
 use crate::ops::kv::{KV_BLOCK, KvPool, KvType, SeqKv};
 use crate::session::tokenizer::Tokenizer;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 /// The model that is in the program itself: tiny, trained on a grammar of stories.
@@ -44,8 +46,10 @@ const READ_LANES: usize = 4;
 pub struct EngineOptions {
     /// Positions that a session can hold; `None` for the model's own, up to 4096; 0 for the model's own.
     pub n_ctx: Option<usize>,
-    /// Sessions that can be full at the same time.
+    /// Sessions, or sequences of the queue, at the same time.
     pub n_sessions: usize,
+    /// Positions of the KV cache for all of them together, at least one full session's; `None` for all of them full.
+    pub kv_positions: Option<usize>,
     /// Threads that compute; `None` for one on each core that this process may use.
     pub n_threads: Option<usize>,
     /// Tokens of a prompt that go through the layers together.
@@ -65,6 +69,7 @@ impl Default for EngineOptions {
         EngineOptions {
             n_ctx: None,
             n_sessions: 1,
+            kv_positions: None,
             n_threads: None,
             chunk: DEFAULT_CHUNK,
             type_k: KvType::F16,
@@ -72,6 +77,15 @@ impl Default for EngineOptions {
             memory: Memory::Auto,
             expert_bytes: None,
         }
+    }
+}
+
+impl EngineOptions {
+    /// Blocks of the KV cache for sessions of this length.
+    fn n_kv_blocks(&self, n_ctx: usize) -> usize {
+        let one = n_ctx.div_ceil(KV_BLOCK);
+        let all = one.saturating_mul(self.n_sessions.max(1));
+        self.kv_positions.map_or(all, |n| n.div_ceil(KV_BLOCK).max(one))
     }
 }
 
@@ -88,6 +102,8 @@ struct Inner {
     budget: Budget,
     /// One pass at a time; its buffers stay.
     buffers: Mutex<Buffers>,
+    n_sessions: usize,
+    queue: OnceLock<scheduler::Closes>,
 }
 
 /// A loaded model. Cheap to clone: clones share it.
@@ -153,7 +169,7 @@ impl Engine {
             Some(n) => n,
             None => model.config.n_ctx_train.min(DEFAULT_CTX),
         };
-        let n_blocks = n_ctx.div_ceil(KV_BLOCK).saturating_mul(o.n_sessions.max(1));
+        let n_blocks = o.n_kv_blocks(n_ctx);
         let total = loader.declared_bytes();
         let budget = Budget::new(o, &model, total, n_ctx)?;
         let kv = KvPool::new(&model.kv_layers(), o.type_k, o.type_v, n_blocks)?;
@@ -172,8 +188,22 @@ impl Engine {
         let n_threads = o.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
         let team = Team::new(n_threads).map_err(system("threads"))?;
         tracing::info!(model = gguf.name(), %isa, n_threads, n_ctx, dense_bytes = dense.n_bytes(), "loaded");
-        let buffers = Mutex::default();
-        Ok(Engine(Arc::new(Inner { gguf, model, dense, store, kv, team, tokenizer, isa, n_ctx, budget, buffers })))
+        let (buffers, n_sessions, queue) = (Mutex::default(), o.n_sessions, OnceLock::new());
+        Ok(Engine(Arc::new(Inner {
+            gguf,
+            model,
+            dense,
+            store,
+            kv,
+            team,
+            tokenizer,
+            isa,
+            n_ctx,
+            budget,
+            buffers,
+            n_sessions,
+            queue,
+        })))
     }
 
     /// A new, empty timeline.
