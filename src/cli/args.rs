@@ -189,6 +189,7 @@ impl SamplingArgs {
             ignore_eos: self.ignore_eos,
             show_special: false,
             logprobs: None,
+            grammar: None,
         }
     }
 

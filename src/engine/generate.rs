@@ -4,6 +4,7 @@
 //! the scheduler drives many.
 
 use super::{Engine, EngineError, Session};
+use crate::session::grammar::{Grammar, GrammarState};
 use crate::session::sampler::{Logprobs, Sampler, SamplingParams, logprobs};
 use crate::session::stop::StopMatcher;
 use crate::session::tokenizer::StreamDecoder;
@@ -23,6 +24,8 @@ pub struct GenerationParams {
     pub show_special: bool,
     /// With each token its log-probability and so many of the most likely ones; `None` for neither.
     pub logprobs: Option<usize>,
+    /// What the text has to be like.
+    pub grammar: Option<Grammar>,
 }
 
 /// Why it ended.
@@ -57,6 +60,7 @@ pub(super) struct Writer {
     sampler: Sampler,
     stops: StopMatcher,
     decoder: StreamDecoder,
+    grammar: Option<GrammarState>,
     params: GenerationParams,
     n_written: usize,
     finish: Option<Finish>,
@@ -66,13 +70,14 @@ pub(super) struct Writer {
 
 impl Writer {
     /// A writer after these tokens.
-    pub fn new(params: GenerationParams, before: &[u32]) -> Result<Self, EngineError> {
+    pub fn new(engine: &Engine, params: GenerationParams, before: &[u32]) -> Result<Self, EngineError> {
         let mut sampler = Sampler::new(params.sampling.clone())?;
         before.iter().for_each(|&t| sampler.accept(t));
         let stops = StopMatcher::new(params.stop.iter().cloned())?;
         let decoder = StreamDecoder::new(params.show_special);
+        let grammar = params.grammar.as_ref().map(|g| engine.grammars()?.start(g)).transpose()?;
         let finish = (params.n_predict == Some(0)).then_some(Finish::Length);
-        Ok(Writer { sampler, stops, decoder, params, n_written: 0, finish, logits: Vec::new() })
+        Ok(Writer { sampler, stops, decoder, grammar, params, n_written: 0, finish, logits: Vec::new() })
     }
 
     pub fn finish(&self) -> Option<Finish> {
@@ -95,7 +100,10 @@ impl Writer {
         }
         self.logits.clear();
         self.logits.extend_from_slice(logits);
-        let token = self.sampler.sample(&mut self.logits)?;
+        let token = match &mut self.grammar {
+            None => self.sampler.sample(&mut self.logits)?,
+            Some(g) => self.sampler.sample_masked(&mut self.logits, g.mask()?)?,
+        };
         let tokenizer = engine.tokenizer();
         if tokenizer.is_eog(token) && !self.params.ignore_eos {
             return Ok(self.end(Finish::Stop));
@@ -109,12 +117,21 @@ impl Writer {
         let mut text = out.text;
         if out.stop.is_some() {
             self.finish = Some(Finish::StopString);
+        } else if self.accept(token)? {
+            text.push_str(&self.rest(Finish::Stop));
         } else if self.params.n_predict == Some(self.n_written) {
             // No further pass is needed to know that this was the last one.
             text.push_str(&self.rest(Finish::Length));
         }
         let logprobs = self.params.logprobs.map(|n| logprobs(logits, token, n)).transpose()?;
         Ok(Some(Piece { token: Some(token), text, logprobs }))
+    }
+
+    /// Tells the grammar; whether the text is complete.
+    fn accept(&mut self, token: u32) -> Result<bool, EngineError> {
+        let Some(grammar) = &mut self.grammar else { return Ok(false) };
+        grammar.accept(token)?;
+        Ok(grammar.is_complete())
     }
 
     /// Ends it, and hands out what was held back.
@@ -146,7 +163,7 @@ impl<'s> Generation<'s> {
         if session.logits().is_empty() {
             return Err(EngineError::Empty);
         }
-        let writer = Writer::new(params, session.tokens())?;
+        let writer = Writer::new(session.engine(), params, session.tokens())?;
         Ok(Generation { session, writer })
     }
 

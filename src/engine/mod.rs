@@ -1,6 +1,7 @@
 //! A loaded model and its timelines: the only interface that the front ends see.
 
 mod budget;
+mod chat;
 mod error;
 mod generate;
 mod saved;
@@ -19,6 +20,7 @@ use crate::gguf::Gguf;
 use crate::moe::{ExpertStore, StoreStats, policy};
 use crate::ops::attention::KvBatch;
 use crate::ops::kv::{KV_BLOCK, KvPool, KvType, SeqKv};
+use crate::session::grammar::{GrammarError, Grammars};
 use crate::session::tokenizer::Tokenizer;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -104,6 +106,7 @@ struct Inner {
     buffers: Mutex<Buffers>,
     n_sessions: usize,
     queue: OnceLock<scheduler::Closes>,
+    grammars: OnceLock<Result<Grammars, GrammarError>>,
 }
 
 /// A loaded model. Cheap to clone: clones share it.
@@ -188,7 +191,7 @@ impl Engine {
         let n_threads = o.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
         let team = Team::new(n_threads).map_err(system("threads"))?;
         tracing::info!(model = gguf.name(), %isa, n_threads, n_ctx, dense_bytes = dense.n_bytes(), "loaded");
-        let (buffers, n_sessions, queue) = (Mutex::default(), o.n_sessions, OnceLock::new());
+        let (buffers, n_sessions, queue, grammars) = (Mutex::default(), o.n_sessions, OnceLock::new(), OnceLock::new());
         Ok(Engine(Arc::new(Inner {
             gguf,
             model,
@@ -203,6 +206,7 @@ impl Engine {
             buffers,
             n_sessions,
             queue,
+            grammars,
         })))
     }
 

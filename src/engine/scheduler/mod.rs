@@ -157,7 +157,7 @@ impl Shared {
         if let Some(&token) = request.prompt.iter().find(|&&t| t as usize >= n_vocab) {
             return Err(EngineError::NoSuchToken { token, n_vocab });
         }
-        let writer = Writer::new(request.params, &request.prompt)?;
+        let writer = Writer::new(engine, request.params, &request.prompt)?;
         let cancelled = Arc::new(AtomicBool::new(false));
         let mut inbox = lock(&self.inbox);
         if inbox.closed {
