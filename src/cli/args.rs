@@ -200,6 +200,8 @@ impl SamplingArgs {
             stop: self.stop.clone(),
             ignore_eos: self.ignore_eos,
             show_special: false,
+            logprobs: None,
+            grammar: None,
         }
     }
 

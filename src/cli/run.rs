@@ -3,8 +3,8 @@
 use super::args::{ModelArgs, SamplingArgs};
 use super::figures::{Figures, ProcessFigures};
 use super::{Failure, output};
-use crate::engine::{Engine, Generation, GenerationParams, Session};
-use crate::session::template::{ChatTemplate, Message};
+use crate::engine::{Generation, GenerationParams, Session};
+use crate::session::template::Message;
 use clap::Args;
 use serde::Serialize;
 use std::io::{IsTerminal, Read};
@@ -45,12 +45,12 @@ pub(super) fn run(a: RunArgs) -> Result<(), Failure> {
     let prompt = prompt(&a)?;
     output::catch_ctrl_c()?;
     let engine = a.model.load()?;
-    let template = if a.raw { None } else { template(&engine)? };
+    let template = if a.raw { None } else { engine.chat_template()? };
     let (tokens, chat) = match &template {
         Some(t) => {
             let system = a.system.iter().map(|s| Message::new("system", s.as_str()));
             let messages: Vec<Message> = system.chain([Message::new("user", prompt.as_str())]).collect();
-            (chat_tokens(&engine, t, &messages)?, true)
+            (engine.chat_tokens(t, &messages)?, true)
         }
         None if a.system.is_some() => {
             return Err(Failure::usage("--system needs a model with a chat template, which this one doesn't have"));
@@ -104,21 +104,6 @@ fn prompt(a: &RunArgs) -> Result<String, Failure> {
         .read_to_string(&mut text)
         .map_err(|e| Failure::new(format!("reading the prompt from the standard input: {e}")))?;
     Ok(text.strip_suffix('\n').unwrap_or(&text).to_string())
-}
-
-/// The model's chat template, if it has one.
-pub(super) fn template(engine: &Engine) -> Result<Option<ChatTemplate>, Failure> {
-    let Some(source) = engine.gguf().metadata().str("tokenizer.chat_template")? else { return Ok(None) };
-    let t = engine.tokenizer();
-    let text =
-        |id: Option<u32>| id.map(|id| String::from_utf8_lossy(&t.token_bytes(id)).into_owned()).unwrap_or_default();
-    Ok(Some(ChatTemplate::new(source, &text(t.bos()), &text(t.eos()))?))
-}
-
-/// The tokens of a conversation up to where the model's answer begins.
-pub(super) fn chat_tokens(engine: &Engine, t: &ChatTemplate, messages: &[Message]) -> Result<Vec<u32>, Failure> {
-    let text = t.render(messages, true, &serde_json::Value::Null)?;
-    Ok(engine.tokenizer().encode(&text, !t.has_bos(&text), true))
 }
 
 /// Reads `tokens` (what the session has of them already is kept) and writes on, handing out text as it comes, until

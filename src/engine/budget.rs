@@ -4,7 +4,7 @@ use super::{EngineError, EngineOptions};
 use crate::arch::Decoder;
 use crate::cpu;
 use crate::moe::StoreLayout;
-use crate::ops::kv::{KV_BLOCK, KvPool};
+use crate::ops::kv::KvPool;
 
 /// The program, its threads' stacks and allocator, the file's header and the tokeniser of a large vocabulary.
 const BASE_BYTES: u64 = 64 << 20;
@@ -46,9 +46,8 @@ impl Budget {
     /// Divides the memory. Where it's short, blocks of tokens are made shorter before slots are taken away.
     pub(super) fn new(o: &EngineOptions, model: &Decoder, dense: u64, n_ctx: usize) -> Result<Self, EngineError> {
         let block = KvPool::bytes_per_block(&model.kv_layers(), o.type_k, o.type_v).unwrap_or(usize::MAX) as u64;
-        let n_blocks = (n_ctx.div_ceil(KV_BLOCK) as u64).saturating_mul(o.n_sessions.max(1) as u64);
-        let kv = block.saturating_mul(n_blocks);
-        let logits = 8 * model.config.n_vocab as u64;
+        let kv = block.saturating_mul(o.n_kv_blocks(n_ctx) as u64);
+        let logits = 8 * (model.config.n_vocab * o.n_sessions.max(1)) as u64;
         let activations = |chunk: usize| chunk as u64 * model.bytes_per_token() + logits;
         let layout = model.store_layout();
         let (least, all) = layout.as_ref().map_or((0, 0), |l: &StoreLayout| {

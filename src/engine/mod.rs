@@ -2,15 +2,18 @@
 
 mod account;
 mod budget;
+mod chat;
 mod error;
 mod generate;
 mod saved;
+mod scheduler;
 mod timeline;
 
 pub use account::{Account, Histogram, Phase};
 pub use budget::{Budget, Memory};
 pub use error::EngineError;
 pub use generate::{Finish, Generation, GenerationParams, Piece};
+pub use scheduler::{Event, Finished, Queue, QueueStats, Request, Stream, Ticket};
 pub use timeline::Session;
 
 use crate::arch::{self, Block, Buffers, Config, Decoder, Dense, Machine};
@@ -20,9 +23,10 @@ use crate::moe::policy::{self, MakePolicy};
 use crate::moe::{DiskSource, ExpertStore, IoMode, Lossy, StoreOptions, StoreStats};
 use crate::ops::attention::KvBatch;
 use crate::ops::kv::{KV_BLOCK, KvPool, KvType, SeqKv};
+use crate::session::grammar::{GrammarError, Grammars};
 use crate::session::tokenizer::Tokenizer;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 /// The model that is in the program itself: tiny, trained on a grammar of stories.
@@ -47,8 +51,10 @@ const READ_LANES: usize = 3;
 pub struct EngineOptions {
     /// Positions that a session can hold; `None` for the model's own, up to 4096; 0 for the model's own.
     pub n_ctx: Option<usize>,
-    /// Sessions that can be full at the same time.
+    /// Sessions, or sequences of the queue, at the same time.
     pub n_sessions: usize,
+    /// Positions of the KV cache for all of them together, at least one full session's; `None` for all of them full.
+    pub kv_positions: Option<usize>,
     /// Threads that compute; `None` for one on each core that this process may use.
     pub n_threads: Option<usize>,
     /// Tokens of a prompt that go through the layers together.
@@ -78,6 +84,7 @@ impl Default for EngineOptions {
         EngineOptions {
             n_ctx: None,
             n_sessions: 1,
+            kv_positions: None,
             n_threads: None,
             chunk: DEFAULT_CHUNK,
             type_k: KvType::F16,
@@ -90,6 +97,15 @@ impl Default for EngineOptions {
             n_expert_used: None,
             lossy: Lossy::default(),
         }
+    }
+}
+
+impl EngineOptions {
+    /// Blocks of the KV cache for sessions of this length.
+    fn n_kv_blocks(&self, n_ctx: usize) -> usize {
+        let one = n_ctx.div_ceil(KV_BLOCK);
+        let all = one.saturating_mul(self.n_sessions.max(1));
+        self.kv_positions.map_or(all, |n| n.div_ceil(KV_BLOCK).max(one))
     }
 }
 
@@ -108,6 +124,8 @@ struct Inner {
     account: Mutex<Account>,
     /// One pass at a time; its buffers stay.
     buffers: Mutex<Buffers>,
+    queue: OnceLock<scheduler::Closes>,
+    grammars: OnceLock<Result<Grammars, GrammarError>>,
 }
 
 /// A loaded model. Cheap to clone: clones share it.
@@ -173,7 +191,7 @@ impl Engine {
             Some(n) => n,
             None => model.config.n_ctx_train.min(DEFAULT_CTX),
         };
-        let n_blocks = n_ctx.div_ceil(KV_BLOCK).saturating_mul(o.n_sessions.max(1));
+        let n_blocks = o.n_kv_blocks(n_ctx);
         let total = loader.declared_bytes();
         let budget = Budget::new(o, &model, total, n_ctx)?;
         let kv = KvPool::new(&model.kv_layers(), o.type_k, o.type_v, n_blocks)?;
@@ -208,6 +226,8 @@ impl Engine {
             budget: Mutex::new(budget),
             account: Mutex::default(),
             buffers: Mutex::default(),
+            queue: OnceLock::new(),
+            grammars: OnceLock::new(),
         })))
     }
 
