@@ -147,7 +147,7 @@ impl MoeFfn {
         }
         let Buffers { acts, h, .. } = b;
         m.activate_as(acts, h, n_embd, &kinds);
-        let picks = self.route(m, b, n_tokens);
+        let picks = self.route(m, b, layer, n_tokens);
         match &self.shared {
             Some(s) => {
                 s.ffn.forward(m, b, n_tokens);
@@ -168,7 +168,7 @@ impl MoeFfn {
     }
 
     /// Each token's experts, (n_tokens, n_expert_used), best first.
-    fn route(&self, m: &Machine<'_>, b: &mut Buffers, n_tokens: usize) -> Vec<Pick> {
+    fn route(&self, m: &Machine<'_>, b: &mut Buffers, layer: usize, n_tokens: usize) -> Vec<Pick> {
         let r = &self.config.router;
         resize(&mut b.scores, n_tokens * r.n_expert);
         m.matmul(&b.acts, &b.rows[..n_tokens], &mut [(&self.router, &mut b.scores)]);
@@ -179,6 +179,7 @@ impl MoeFfn {
             }
             r.route(scores, self.choice_bias.as_deref(), picks);
         }
+        m.recorder.inspect(|r| r.routed(layer, &picks, m.experts));
         picks
     }
 

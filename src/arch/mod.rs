@@ -46,6 +46,24 @@ pub static ARCHES: &[Arch] = &[
 /// # Errors
 /// An unknown architecture, a key or tensor that is missing or impossible.
 pub fn declare(gguf: &crate::gguf::Gguf, isa: crate::cpu::Isa) -> Result<(Decoder, Loader<'_>), ModelError> {
+    declare_with(gguf, isa, false)
+}
+
+/// The same from the header alone, for a file that isn't all there: sizes are right, weights aren't. With the bytes of the
+/// dense weights.
+///
+/// # Errors
+/// As [`declare`].
+pub fn describe(gguf: &crate::gguf::Gguf, isa: crate::cpu::Isa) -> Result<(Decoder, u64), ModelError> {
+    let (decoder, loader) = declare_with(gguf, isa, true)?;
+    Ok((decoder, loader.declared_bytes()))
+}
+
+fn declare_with(
+    gguf: &crate::gguf::Gguf,
+    isa: crate::cpu::Isa,
+    describe: bool,
+) -> Result<(Decoder, Loader<'_>), ModelError> {
     let name = gguf.metadata().required_str("general.architecture")?;
     let arch = ARCHES.iter().find(|a| a.name == name).ok_or_else(|| ModelError::UnknownArch {
         name: name.into(),
@@ -53,7 +71,7 @@ pub fn declare(gguf: &crate::gguf::Gguf, isa: crate::cpu::Isa) -> Result<(Decode
     })?;
     let n_vocab = gguf.metadata().required_strings("tokenizer.ggml.tokens")?.len();
     let config = Config::read(gguf.metadata(), arch.name, n_vocab)?;
-    let mut loader = Loader::new(gguf, arch.name, isa);
+    let mut loader = Loader::new(gguf, arch.name, isa, describe);
     let decoder = (arch.load)(&mut loader, config)?;
     Ok((decoder, loader))
 }

@@ -66,6 +66,9 @@ pub(super) struct ModelArgs {
     /// How values are stored (-ctv)
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     pub cache_type_v: CacheType,
+    /// Write which experts each token uses to this file: a trace for `oncall replay` and `oncall plan`
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
 }
 
 /// The types of the KV cache.
@@ -100,6 +103,7 @@ impl ModelArgs {
             memory: self.memory.unwrap_or_default(),
             type_k: self.cache_type_k.into(),
             type_v: self.cache_type_v.into(),
+            record: self.record.clone(),
             ..EngineOptions::default()
         };
         let Some(path) = &self.model else { return Ok(Engine::embedded(&options)?) };
@@ -222,7 +226,7 @@ impl SamplingArgs {
 }
 
 /// `4GiB`, `900MiB`, `2.5GB`, `1073741824`, `auto`.
-fn parse_memory(s: &str) -> Result<Memory, String> {
+pub(super) fn parse_memory(s: &str) -> Result<Memory, String> {
     if s.eq_ignore_ascii_case("auto") {
         return Ok(Memory::Auto);
     }

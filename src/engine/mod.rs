@@ -3,6 +3,7 @@
 mod budget;
 mod error;
 mod generate;
+pub mod outline;
 mod saved;
 mod timeline;
 
@@ -14,11 +15,13 @@ pub use timeline::Session;
 use crate::arch::{self, Block, Buffers, Config, Decoder, Dense, Machine};
 use crate::cpu::{Isa, Team};
 use crate::gguf::Gguf;
+use crate::moe::recorder::Recorder;
+use crate::moe::trace::{Phase, TraceHeader};
 use crate::moe::{ExpertStore, StoreStats, policy};
 use crate::ops::attention::KvBatch;
 use crate::ops::kv::{KV_BLOCK, KvPool, KvType, SeqKv};
 use crate::session::tokenizer::Tokenizer;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -58,6 +61,8 @@ pub struct EngineOptions {
     pub memory: Memory,
     /// Bytes for expert slots, whatever the memory says: for tests and measurements.
     pub expert_bytes: Option<u64>,
+    /// A file for the routers' choices, see [`crate::moe::trace`].
+    pub record: Option<PathBuf>,
 }
 
 impl Default for EngineOptions {
@@ -71,8 +76,42 @@ impl Default for EngineOptions {
             type_v: KvType::F16,
             memory: Memory::Auto,
             expert_bytes: None,
+            record: None,
         }
     }
+}
+
+impl EngineOptions {
+    /// Positions that a session of this model can hold.
+    fn n_ctx_of(&self, config: &Config) -> usize {
+        match self.n_ctx {
+            Some(0) => config.n_ctx_train,
+            Some(n) => n,
+            None => config.n_ctx_train.min(DEFAULT_CTX),
+        }
+    }
+
+    /// Threads that compute on this machine.
+    fn n_threads_here(&self) -> usize {
+        self.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
+    }
+}
+
+/// Who watches the routers; nobody where there are none.
+fn recorder(gguf: &Gguf, model: &Decoder, o: &EngineOptions) -> Result<Option<Recorder>, EngineError> {
+    let c = &model.config;
+    let Some(moe) = &c.moe else {
+        return if o.record.is_some() { Err(EngineError::NoExperts { file: gguf.name().into() }) } else { Ok(None) };
+    };
+    let header = TraceHeader {
+        model: gguf.name().into(),
+        arch: c.arch.clone(),
+        n_layer: c.n_layer,
+        n_expert: moe.router.n_expert,
+        n_expert_used: moe.router.n_expert_used,
+        layer_bytes: outline::layer_bytes(gguf, c.n_layer, moe.router.n_expert),
+    };
+    Ok(Some(Recorder::new(&header, o.record.as_deref())?))
 }
 
 struct Inner {
@@ -80,6 +119,7 @@ struct Inner {
     model: Decoder,
     dense: Dense,
     store: Option<ExpertStore>,
+    recorder: Option<Recorder>,
     kv: Arc<KvPool>,
     team: Team,
     tokenizer: Tokenizer,
@@ -148,11 +188,7 @@ impl Engine {
         let (model, loader) = arch::declare(&gguf, isa).map_err(of_model)?;
         let tokenizer = Tokenizer::from_metadata(gguf.metadata())
             .map_err(|source| EngineError::Tokenizer { file: gguf.name().into(), source })?;
-        let n_ctx = match o.n_ctx {
-            Some(0) => model.config.n_ctx_train,
-            Some(n) => n,
-            None => model.config.n_ctx_train.min(DEFAULT_CTX),
-        };
+        let n_ctx = o.n_ctx_of(&model.config);
         let n_blocks = n_ctx.div_ceil(KV_BLOCK).saturating_mul(o.n_sessions.max(1));
         let total = loader.declared_bytes();
         let budget = Budget::new(o, &model, total, n_ctx)?;
@@ -169,11 +205,25 @@ impl Engine {
                 Some(store.map_err(system("memory for expert slots, or threads"))?)
             }
         };
-        let n_threads = o.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+        let recorder = recorder(&gguf, &model, o)?;
+        let n_threads = o.n_threads_here();
         let team = Team::new(n_threads).map_err(system("threads"))?;
         tracing::info!(model = gguf.name(), %isa, n_threads, n_ctx, dense_bytes = dense.n_bytes(), "loaded");
         let buffers = Mutex::default();
-        Ok(Engine(Arc::new(Inner { gguf, model, dense, store, kv, team, tokenizer, isa, n_ctx, budget, buffers })))
+        Ok(Engine(Arc::new(Inner {
+            gguf,
+            model,
+            dense,
+            store,
+            recorder,
+            kv,
+            team,
+            tokenizer,
+            isa,
+            n_ctx,
+            budget,
+            buffers,
+        })))
     }
 
     /// A new, empty timeline.
@@ -240,6 +290,14 @@ impl Engine {
         self.0.store.as_ref().map(ExpertStore::n_slots)
     }
 
+    /// How often each expert was used so far, (n_layer x n_expert), and whether it is in a slot; `None` for a dense model.
+    pub fn expert_uses(&self) -> Option<Vec<(u64, bool)>> {
+        let (recorder, store) = (self.0.recorder.as_ref()?, self.0.store.as_ref()?);
+        let n_expert = self.config().moe.as_ref()?.router.n_expert;
+        let uses = recorder.uses().into_iter().enumerate();
+        Some(uses.map(|(i, n)| (n, store.is_resident(i / n_expert, (i % n_expert) as u32))).collect())
+    }
+
     /// Runs the next tokens of one or more sessions through the model together. Each session's logits are then in
     /// [`Session::logits`]. Tokens of all sessions together are one block: the caller bounds it.
     ///
@@ -271,10 +329,16 @@ impl Engine {
         if let Some(store) = &e.store {
             store.advance(inputs.iter().map(|i| i.tokens.len() as u64).max().unwrap_or(0));
         }
+        let n_inputs = inputs.len();
         let kv = KvBatch::new(inputs.iter_mut().map(|i| (i.session.kv_mut(), i.tokens.len())))?;
         let mut block = Block { tokens: &tokens, kv, wanted: &wanted };
-        let machine = Machine { team: &e.team, dense: &e.dense, experts: e.store.as_ref() };
+        let machine =
+            Machine { team: &e.team, dense: &e.dense, experts: e.store.as_ref(), recorder: e.recorder.as_ref() };
+        e.recorder.as_ref().inspect(|r| r.discard());
         e.model.forward(&machine, &mut buffers, &e.gguf, &mut block)?;
+        if let Some(r) = &e.recorder {
+            r.finish(if tokens.len() > n_inputs { Phase::Prefill } else { Phase::Decode })?;
+        }
         block.kv.advance();
         let mut logits = &buffers.logits[..wanted.len() * n_vocab];
         for i in inputs {

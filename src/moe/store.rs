@@ -293,7 +293,7 @@ impl ExpertStore {
             places: vec![Place::Absent; n_experts],
             slots: vec![Slot::default(); n_slots],
             free,
-            policy: policy(n_experts),
+            policy: policy(layout.layers.len(), layout.n_expert),
             now: 0,
             failed: HashMap::new(),
             stats: StoreStats::default(),
@@ -326,6 +326,11 @@ impl ExpertStore {
         (self.shared.lock().slots.len(), self.shared.classes.iter().map(|c| c.n_experts).sum())
     }
 
+    /// Whether the expert is in a slot now.
+    pub fn is_resident(&self, layer: usize, expert: u32) -> bool {
+        matches!(self.shared.lock().places[self.shared.key(layer, expert)], Place::Resident(_))
+    }
+
     /// Asks for experts of a layer, each with the number of tokens that want it, most needed first.
     pub fn fetch(&self, layer: usize, wanted: &[(u32, u32)]) -> Fetch<'_> {
         let mut s = self.shared.lock();
@@ -351,7 +356,7 @@ impl ExpertStore {
             .filter_map(|slot| {
                 let key = s.slots[slot].owner? as usize;
                 let idle = s.slots[slot].pins == 0 && s.places[key] == Place::Resident(slot as u32);
-                idle.then(|| (s.policy.rank(key), slot, key))
+                idle.then(|| (s.policy.rank(key) + s.policy.layer_rank(key / self.shared.n_expert), slot, key))
             })
             .min_by(|a, b| a.0.total_cmp(&b.0))?;
         s.places[victim.2] = Place::Absent;
