@@ -245,6 +245,7 @@ impl MoeFfn {
                 store.count_losses(m.lossy.apply(r, scores, &at_hand, picks));
             }
         }
+        m.recorder.inspect(|r| r.routed(layer, &picks, m.experts));
         picks
     }
 

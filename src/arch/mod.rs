@@ -51,6 +51,25 @@ pub fn declare(
     isa: crate::cpu::Isa,
     n_expert_used: Option<usize>,
 ) -> Result<(Decoder, Loader<'_>), ModelError> {
+    declare_with(gguf, isa, n_expert_used, false)
+}
+
+/// The same from the header alone, for a file that isn't all there: sizes are right, weights aren't. With the bytes of the
+/// dense weights.
+///
+/// # Errors
+/// As [`declare`].
+pub fn describe(gguf: &crate::gguf::Gguf, isa: crate::cpu::Isa) -> Result<(Decoder, u64), ModelError> {
+    let (decoder, loader) = declare_with(gguf, isa, None, true)?;
+    Ok((decoder, loader.declared_bytes()))
+}
+
+fn declare_with(
+    gguf: &crate::gguf::Gguf,
+    isa: crate::cpu::Isa,
+    n_expert_used: Option<usize>,
+    describe: bool,
+) -> Result<(Decoder, Loader<'_>), ModelError> {
     let name = gguf.metadata().required_str("general.architecture")?;
     let arch = ARCHES.iter().find(|a| a.name == name).ok_or_else(|| ModelError::UnknownArch {
         name: name.into(),
@@ -65,7 +84,7 @@ pub fn declare(
             _ => return Err(ModelError::FewerExperts { wanted, has }),
         }
     }
-    let mut loader = Loader::new(gguf, arch.name, isa);
+    let mut loader = Loader::new(gguf, arch.name, isa, describe);
     let decoder = (arch.load)(&mut loader, config)?;
     Ok((decoder, loader))
 }

@@ -3,6 +3,7 @@
 
 use super::weights::{Dense, Matrix};
 use crate::cpu::Team;
+use crate::moe::recorder::Recorder;
 use crate::moe::{ExpertStore, Lossy};
 use crate::ops;
 use crate::ops::attention::KvBatch;
@@ -31,6 +32,8 @@ pub struct Machine<'a> {
     pub experts: Option<&'a ExpertStore>,
     /// What may be given up of the answer to read less.
     pub lossy: Lossy,
+    /// Who is told what the routers choose.
+    pub recorder: Option<&'a Recorder>,
 }
 
 /// A pass's buffers, kept from pass to pass. Rows are tokens.

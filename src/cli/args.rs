@@ -67,6 +67,9 @@ pub(super) struct ModelArgs {
     /// How values are stored (-ctv)
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     pub cache_type_v: CacheType,
+    /// Write which experts each token uses to this file: a trace for `oncall replay` and `oncall plan`
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
     /// Lossy: each token uses only its N best experts
     #[arg(long, value_name = "N", help_heading = "Lossy: less to read, another answer")]
     pub experts: Option<usize>,
@@ -112,6 +115,7 @@ impl ModelArgs {
             type_v: self.cache_type_v.into(),
             n_expert_used: self.experts,
             lossy: Lossy { drop_cold: self.drop_cold, prefer_resident: self.prefer_resident },
+            record: self.record.clone(),
             ..EngineOptions::default()
         };
         let Some(path) = &self.model else { return Ok(Engine::embedded(&options)?) };
@@ -241,7 +245,7 @@ fn parse_share(s: &str) -> Result<f32, String> {
 }
 
 /// `4GiB`, `900MiB`, `2.5GB`, `1073741824`, `auto`.
-fn parse_memory(s: &str) -> Result<Memory, String> {
+pub(super) fn parse_memory(s: &str) -> Result<Memory, String> {
     if s.eq_ignore_ascii_case("auto") {
         return Ok(Memory::Auto);
     }

@@ -5,6 +5,7 @@ mod budget;
 mod chat;
 mod error;
 mod generate;
+pub mod outline;
 mod saved;
 mod scheduler;
 mod timeline;
@@ -20,12 +21,14 @@ use crate::arch::{self, Block, Buffers, Config, Decoder, Dense, Machine};
 use crate::cpu::{Isa, Team};
 use crate::gguf::Gguf;
 use crate::moe::policy::{self, MakePolicy};
+use crate::moe::recorder::Recorder;
+use crate::moe::trace::{self, TraceHeader};
 use crate::moe::{DiskSource, ExpertStore, IoMode, Lossy, StoreOptions, StoreStats};
 use crate::ops::attention::KvBatch;
 use crate::ops::kv::{KV_BLOCK, KvPool, KvType, SeqKv};
 use crate::session::grammar::{GrammarError, Grammars};
 use crate::session::tokenizer::Tokenizer;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -77,6 +80,8 @@ pub struct EngineOptions {
     pub n_expert_used: Option<usize>,
     /// Lossy: what may be given up to read less.
     pub lossy: Lossy,
+    /// A file for the routers' choices, see [`crate::moe::trace`].
+    pub record: Option<PathBuf>,
 }
 
 impl Default for EngineOptions {
@@ -96,6 +101,7 @@ impl Default for EngineOptions {
             lookahead: true,
             n_expert_used: None,
             lossy: Lossy::default(),
+            record: None,
         }
     }
 }
@@ -107,6 +113,37 @@ impl EngineOptions {
         let all = one.saturating_mul(self.n_sessions.max(1));
         self.kv_positions.map_or(all, |n| n.div_ceil(KV_BLOCK).max(one))
     }
+
+    /// Positions that a session of this model can hold.
+    fn n_ctx_of(&self, config: &Config) -> usize {
+        match self.n_ctx {
+            Some(0) => config.n_ctx_train,
+            Some(n) => n,
+            None => config.n_ctx_train.min(DEFAULT_CTX),
+        }
+    }
+
+    /// Threads that compute on this machine.
+    fn n_threads_here(&self) -> usize {
+        self.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
+    }
+}
+
+/// Who watches the routers; nobody where there are none.
+fn recorder(gguf: &Gguf, model: &Decoder, o: &EngineOptions) -> Result<Option<Recorder>, EngineError> {
+    let c = &model.config;
+    let Some(moe) = &c.moe else {
+        return if o.record.is_some() { Err(EngineError::NoExperts { file: gguf.name().into() }) } else { Ok(None) };
+    };
+    let header = TraceHeader {
+        model: gguf.name().into(),
+        arch: c.arch.clone(),
+        n_layer: c.n_layer,
+        n_expert: moe.router.n_expert,
+        n_expert_used: moe.router.n_expert_used,
+        layer_bytes: outline::layer_bytes(gguf, c.n_layer, moe.router.n_expert),
+    };
+    Ok(Some(Recorder::new(&header, o.record.as_deref())?))
 }
 
 struct Inner {
@@ -114,6 +151,7 @@ struct Inner {
     model: Decoder,
     dense: Dense,
     store: Option<ExpertStore>,
+    recorder: Option<Recorder>,
     kv: Arc<KvPool>,
     team: Team,
     tokenizer: Tokenizer,
@@ -186,11 +224,7 @@ impl Engine {
         let (model, loader) = arch::declare(&gguf, isa, o.n_expert_used).map_err(of_model)?;
         let tokenizer = Tokenizer::from_metadata(gguf.metadata())
             .map_err(|source| EngineError::Tokenizer { file: gguf.name().into(), source })?;
-        let n_ctx = match o.n_ctx {
-            Some(0) => model.config.n_ctx_train,
-            Some(n) => n,
-            None => model.config.n_ctx_train.min(DEFAULT_CTX),
-        };
+        let n_ctx = o.n_ctx_of(&model.config);
         let n_blocks = o.n_kv_blocks(n_ctx);
         let total = loader.declared_bytes();
         let budget = Budget::new(o, &model, total, n_ctx)?;
@@ -209,7 +243,8 @@ impl Engine {
                 Some(store.map_err(system("memory for expert slots, or threads"))?)
             }
         };
-        let n_threads = o.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+        let recorder = recorder(&gguf, &model, o)?;
+        let n_threads = o.n_threads_here();
         let team = Team::new(n_threads).map_err(system("threads"))?;
         tracing::info!(model = gguf.name(), %isa, n_threads, n_ctx, dense_bytes = dense.n_bytes(), "loaded");
         Ok(Engine(Arc::new(Inner {
@@ -217,6 +252,7 @@ impl Engine {
             model,
             dense,
             store,
+            recorder,
             kv,
             team,
             tokenizer,
@@ -312,6 +348,12 @@ impl Engine {
         self.0.store.as_ref().map(ExpertStore::n_slots)
     }
 
+    /// How often each expert was used so far, (n_layer x n_expert), and whether it is in a slot; `None` for a dense model.
+    pub fn expert_uses(&self) -> Option<Vec<(u64, bool)>> {
+        let (recorder, store) = (self.0.recorder.as_ref()?, self.0.store.as_ref()?);
+        Some(recorder.uses().into_iter().zip(store.residency()).collect())
+    }
+
     /// Runs the next tokens of one or more sessions through the model together. Each session's logits are then in
     /// [`Session::logits`]. Tokens of all sessions together are one block: the caller bounds it.
     ///
@@ -342,12 +384,23 @@ impl Engine {
         let began = Instant::now();
         let before = self.store_stats();
         if let Some(store) = &e.store {
-            store.begin_pass();
+            store.begin_pass(inputs.iter().map(|i| i.tokens.len() as u64).max().unwrap_or(0));
         }
+        let n_inputs = inputs.len();
         let kv = KvBatch::new(inputs.iter_mut().map(|i| (i.session.kv_mut(), i.tokens.len())))?;
         let mut block = Block { tokens: &tokens, kv, wanted: &wanted };
-        let machine = Machine { team: &e.team, dense: &e.dense, experts: e.store.as_ref(), lossy: e.options.lossy };
+        let machine = Machine {
+            team: &e.team,
+            dense: &e.dense,
+            experts: e.store.as_ref(),
+            lossy: e.options.lossy,
+            recorder: e.recorder.as_ref(),
+        };
+        e.recorder.as_ref().inspect(|r| r.discard());
         e.model.forward(&machine, &mut buffers, &e.gguf, &mut block)?;
+        if let Some(r) = &e.recorder {
+            r.finish(if tokens.len() > n_inputs { trace::Phase::Prefill } else { trace::Phase::Decode })?;
+        }
         block.kv.advance();
         let took = began.elapsed();
         if let Some(store) = &e.store {

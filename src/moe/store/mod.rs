@@ -159,7 +159,7 @@ impl ExpertStore {
     /// When the system has no address space for the arena or refuses to start threads.
     pub fn new(layout: StoreLayout, o: &StoreOptions, source: Arc<dyn Source>) -> std::io::Result<Self> {
         let n_slots = layout.divide(o.bytes);
-        let policy = (o.policy)(layout.layers.len() * layout.n_expert);
+        let policy = (o.policy)(layout.layers.len(), layout.n_expert);
         let state = State {
             slots: Slots::new(layout.clone(), &n_slots, policy),
             demand: VecDeque::new(),
@@ -183,9 +183,9 @@ impl ExpertStore {
         Ok(ExpertStore { _lanes: Lanes::new(&shared, o.lanes)?, shared })
     }
 
-    /// A pass of the model begins: time for the policy.
-    pub fn begin_pass(&self) {
-        self.shared.lock().slots.advance();
+    /// A pass of the model begins, over `n_tokens` more of the longest sequence in it: time for the policy.
+    pub fn begin_pass(&self, n_tokens: u64) {
+        self.shared.lock().slots.advance(n_tokens);
     }
 
     /// A pass of `n_tokens` has ended.
