@@ -70,6 +70,9 @@ pub(super) struct ModelArgs {
     /// Write which experts each token uses to this file: a trace for `oncall replay` and `oncall plan`
     #[arg(long, value_name = "FILE")]
     pub record: Option<PathBuf>,
+    /// Don't keep which experts were hot in the cache folder, nor fill memory with them at the start
+    #[arg(long)]
+    pub no_heat: bool,
     /// Lossy: each token uses only its N best experts
     #[arg(long, value_name = "N", help_heading = "Lossy: less to read, another answer")]
     pub experts: Option<usize>,
@@ -116,6 +119,7 @@ impl ModelArgs {
             n_expert_used: self.experts,
             lossy: Lossy { drop_cold: self.drop_cold, prefer_resident: self.prefer_resident },
             record: self.record.clone(),
+            heat: !self.no_heat && self.model.is_some(),
             ..EngineOptions::default()
         };
         let Some(path) = &self.model else { return Ok(Engine::embedded(&options)?) };

@@ -20,6 +20,7 @@ pub use timeline::Session;
 use crate::arch::{self, Block, Buffers, Config, Decoder, Dense, Machine};
 use crate::cpu::{Isa, Team};
 use crate::gguf::Gguf;
+use crate::moe::heat::{self, Heat};
 use crate::moe::policy::{self, MakePolicy};
 use crate::moe::recorder::Recorder;
 use crate::moe::trace::{self, TraceHeader};
@@ -80,6 +81,8 @@ pub struct EngineOptions {
     pub n_expert_used: Option<usize>,
     /// Lossy: what may be given up to read less.
     pub lossy: Lossy,
+    /// Whether the experts' heat is kept between runs in the user's cache folder, and used to fill slots at start-up.
+    pub heat: bool,
     /// A file for the routers' choices, see [`crate::moe::trace`].
     pub record: Option<PathBuf>,
 }
@@ -101,6 +104,7 @@ impl Default for EngineOptions {
             lookahead: true,
             n_expert_used: None,
             lossy: Lossy::default(),
+            heat: false,
             record: None,
         }
     }
@@ -129,6 +133,26 @@ impl EngineOptions {
     }
 }
 
+/// What former runs have learned of this model's experts, and where that is kept.
+fn known_heat(gguf: &Gguf, model: &Decoder) -> Option<(PathBuf, Heat)> {
+    let n_expert = model.config.moe.as_ref()?.router.n_expert;
+    let identity = heat::identity(gguf);
+    let path = heat::path_for(identity)?;
+    let known = Heat::load(&path, identity, model.config.n_layer, n_expert);
+    Some((path, known))
+}
+
+impl Drop for Inner {
+    /// Keeps what was learned of the experts' heat. That it couldn't be kept spoils nothing but the next start.
+    fn drop(&mut self) {
+        let (Some((path, heat)), Some(recorder)) = (&mut self.heat, &self.recorder) else { return };
+        heat.learn(&recorder.uses());
+        if let Err(e) = heat.save(path) {
+            tracing::warn!(path = %path.display(), "the experts' heat isn't kept: {e}");
+        }
+    }
+}
+
 /// Who watches the routers; nobody where there are none.
 fn recorder(gguf: &Gguf, model: &Decoder, o: &EngineOptions) -> Result<Option<Recorder>, EngineError> {
     let c = &model.config;
@@ -152,6 +176,7 @@ struct Inner {
     dense: Dense,
     store: Option<ExpertStore>,
     recorder: Option<Recorder>,
+    heat: Option<(PathBuf, Heat)>,
     kv: Arc<KvPool>,
     team: Team,
     tokenizer: Tokenizer,
@@ -244,6 +269,10 @@ impl Engine {
             }
         };
         let recorder = recorder(&gguf, &model, o)?;
+        let heat = o.heat.then(|| known_heat(&gguf, &model)).flatten();
+        if let (Some(store), Some((_, heat))) = (&store, &heat) {
+            store.warm_up(heat.hottest());
+        }
         let n_threads = o.n_threads_here();
         let team = Team::new(n_threads).map_err(system("threads"))?;
         tracing::info!(model = gguf.name(), %isa, n_threads, n_ctx, dense_bytes = dense.n_bytes(), "loaded");
@@ -253,6 +282,7 @@ impl Engine {
             dense,
             store,
             recorder,
+            heat,
             kv,
             team,
             tokenizer,

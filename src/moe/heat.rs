@@ -95,6 +95,17 @@ impl Heat {
         })
     }
 
+    /// A run has ended that used experts so often, (n_layer x n_expert): each layer's uses as shares of the layer's, half and half
+    /// with what was known.
+    pub fn learn(&mut self, uses: &[u64]) {
+        for (values, uses) in self.values.chunks_mut(self.n_expert.max(1)).zip(uses.chunks(self.n_expert.max(1))) {
+            let all: u64 = uses.iter().sum();
+            if all > 0 {
+                values.iter_mut().zip(uses).for_each(|(v, &n)| *v = (*v + n as f32 / all as f32) / 2.0);
+            }
+        }
+    }
+
     /// Experts that were used at all as (layer, expert), the hottest first.
     pub fn hottest(&self) -> Vec<(usize, u32)> {
         let mut order: Vec<usize> = (0..self.values.len()).filter(|&i| self.values[i] > 0.0).collect();
@@ -186,6 +197,15 @@ mod tests {
             assert_eq!(Heat::load(&path, identity, n_layer, n_expert), cold, "another model's");
         }
         assert_eq!(Heat::load(&dir.path().join("none"), 7, 2, 3), Heat::cold(7, 2, 3));
+    }
+
+    #[test]
+    fn a_run_is_learned_as_shares_of_each_layer() {
+        let mut heat = Heat::cold(7, 2, 3);
+        heat.learn(&[0, 30, 10, 0, 0, 0]);
+        assert_eq!(heat.hottest(), [(0, 1), (0, 2)]);
+        heat.learn(&[4, 0, 0, 1, 0, 0]);
+        assert_eq!(heat.values, [0.5, 0.1875, 0.0625, 0.5, 0.0, 0.0]);
     }
 
     #[test]
