@@ -6,14 +6,14 @@
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+mod shared;
 
 use clap::Parser;
 use common::llama::{Context, Kv, Mode, Model, Options};
 use oncall::engine::{Engine, EngineOptions, Memory};
-use oncall::gguf::{Gguf, mixture};
-use oncall::synth::{self, Preset, upcycle};
 use serde::Serialize;
-use std::path::{Path, PathBuf};
+use shared::{median, model};
+use std::path::Path;
 use std::time::Instant;
 
 /// oncall against llama.cpp, side by side.
@@ -90,42 +90,6 @@ fn report(a: &Args, r: &Row) {
     }
 }
 
-/// The file of a model that is named, made or found in `models/cache`.
-fn model(name: &str, format: &str) -> PathBuf {
-    let cache = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/cache");
-    let smollm2 = cache.join("SmolLM2-135M-Instruct.Q4_1.gguf");
-    let need = |path: &Path| assert!(path.exists(), "{} isn't there: run models/fetch-smollm2.sh", path.display());
-    match name {
-        "smollm2" => {
-            need(&smollm2);
-            smollm2
-        }
-        "smolmoe" => {
-            let path = cache.join("smolmoe-q4_0.gguf");
-            if !path.exists() {
-                need(&smollm2);
-                let dense = Gguf::open(&smollm2).expect("the fetched model is whole");
-                upcycle::upcycle(&dense, &upcycle::Options::default(), &path, false, &mut |_, _| ())
-                    .expect("upcycling");
-            }
-            path
-        }
-        _ => match Preset::by_name(name) {
-            None => PathBuf::from(name),
-            Some(preset) => {
-                let path = cache.join(format!("{name}-{format}.gguf"));
-                if !path.exists() {
-                    std::fs::create_dir_all(&cache).expect("models/cache");
-                    let mixture = mixture::by_name(format).expect("a known mixture of formats");
-                    let options = synth::Options { mixture, ..synth::Options::default() };
-                    synth::write(preset, &options, &path).expect("writing the model");
-                }
-                path
-            }
-        },
-    }
-}
-
 fn tokens(n: usize, n_vocab: usize) -> Vec<u32> {
     (0..n as u64).map(|i| ((i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) % n_vocab as u64) as u32).collect()
 }
@@ -172,7 +136,8 @@ fn compare(name: &str, path: &Path, threads: usize, phase: &str, pairs: usize) -
         if mode == Mode::Repacked && engine.config().arch == "deepseek2" {
             continue; // llama.cpp aborts there
         }
-        let options = Options { n_ctx: 1024, n_batch: 512, n_threads: threads as i32, kv: Kv::F16, flash_attn: true };
+        let options =
+            Options { n_ctx: 1024, n_batch: 512, n_threads: threads as i32, kv: Kv::F16, flash_attn: true, n_seq: 1 };
         let context = std::cell::RefCell::new(Model::load(path, mode).context(options));
         theirs(&context, phase, &tokens);
         let runs: Vec<(f64, f64)> =
@@ -196,12 +161,6 @@ fn compare(name: &str, path: &Path, threads: usize, phase: &str, pairs: usize) -
         ratio,
         roofline: (phase == "decode").then(|| ours * engine.active_bytes() as f64 / read_bandwidth(threads)),
     }
-}
-
-fn median(x: impl Iterator<Item = f64>) -> f64 {
-    let mut x: Vec<f64> = x.collect();
-    x.sort_by(f64::total_cmp);
-    x[x.len() / 2]
 }
 
 /// Bytes a second that threads read from memory together, by plain sums over 256 MB each: the best of five.

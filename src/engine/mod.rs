@@ -1,5 +1,6 @@
 //! A loaded model and its timelines: the only interface that the front ends see.
 
+mod batch_plan;
 mod budget;
 mod chat;
 mod error;
@@ -8,6 +9,7 @@ mod saved;
 mod scheduler;
 mod timeline;
 
+pub use batch_plan::{BatchPlan, BatchShape, plan_batch};
 pub use budget::{Budget, Memory};
 pub use error::EngineError;
 pub use generate::{Finish, Generation, GenerationParams, Piece};
@@ -79,6 +81,15 @@ impl Default for EngineOptions {
             memory: Memory::Auto,
             expert_bytes: None,
         }
+    }
+}
+
+/// The context's length, as asked for or by itself.
+fn resolve_ctx(asked: Option<usize>, trained: usize) -> usize {
+    match asked {
+        Some(0) => trained,
+        Some(n) => n,
+        None => trained.min(DEFAULT_CTX),
     }
 }
 
@@ -167,11 +178,7 @@ impl Engine {
         let (model, loader) = arch::declare(&gguf, isa).map_err(of_model)?;
         let tokenizer = Tokenizer::from_metadata(gguf.metadata())
             .map_err(|source| EngineError::Tokenizer { file: gguf.name().into(), source })?;
-        let n_ctx = match o.n_ctx {
-            Some(0) => model.config.n_ctx_train,
-            Some(n) => n,
-            None => model.config.n_ctx_train.min(DEFAULT_CTX),
-        };
+        let n_ctx = resolve_ctx(o.n_ctx, model.config.n_ctx_train);
         let n_blocks = o.n_kv_blocks(n_ctx);
         let total = loader.declared_bytes();
         let budget = Budget::new(o, &model, total, n_ctx)?;
@@ -252,6 +259,11 @@ impl Engine {
     /// Positions that a session can hold.
     pub fn n_ctx(&self) -> usize {
         self.0.n_ctx
+    }
+
+    /// Sequences that its queue runs at the same time.
+    pub fn n_sessions(&self) -> usize {
+        self.0.n_sessions.max(1)
     }
 
     /// How its memory is divided.
