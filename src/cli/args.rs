@@ -4,6 +4,7 @@ use super::Failure;
 use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, Engine, EngineOptions, GenerationParams, Memory};
 use crate::moe::Lossy;
 use crate::ops::kv::KvType;
+use crate::session::grammar::Grammar;
 use crate::session::sampler::SamplingParams;
 use clap::{Args, Parser, ValueEnum};
 use std::ffi::OsString;
@@ -107,9 +108,9 @@ impl From<CacheType> for KvType {
 }
 
 impl ModelArgs {
-    /// Loads the model, with a progress bar if it takes long.
-    pub fn load(&self) -> Result<Engine, Failure> {
-        let options = EngineOptions {
+    /// As the engine takes them.
+    pub fn options(&self) -> EngineOptions {
+        EngineOptions {
             n_ctx: self.ctx_size,
             n_threads: self.threads.map(usize::from),
             chunk: self.ubatch_size as usize,
@@ -121,10 +122,19 @@ impl ModelArgs {
             record: self.record.clone(),
             heat: !self.no_heat && self.model.is_some(),
             ..EngineOptions::default()
-        };
-        let Some(path) = &self.model else { return Ok(Engine::embedded(&options)?) };
+        }
+    }
+
+    /// Loads the model, with a progress bar if it takes long.
+    pub fn load(&self) -> Result<Engine, Failure> {
+        self.load_with(&self.options())
+    }
+
+    /// As [`ModelArgs::load`], with other options.
+    pub fn load_with(&self, options: &EngineOptions) -> Result<Engine, Failure> {
+        let Some(path) = &self.model else { return Ok(Engine::embedded(options)?) };
         let bar = super::output::bar("reading the model", "bytes");
-        let engine = Engine::load(path, &options, &|done, total| {
+        let engine = Engine::load(path, options, &|done, total| {
             bar.set_length(total);
             bar.set_position(done);
         });
@@ -185,6 +195,12 @@ pub(super) struct SamplingArgs {
     /// Go on past tokens that end a text
     #[arg(long)]
     ignore_eos: bool,
+    /// A grammar that the text has to follow, in llguidance's variant of Lark
+    #[arg(long, value_name = "FILE", value_parser = read_grammar, conflicts_with = "json_schema")]
+    grammar: Option<Grammar>,
+    /// A JSON schema under which the text has to be valid; {} for any JSON
+    #[arg(short, long, value_name = "SCHEMA", value_parser = parse_schema)]
+    json_schema: Option<Grammar>,
 }
 
 impl SamplingArgs {
@@ -209,7 +225,7 @@ impl SamplingArgs {
             ignore_eos: self.ignore_eos,
             show_special: false,
             logprobs: None,
-            grammar: None,
+            grammar: self.grammar.clone().or(self.json_schema.clone()),
         }
     }
 
@@ -246,6 +262,15 @@ impl SamplingArgs {
 /// A number from 0 to 1.
 fn parse_share(s: &str) -> Result<f32, String> {
     s.parse().ok().filter(|x| (0.0..=1.0).contains(x)).ok_or_else(|| "it takes a number from 0 to 1".into())
+}
+
+/// A file in Lark.
+fn read_grammar(path: &str) -> Result<Grammar, String> {
+    Grammar::lark(&std::fs::read_to_string(path).map_err(|e| e.to_string())?).map_err(|e| e.to_string())
+}
+
+fn parse_schema(s: &str) -> Result<Grammar, String> {
+    Grammar::json_schema(s).map_err(|e| e.to_string())
 }
 
 /// `4GiB`, `900MiB`, `2.5GB`, `1073741824`, `auto`.

@@ -1,6 +1,7 @@
 //! The command line: thin front ends that parse, call the engine and print.
 
 mod args;
+mod batch;
 mod bench;
 mod chat;
 mod doctor;
@@ -27,6 +28,8 @@ enum Command {
     Run(run::RunArgs),
     /// Talk with a model
     Chat(chat::ChatArgs),
+    /// Answer a file of requests (OpenAI's batch JSONL), many at a time
+    Batch(batch::BatchArgs),
     /// Say what is in a model file: architecture, sizes, experts, formats, what each part weighs
     Show(show::ShowArgs),
     /// Turn text into tokens
@@ -106,6 +109,7 @@ fn run(command: Command) -> Result<(), Failure> {
     let result = match command {
         Command::Run(a) => run::run(a),
         Command::Chat(a) => chat::run(a),
+        Command::Batch(a) => batch::run(a),
         Command::Show(a) => show::run(a),
         Command::Tokenize(a) => tokenize::run(a),
         Command::Perplexity(a) => perplexity::run(a),

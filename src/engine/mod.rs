@@ -1,6 +1,7 @@
 //! A loaded model and its timelines: the only interface that the front ends see.
 
 mod account;
+mod batch_plan;
 mod budget;
 mod chat;
 mod error;
@@ -11,6 +12,7 @@ mod scheduler;
 mod timeline;
 
 pub use account::{Account, Histogram, Phase};
+pub use batch_plan::{BatchPlan, BatchShape, plan_batch};
 pub use budget::{Budget, Memory};
 pub use error::EngineError;
 pub use generate::{Finish, Generation, GenerationParams, Piece};
@@ -339,6 +341,11 @@ impl Engine {
     /// Positions that a session can hold.
     pub fn n_ctx(&self) -> usize {
         self.0.n_ctx
+    }
+
+    /// Sequences that its queue runs at the same time.
+    pub fn n_sessions(&self) -> usize {
+        self.0.options.n_sessions.max(1)
     }
 
     /// How its memory is divided.

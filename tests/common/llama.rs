@@ -41,11 +41,13 @@ pub struct Options {
     pub kv: Kv,
     /// A quantised cache needs it.
     pub flash_attn: bool,
+    /// Timelines that decode together; they share `n_ctx` positions.
+    pub n_seq: u32,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { n_ctx: 1024, n_batch: 512, n_threads: 2, kv: Kv::F32, flash_attn: false }
+        Self { n_ctx: 1024, n_batch: 512, n_threads: 2, kv: Kv::F32, flash_attn: false, n_seq: 1 }
     }
 }
 
@@ -254,6 +256,7 @@ impl Model {
             params.n_ctx = options.n_ctx;
             params.n_batch = options.n_batch;
             params.n_ubatch = options.n_batch;
+            params.n_seq_max = options.n_seq;
             params.n_threads = options.n_threads;
             params.n_threads_batch = options.n_threads;
             params.type_k = kv;
@@ -347,6 +350,30 @@ impl Context {
             }
         }
         out
+    }
+
+    /// One pass over a token of each timeline at the same position; the best next token of each.
+    pub fn decode_together(&mut self, tokens: &[u32], pos: usize) -> Vec<u32> {
+        // SAFETY: llama_batch_init allocates every array for tokens.len() tokens of one timeline each, and the loop fills
+        // exactly these; the logits hold a row for each token until the next decode.
+        let logits = unsafe {
+            let mut batch = sys::llama_batch_init(len_i32(tokens.len()), 0, 1);
+            for (i, &token) in tokens.iter().enumerate() {
+                *batch.token.add(i) = token as i32;
+                *batch.pos.add(i) = len_i32(pos);
+                *batch.n_seq_id.add(i) = 1;
+                **batch.seq_id.add(i) = len_i32(i);
+                *batch.logits.add(i) = 1;
+            }
+            batch.n_tokens = len_i32(tokens.len());
+            let status = sys::llama_decode(self.context.as_ptr(), batch);
+            sys::llama_batch_free(batch);
+            assert_eq!(status, 0, "llama_decode failed at position {pos}");
+            let logits = sys::llama_get_logits(self.context.as_ptr());
+            assert!(!logits.is_null(), "llama.cpp gave no logits");
+            std::slice::from_raw_parts(logits, tokens.len() * self.model.n_vocab())
+        };
+        logits.chunks(self.model.n_vocab()).map(|l| super::stats::argmax(l) as u32).collect()
     }
 
     fn decode_chunk(&mut self, chunk: &[u32], all: bool, out: &mut Vec<f32>) {

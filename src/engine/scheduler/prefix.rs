@@ -151,7 +151,6 @@ mod tests {
             steps in prop::collection::vec((prop::collection::vec(0u32..3, 0..5), 0usize..KV_BLOCK, 0usize..3), 1..30)
         ) {
             let mut tree: Prefixes<Rc<Vec<u32>>> = Prefixes::new();
-            let mut in_use: Vec<Rc<Vec<u32>>> = Vec::new();
             for (blocks, tail, evict) in steps {
                 let tokens = text(&blocks, tail);
                 let path = tree.path(&tokens, usize::MAX);
@@ -160,8 +159,8 @@ mod tests {
                 for (i, b) in found.iter().enumerate() {
                     prop_assert_eq!(&b[..], &tokens[..(i + 1) * KV_BLOCK]);
                 }
-                // One text is in use at a time.
-                in_use = found;
+                // This text is in use until the next one comes.
+                let in_use = found;
                 put(&mut tree, &tokens);
                 prop_assert_eq!(tree.path(&tokens, usize::MAX).len(), blocks.len());
                 let before = (tree.n_blocks(), tree.n_idle());
