@@ -77,15 +77,12 @@ fn declare_with(
     })?;
     let n_vocab = gguf.metadata().required_strings("tokenizer.ggml.tokens")?.len();
     let mut config = Config::read(gguf.metadata(), arch.name, n_vocab)?;
-    if let Some(wanted) = n_expert_used {
-        let has = config.moe.as_ref().map_or(0, |m| m.router.n_expert_used);
-        match &mut config.moe {
-            Some(moe) if (1..=has).contains(&wanted) => moe.router.n_expert_used = wanted,
-            _ => return Err(ModelError::FewerExperts { wanted, has }),
-        }
-    }
+    config.fewer_experts = n_expert_used;
     let mut loader = Loader::new(gguf, arch.name, isa, describe);
     let decoder = (arch.load)(&mut loader, config)?;
+    if let (Some(wanted), None) = (n_expert_used, &decoder.config.moe) {
+        return Err(ModelError::FewerExperts { wanted, has: 0 });
+    }
     Ok((decoder, loader))
 }
 

@@ -71,7 +71,7 @@ impl DiskProbe {
                             random ^= random << 13;
                             random ^= random >> 7;
                             random ^= random << 17;
-                            let at = (u128::from(random) * u128::from(places + 1) >> 64) as u64 * ALIGN;
+                            let at = ((u128::from(random) * u128::from(places + 1)) >> 64) as u64 * ALIGN;
                             self.file.read_exact_at(&mut buf, at)?;
                             done.fetch_add(n_bytes, Relaxed);
                         }

@@ -1,5 +1,6 @@
 //! What several integration tests share.
 
+pub mod cgroup;
 #[cfg(feature = "llama-cpp")]
 pub mod llama;
 #[cfg(feature = "llama-cpp")]
