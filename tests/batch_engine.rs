@@ -82,13 +82,17 @@ const OPENINGS: &[&str] = &[
     "Once upon a time there was a little dragon who lived in a cave near the village. Every morning the dragon flew over the \
      hills and looked for something to eat. One day a girl named Lily came to the cave and said hello. The dragon was very \
      surprised because nobody had ever come to the cave before. Lily had a basket with bread and",
-    "Once upon a time there was a little dragon who lived in a cave near the village. Every morning the dragon slept",
+    "Once upon a time there was a little dragon who lived in a cave near the village. Every morning the dragon flew over the \
+     hills and looked for something to eat. One day a girl named Lily came to the cave and said hello. The dragon slept and",
     "Tom and Mia went to the park.",
     "The",
 ];
 
 fn random_request(engine: &Engine, r: &mut Random) -> Request {
     let mut prompt = engine.tokenizer().encode(OPENINGS[r.below(OPENINGS.len())], true, true);
+    // Long ones share one or two full blocks with each other.
+    let long = prompt.clone();
+    prompt.extend(long.iter().skip(1).take(if long.len() > 60 { 70 } else { 0 }));
     prompt.extend((0..r.below(40)).map(|_| 300 + r.below(2000) as u32));
     if r.below(2) == 0 {
         prompt.truncate(1 + r.below(prompt.len()));
