@@ -115,7 +115,16 @@ fn report(a: &Args, r: &Row) {
     let bound = r.bound.map_or(String::new(), |b| format!(", {:.0} % of the bound", 100.0 * b));
     println!(
         "{} {} {} read-ahead {} KiB: ours {:.2}, llama.cpp {:.2} tokens/s, ratio {:.2}{bound}, {:.1} % at hand, {:.0} MB a token, peak {} MiB",
-        r.model, r.budget, r.phase, r.readahead, r.ours, r.theirs, r.ratio, 100.0 * r.hit_rate, r.mb_per_token, r.peak_mib
+        r.model,
+        r.budget,
+        r.phase,
+        r.readahead,
+        r.ours,
+        r.theirs,
+        r.ratio,
+        100.0 * r.hit_rate,
+        r.mb_per_token,
+        r.peak_mib
     );
 }
 

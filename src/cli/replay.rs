@@ -28,7 +28,7 @@ pub(super) struct ReplayArgs {
     #[arg(long, value_name = "FILE")]
     trace: PathBuf,
     /// Slots for each layer
-    #[arg(long, value_name = "N", value_delimiter = ',', required = true, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "9,12,24,48", value_parser = clap::value_parser!(u16).range(1..=4096))]
     slots: Vec<u16>,
     /// Policies; belady is the optimum [default: all]
     #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = policy_name)]
