@@ -6,19 +6,18 @@
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+mod shared;
 
 use clap::Parser;
 use common::llama::{Context, Kv, Mode, Model, Options};
 use oncall::cpu::Pages;
 use oncall::engine::{Engine, EngineOptions, Memory, Session};
-use oncall::gguf::mixture::{self, Mixture};
-use oncall::gguf::requantize::Plan;
-use oncall::gguf::{Gguf, Tensor};
+use oncall::gguf::Tensor;
 use oncall::ops::matmul::multiply_rate;
-use oncall::synth::{self, Preset, upcycle};
 use serde::Serialize;
+use shared::{median, model};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// oncall against llama.cpp, side by side.
@@ -144,50 +143,6 @@ fn default_format(model: &str) -> &'static str {
     }
 }
 
-/// The file of a model that is named: found in `models/cache`, or fetched and made.
-fn model(name: &str, format: &str) -> PathBuf {
-    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
-    let cache = models.join("cache");
-    let path = cache.join(format!("{name}-{format}.gguf"));
-    let mixture = || -> &'static Mixture { mixture::by_name(format).unwrap_or_else(|| panic!("no mixture {format}")) };
-    match (name, Preset::by_name(name)) {
-        ("smollm2", _) if format == "q4_1" => smollm2(&models),
-        ("smollm2" | "smolmoe", _) => {
-            if !path.exists() {
-                let dense = Gguf::open(&smollm2(&models)).expect("the fetched model is whole");
-                if name == "smolmoe" {
-                    let options = upcycle::Options { mixture: mixture(), ..upcycle::Options::default() };
-                    upcycle::upcycle(&dense, &options, &path, false, &mut |_, _| ()).expect("upcycling");
-                } else {
-                    let plan = Plan::new(&dense, mixture()).expect("formats that can be written");
-                    plan.write(&path, false, &mut |_, _| ()).expect("quantising");
-                }
-            }
-            path
-        }
-        (_, Some(preset)) => {
-            if !path.exists() {
-                std::fs::create_dir_all(&cache).expect("models/cache");
-                // As unequal experts as trained models have.
-                let options = synth::Options { mixture: mixture(), router_skew: 1.0, ..synth::Options::default() };
-                synth::write(preset, &options, &path).expect("writing the model");
-            }
-            path
-        }
-        (_, None) => PathBuf::from(name),
-    }
-}
-
-/// The dense model that others are made from.
-fn smollm2(models: &Path) -> PathBuf {
-    let path = models.join("cache/SmolLM2-135M-Instruct.Q4_1.gguf");
-    if !path.exists() {
-        let status = std::process::Command::new("sh").arg(models.join("fetch-smollm2.sh")).status();
-        assert!(status.is_ok_and(|s| s.success()), "models/fetch-smollm2.sh failed");
-    }
-    path
-}
-
 fn tokens(n: usize, n_vocab: usize) -> Vec<u32> {
     (0..n as u64).map(|i| ((i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) % n_vocab as u64) as u32).collect()
 }
@@ -262,8 +217,14 @@ impl Compared<'_> {
                 continue; // llama.cpp aborts there
             }
             let threads = self.threads as i32;
-            let options =
-                Options { n_ctx: n_ctx as u32, n_batch: 512, n_threads: threads, kv: Kv::F16, flash_attn: true };
+            let options = Options {
+                n_ctx: n_ctx as u32,
+                n_batch: 512,
+                n_threads: threads,
+                kv: Kv::F16,
+                flash_attn: true,
+                n_seq: 1,
+            };
             let mut context = Model::load(self.path, mode).context(options);
             Side::feed(&mut context, &tokens[..phase.depth()]);
             speed(phase, &tokens, &mut context);
@@ -306,12 +267,6 @@ fn active_ops(engine: &Engine) -> f64 {
     let matrix =
         |t: &&Tensor| t.shape().len() > 1 && !t.name.starts_with("token_embd") && !t.name.starts_with("output");
     engine.gguf().tensors().iter().filter(matrix).map(ops).sum()
-}
-
-fn median(x: impl Iterator<Item = f64>) -> f64 {
-    let mut x: Vec<f64> = x.collect();
-    x.sort_by(f64::total_cmp);
-    x[x.len() / 2]
 }
 
 /// What so many threads reach together, measured once.

@@ -5,6 +5,7 @@
 //! | room | what it is |
 //! |---|---|
 //! | [`cli`] | thin front ends: parse, call the engine, print |
+//! | [`batch`] | offline batches: files of requests in, files of results out |
 //! | [`engine`] | [`engine::Engine`] (a loaded model) and [`engine::Session`] (one timeline) |
 //! | [`session`] | tokenisers, chat templates, sampling, stop strings, generation, the KV cache |
 //! | [`arch`] | a family of models in a file: configuration, weights, forward pass |
@@ -15,6 +16,7 @@
 //! | [`cpu`] | instruction sets, threads, what the machine has |
 
 pub mod arch;
+pub mod batch;
 pub mod cli;
 pub mod cpu;
 pub mod engine;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// The rooms from the bottom up; a room uses rooms that stand before it here, and itself.
-const ROOMS: &[&str] = &["cpu", "quant", "gguf", "synth", "ops", "moe", "arch", "session", "engine", "cli"];
+const ROOMS: &[&str] = &["cpu", "quant", "gguf", "synth", "ops", "moe", "arch", "session", "engine", "batch", "cli"];
 
 /// Where `#![allow(unsafe_code)]` may stand: a file, or a folder with everything in it. Each says why it needs to.
 const UNSAFE_ROOMS: &[(&str, &str)] = &[

@@ -168,7 +168,7 @@ impl MoeFfn {
         }
         let Buffers { acts, h, .. } = b;
         m.activate_as(acts, h, n_embd, &kinds);
-        let picks = self.route(m, b, n_tokens);
+        let picks = self.route(m, b, layer, n_tokens);
         let groups = Groups::new(&picks, self.config.router.n_expert, self.config.router.n_expert_used);
         // Missing experts begin to be read here, while the rest of the layer is computed.
         let fetch = m.experts.map(|store| store.fetch(layer, &groups.wanted));
@@ -231,7 +231,7 @@ impl MoeFfn {
     }
 
     /// Each token's experts, (n_tokens, n_expert_used), best first.
-    fn route(&self, m: &Machine<'_>, b: &mut Buffers, n_tokens: usize) -> Vec<Pick> {
+    fn route(&self, m: &Machine<'_>, b: &mut Buffers, layer: usize, n_tokens: usize) -> Vec<Pick> {
         let r = &self.config.router;
         resize(&mut b.scores, n_tokens * r.n_expert);
         m.matmul(&b.acts, &b.rows[..n_tokens], &mut [(&self.router, &mut b.scores)]);
@@ -239,6 +239,13 @@ impl MoeFfn {
         for (scores, picks) in b.scores.chunks_mut(r.n_expert).zip(picks.chunks_mut(r.n_expert_used)) {
             self.pick(scores, picks);
         }
+        if let Some(store) = m.experts.filter(|_| !m.lossy.is_off()) {
+            let at_hand = store.at_hand(layer);
+            for (scores, picks) in b.scores.chunks(r.n_expert).zip(picks.chunks_mut(r.n_expert_used)) {
+                store.count_losses(m.lossy.apply(r, scores, &at_hand, picks));
+            }
+        }
+        m.recorder.inspect(|r| r.routed(layer, &picks, m.experts));
         picks
     }
 
@@ -264,7 +271,7 @@ impl MoeFfn {
         }
         let partial = &b.partial;
         m.each_row(&mut b.o, n_embd, &|t, row| {
-            for rank in 0..used {
+            for rank in (0..used).filter(|rank| !picks[t * used + rank].is_dropped()) {
                 let pair = groups.pair_of[t * used + rank] as usize;
                 let weight = picks[t * used + rank].weight;
                 let y = &partial[pair * n_embd..(pair + 1) * n_embd];
@@ -359,7 +366,7 @@ struct Groups {
     each_pair: Vec<u32>,
     /// Where each expert's pairs begin. (n_expert + 1)
     starts: Vec<u32>,
-    /// The pair of each (token, rank).
+    /// The pair of each (token, rank), but for those that were dropped.
     pair_of: Vec<u32>,
     /// Experts with the number of tokens that want them, the most wanted first.
     wanted: Vec<(u32, u32)>,
@@ -368,7 +375,7 @@ struct Groups {
 impl Groups {
     fn new(picks: &[Pick], n_expert: usize, used: usize) -> Self {
         let mut starts = vec![0u32; n_expert + 1];
-        picks.iter().for_each(|p| starts[p.expert as usize + 1] += 1);
+        picks.iter().filter(|p| !p.is_dropped()).for_each(|p| starts[p.expert as usize + 1] += 1);
         let mut wanted: Vec<(u32, u32)> =
             (0..n_expert).filter(|&e| starts[e + 1] > 0).map(|e| (e as u32, starts[e + 1])).collect();
         wanted.sort_by_key(|w| std::cmp::Reverse(w.1));
@@ -376,11 +383,14 @@ impl Groups {
             starts[e + 1] += starts[e];
         }
         let mut next = starts.clone();
-        let mut token_of = vec![0; picks.len()];
+        let mut token_of = vec![0; starts[n_expert] as usize];
         let pair_of = picks
             .iter()
             .enumerate()
             .map(|(i, p)| {
+                if p.is_dropped() {
+                    return u32::MAX;
+                }
                 let pair = next[p.expert as usize];
                 next[p.expert as usize] += 1;
                 token_of[pair as usize] = (i / used) as u32;

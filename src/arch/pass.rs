@@ -3,7 +3,8 @@
 
 use super::weights::{Dense, Matrix};
 use crate::cpu::Team;
-use crate::moe::ExpertStore;
+use crate::moe::recorder::Recorder;
+use crate::moe::{ExpertStore, Lossy};
 use crate::ops;
 use crate::ops::attention::KvBatch;
 use crate::ops::matmul::{Acts, OutRows, Packed, matmul_groups};
@@ -29,6 +30,10 @@ pub struct Machine<'a> {
     pub dense: &'a Dense,
     /// The experts; `None` for a dense model.
     pub experts: Option<&'a ExpertStore>,
+    /// What may be given up of the answer to read less.
+    pub lossy: Lossy,
+    /// Who is told what the routers choose.
+    pub recorder: Option<&'a Recorder>,
 }
 
 /// A pass's buffers, kept from pass to pass. Rows are tokens.

@@ -2,7 +2,9 @@
 
 use super::Failure;
 use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, Engine, EngineOptions, GenerationParams, Memory};
+use crate::moe::Lossy;
 use crate::ops::kv::KvType;
+use crate::session::grammar::Grammar;
 use crate::session::sampler::SamplingParams;
 use clap::{Args, Parser, ValueEnum};
 use std::ffi::OsString;
@@ -66,6 +68,21 @@ pub(super) struct ModelArgs {
     /// How values are stored (-ctv)
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     pub cache_type_v: CacheType,
+    /// Write which experts each token uses to this file: a trace for `oncall replay` and `oncall plan`
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
+    /// Don't keep which experts were hot in the cache folder, nor fill memory with them at the start
+    #[arg(long)]
+    pub no_heat: bool,
+    /// Lossy: each token uses only its N best experts
+    #[arg(long, value_name = "N", help_heading = "Lossy: less to read, another answer")]
+    pub experts: Option<usize>,
+    /// Lossy: drop an expert that isn't in memory if its share of the token's weight is below this, as 0.05
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = parse_share, help_heading = "Lossy: less to read, another answer")]
+    pub drop_cold: f32,
+    /// Lossy: take an expert in memory for one that isn't, if it's at most this much less probable, as 0.2; never for a token's two best
+    #[arg(long, value_name = "MARGIN", default_value_t = 0.0, value_parser = parse_share, help_heading = "Lossy: less to read, another answer")]
+    pub prefer_resident: f32,
 }
 
 /// The types of the KV cache.
@@ -91,20 +108,33 @@ impl From<CacheType> for KvType {
 }
 
 impl ModelArgs {
-    /// Loads the model, with a progress bar if it takes long.
-    pub fn load(&self) -> Result<Engine, Failure> {
-        let options = EngineOptions {
+    /// As the engine takes them.
+    pub fn options(&self) -> EngineOptions {
+        EngineOptions {
             n_ctx: self.ctx_size,
             n_threads: self.threads.map(usize::from),
             chunk: self.ubatch_size as usize,
             memory: self.memory.unwrap_or_default(),
             type_k: self.cache_type_k.into(),
             type_v: self.cache_type_v.into(),
+            n_expert_used: self.experts,
+            lossy: Lossy { drop_cold: self.drop_cold, prefer_resident: self.prefer_resident },
+            record: self.record.clone(),
+            heat: !self.no_heat && self.model.is_some(),
             ..EngineOptions::default()
-        };
-        let Some(path) = &self.model else { return Ok(Engine::embedded(&options)?) };
+        }
+    }
+
+    /// Loads the model, with a progress bar if it takes long.
+    pub fn load(&self) -> Result<Engine, Failure> {
+        self.load_with(&self.options())
+    }
+
+    /// As [`ModelArgs::load`], with other options.
+    pub fn load_with(&self, options: &EngineOptions) -> Result<Engine, Failure> {
+        let Some(path) = &self.model else { return Ok(Engine::embedded(options)?) };
         let bar = super::output::bar("reading the model", "bytes");
-        let engine = Engine::load(path, &options, &|done, total| {
+        let engine = Engine::load(path, options, &|done, total| {
             bar.set_length(total);
             bar.set_position(done);
         });
@@ -165,6 +195,12 @@ pub(super) struct SamplingArgs {
     /// Go on past tokens that end a text
     #[arg(long)]
     ignore_eos: bool,
+    /// A grammar that the text has to follow, in llguidance's variant of Lark
+    #[arg(long, value_name = "FILE", value_parser = read_grammar, conflicts_with = "json_schema")]
+    grammar: Option<Grammar>,
+    /// A JSON schema under which the text has to be valid; {} for any JSON
+    #[arg(short, long, value_name = "SCHEMA", value_parser = parse_schema)]
+    json_schema: Option<Grammar>,
 }
 
 impl SamplingArgs {
@@ -188,6 +224,8 @@ impl SamplingArgs {
             stop: self.stop.clone(),
             ignore_eos: self.ignore_eos,
             show_special: false,
+            logprobs: None,
+            grammar: self.grammar.clone().or(self.json_schema.clone()),
         }
     }
 
@@ -221,8 +259,22 @@ impl SamplingArgs {
     }
 }
 
+/// A number from 0 to 1.
+fn parse_share(s: &str) -> Result<f32, String> {
+    s.parse().ok().filter(|x| (0.0..=1.0).contains(x)).ok_or_else(|| "it takes a number from 0 to 1".into())
+}
+
+/// A file in Lark.
+fn read_grammar(path: &str) -> Result<Grammar, String> {
+    Grammar::lark(&std::fs::read_to_string(path).map_err(|e| e.to_string())?).map_err(|e| e.to_string())
+}
+
+fn parse_schema(s: &str) -> Result<Grammar, String> {
+    Grammar::json_schema(s).map_err(|e| e.to_string())
+}
+
 /// `4GiB`, `900MiB`, `2.5GB`, `1073741824`, `auto`.
-fn parse_memory(s: &str) -> Result<Memory, String> {
+pub(super) fn parse_memory(s: &str) -> Result<Memory, String> {
     if s.eq_ignore_ascii_case("auto") {
         return Ok(Memory::Auto);
     }

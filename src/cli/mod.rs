@@ -1,12 +1,18 @@
 //! The command line: thin front ends that parse, call the engine and print.
 
 mod args;
+mod batch;
 mod bench;
 mod chat;
+mod doctor;
+mod experts;
+mod figures;
 mod logits;
 mod output;
 mod perplexity;
+mod plan;
 mod quantize;
+mod replay;
 mod run;
 mod show;
 mod tokenize;
@@ -22,6 +28,8 @@ enum Command {
     Run(run::RunArgs),
     /// Talk with a model
     Chat(chat::ChatArgs),
+    /// Answer a file of requests (OpenAI's batch JSONL), many at a time
+    Batch(batch::BatchArgs),
     /// Say what is in a model file: architecture, sizes, experts, formats, what each part weighs
     Show(show::ShowArgs),
     /// Turn text into tokens
@@ -34,6 +42,14 @@ enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Write the logits of a sequence of tokens to a file, for other tools to compare
     Logits(logits::LogitsArgs),
+    /// Say what fits into which memory and how fast that will be, before anything is loaded
+    Plan(plan::PlanArgs),
+    /// Say what this machine has and can do, and what limits it
+    Doctor(doctor::DoctorArgs),
+    /// Draw which experts a text uses
+    Experts(experts::ExpertsArgs),
+    /// Say what a cache of experts would have hit in a recorded run, for each policy
+    Replay(replay::ReplayArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -93,12 +109,17 @@ fn run(command: Command) -> Result<(), Failure> {
     let result = match command {
         Command::Run(a) => run::run(a),
         Command::Chat(a) => chat::run(a),
+        Command::Batch(a) => batch::run(a),
         Command::Show(a) => show::run(a),
         Command::Tokenize(a) => tokenize::run(a),
         Command::Perplexity(a) => perplexity::run(a),
         Command::Bench(a) => bench::run(a),
         Command::Quantize(a) => quantize::run(a),
         Command::Logits(a) => logits::run(a),
+        Command::Plan(a) => plan::run(a),
+        Command::Doctor(a) => doctor::run(a),
+        Command::Experts(a) => experts::run(a),
+        Command::Replay(a) => replay::run(a),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "oncall", &mut script);

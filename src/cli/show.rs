@@ -115,7 +115,7 @@ pub(super) fn run(a: ShowArgs) -> Result<(), Failure> {
 }
 
 fn summary(gguf: &Gguf) -> Result<Summary, Failure> {
-    let (model, _) = arch::declare(gguf, Isa::get()?)?;
+    let (model, _) = arch::declare(gguf, Isa::get()?, None)?;
     let c = &model.config;
     let (n_expert, n_expert_used, n_ff_exp) =
         c.moe.as_ref().map_or((0, 0, 0), |m| (m.router.n_expert, m.router.n_expert_used, m.n_ff_exp));

@@ -1,26 +1,38 @@
 //! A loaded model and its timelines: the only interface that the front ends see.
 
+mod account;
+mod batch_plan;
 mod budget;
+mod chat;
 mod error;
 mod generate;
+pub mod outline;
 mod saved;
+mod scheduler;
 mod timeline;
 
+pub use account::{Account, Histogram, Phase};
+pub use batch_plan::{BatchPlan, BatchShape, plan_batch};
 pub use budget::{Budget, Memory};
 pub use error::EngineError;
 pub use generate::{Finish, Generation, GenerationParams, Piece};
+pub use scheduler::{Event, Finished, Queue, QueueStats, Request, Stream, Ticket};
 pub use timeline::Session;
 
 use crate::arch::{self, Block, Buffers, Config, Decoder, Dense, Machine};
 use crate::cpu::{Isa, Team};
 use crate::gguf::Gguf;
+use crate::moe::heat::{self, Heat};
 use crate::moe::policy::{self, MakePolicy};
-use crate::moe::{DiskSource, ExpertStore, IoMode, StoreOptions, StoreStats};
+use crate::moe::recorder::Recorder;
+use crate::moe::trace::{self, TraceHeader};
+use crate::moe::{DiskSource, ExpertStore, IoMode, Lossy, StoreOptions, StoreStats};
 use crate::ops::attention::KvBatch;
 use crate::ops::kv::{KV_BLOCK, KvPool, KvType, SeqKv};
+use crate::session::grammar::{GrammarError, Grammars};
 use crate::session::tokenizer::Tokenizer;
-use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 /// The model that is in the program itself: tiny, trained on a grammar of stories.
@@ -45,8 +57,10 @@ const READ_LANES: usize = 3;
 pub struct EngineOptions {
     /// Positions that a session can hold; `None` for the model's own, up to 4096; 0 for the model's own.
     pub n_ctx: Option<usize>,
-    /// Sessions that can be full at the same time.
+    /// Sessions, or sequences of the queue, at the same time.
     pub n_sessions: usize,
+    /// Positions of the KV cache for all of them together, at least one full session's; `None` for all of them full.
+    pub kv_positions: Option<usize>,
     /// Threads that compute; `None` for one on each core that this process may use.
     pub n_threads: Option<usize>,
     /// Tokens of a prompt that go through the layers together.
@@ -65,6 +79,14 @@ pub struct EngineOptions {
     pub policy: MakePolicy,
     /// Whether the next layer's experts are guessed and read ahead, while that pays.
     pub lookahead: bool,
+    /// Lossy: experts that a token uses, fewer than the model was trained with.
+    pub n_expert_used: Option<usize>,
+    /// Lossy: what may be given up to read less.
+    pub lossy: Lossy,
+    /// Whether the experts' heat is kept between runs in the user's cache folder, and used to fill slots at start-up.
+    pub heat: bool,
+    /// A file for the routers' choices, see [`crate::moe::trace`].
+    pub record: Option<PathBuf>,
 }
 
 impl Default for EngineOptions {
@@ -72,6 +94,7 @@ impl Default for EngineOptions {
         EngineOptions {
             n_ctx: None,
             n_sessions: 1,
+            kv_positions: None,
             n_threads: None,
             chunk: DEFAULT_CHUNK,
             type_k: KvType::F16,
@@ -81,8 +104,72 @@ impl Default for EngineOptions {
             io: IoMode::Auto,
             policy: policy::POLICIES[0].1,
             lookahead: true,
+            n_expert_used: None,
+            lossy: Lossy::default(),
+            heat: false,
+            record: None,
         }
     }
+}
+
+impl EngineOptions {
+    /// Blocks of the KV cache for sessions of this length.
+    fn n_kv_blocks(&self, n_ctx: usize) -> usize {
+        let one = n_ctx.div_ceil(KV_BLOCK);
+        let all = one.saturating_mul(self.n_sessions.max(1));
+        self.kv_positions.map_or(all, |n| n.div_ceil(KV_BLOCK).max(one))
+    }
+
+    /// Positions that a session of this model can hold.
+    fn n_ctx_of(&self, config: &Config) -> usize {
+        match self.n_ctx {
+            Some(0) => config.n_ctx_train,
+            Some(n) => n,
+            None => config.n_ctx_train.min(DEFAULT_CTX),
+        }
+    }
+
+    /// Threads that compute on this machine.
+    fn n_threads_here(&self) -> usize {
+        self.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
+    }
+}
+
+/// What former runs have learned of this model's experts, and where that is kept.
+fn known_heat(gguf: &Gguf, model: &Decoder) -> Option<(PathBuf, Heat)> {
+    let n_expert = model.config.moe.as_ref()?.router.n_expert;
+    let identity = heat::identity(gguf);
+    let path = heat::path_for(identity)?;
+    let known = Heat::load(&path, identity, model.config.n_layer, n_expert);
+    Some((path, known))
+}
+
+impl Drop for Inner {
+    /// Keeps what was learned of the experts' heat. That it couldn't be kept spoils nothing but the next start.
+    fn drop(&mut self) {
+        let (Some((path, heat)), Some(recorder)) = (&mut self.heat, &self.recorder) else { return };
+        heat.learn(&recorder.uses());
+        if let Err(e) = heat.save(path) {
+            tracing::warn!(path = %path.display(), "the experts' heat isn't kept: {e}");
+        }
+    }
+}
+
+/// Who watches the routers; nobody where there are none.
+fn recorder(gguf: &Gguf, model: &Decoder, o: &EngineOptions) -> Result<Option<Recorder>, EngineError> {
+    let c = &model.config;
+    let Some(moe) = &c.moe else {
+        return if o.record.is_some() { Err(EngineError::NoExperts { file: gguf.name().into() }) } else { Ok(None) };
+    };
+    let header = TraceHeader {
+        model: gguf.name().into(),
+        arch: c.arch.clone(),
+        n_layer: c.n_layer,
+        n_expert: moe.router.n_expert,
+        n_expert_used: moe.router.n_expert_used,
+        layer_bytes: outline::layer_bytes(gguf, c.n_layer, moe.router.n_expert),
+    };
+    Ok(Some(Recorder::new(&header, o.record.as_deref())?))
 }
 
 struct Inner {
@@ -90,6 +177,8 @@ struct Inner {
     model: Decoder,
     dense: Dense,
     store: Option<ExpertStore>,
+    recorder: Option<Recorder>,
+    heat: Option<(PathBuf, Heat)>,
     kv: Arc<KvPool>,
     team: Team,
     tokenizer: Tokenizer,
@@ -97,8 +186,11 @@ struct Inner {
     n_ctx: usize,
     options: EngineOptions,
     budget: Mutex<Budget>,
+    account: Mutex<Account>,
     /// One pass at a time; its buffers stay.
     buffers: Mutex<Buffers>,
+    queue: OnceLock<scheduler::Closes>,
+    grammars: OnceLock<Result<Grammars, GrammarError>>,
 }
 
 /// A loaded model. Cheap to clone: clones share it.
@@ -156,15 +248,11 @@ impl Engine {
         let of_model = |source| EngineError::Model { file: gguf.name().into(), source };
         let system = |what| move |source| EngineError::System { what, source };
         let isa = Isa::get()?;
-        let (model, loader) = arch::declare(&gguf, isa).map_err(of_model)?;
+        let (model, loader) = arch::declare(&gguf, isa, o.n_expert_used).map_err(of_model)?;
         let tokenizer = Tokenizer::from_metadata(gguf.metadata())
             .map_err(|source| EngineError::Tokenizer { file: gguf.name().into(), source })?;
-        let n_ctx = match o.n_ctx {
-            Some(0) => model.config.n_ctx_train,
-            Some(n) => n,
-            None => model.config.n_ctx_train.min(DEFAULT_CTX),
-        };
-        let n_blocks = n_ctx.div_ceil(KV_BLOCK).saturating_mul(o.n_sessions.max(1));
+        let n_ctx = o.n_ctx_of(&model.config);
+        let n_blocks = o.n_kv_blocks(n_ctx);
         let total = loader.declared_bytes();
         let budget = Budget::new(o, &model, total, n_ctx)?;
         let kv = KvPool::new(&model.kv_layers(), o.type_k, o.type_v, n_blocks)?;
@@ -182,7 +270,12 @@ impl Engine {
                 Some(store.map_err(system("memory for expert slots, or threads"))?)
             }
         };
-        let n_threads = o.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+        let recorder = recorder(&gguf, &model, o)?;
+        let heat = o.heat.then(|| known_heat(&gguf, &model)).flatten();
+        if let (Some(store), Some((_, heat))) = (&store, &heat) {
+            store.warm_up(heat.hottest());
+        }
+        let n_threads = o.n_threads_here();
         let team = Team::new(n_threads).map_err(system("threads"))?;
         tracing::info!(model = gguf.name(), %isa, n_threads, n_ctx, dense_bytes = dense.n_bytes(), "loaded");
         Ok(Engine(Arc::new(Inner {
@@ -190,6 +283,8 @@ impl Engine {
             model,
             dense,
             store,
+            recorder,
+            heat,
             kv,
             team,
             tokenizer,
@@ -197,7 +292,10 @@ impl Engine {
             n_ctx,
             options: o.clone(),
             budget: Mutex::new(budget),
+            account: Mutex::default(),
             buffers: Mutex::default(),
+            queue: OnceLock::new(),
+            grammars: OnceLock::new(),
         })))
     }
 
@@ -245,6 +343,11 @@ impl Engine {
         self.0.n_ctx
     }
 
+    /// Sequences that its queue runs at the same time.
+    pub fn n_sessions(&self) -> usize {
+        self.0.options.n_sessions.max(1)
+    }
+
     /// How its memory is divided.
     pub fn budget(&self) -> Budget {
         *self.0.budget.lock().unwrap_or_else(|e| e.into_inner())
@@ -272,14 +375,20 @@ impl Engine {
         self.0.team.n_threads()
     }
 
-    /// What the expert store has done; `None` for a dense model.
-    pub fn store_stats(&self) -> Option<StoreStats> {
-        self.0.store.as_ref().map(ExpertStore::stats)
+    /// Where the time of all passes so far went.
+    pub fn account(&self) -> Account {
+        self.0.account.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
     /// Slots, and experts in all; `None` for a dense model.
     pub fn n_slots(&self) -> Option<(usize, usize)> {
         self.0.store.as_ref().map(ExpertStore::n_slots)
+    }
+
+    /// How often each expert was used so far, (n_layer x n_expert), and whether it is in a slot; `None` for a dense model.
+    pub fn expert_uses(&self) -> Option<Vec<(u64, bool)>> {
+        let (recorder, store) = (self.0.recorder.as_ref()?, self.0.store.as_ref()?);
+        Some(recorder.uses().into_iter().zip(store.residency()).collect())
     }
 
     /// Runs the next tokens of one or more sessions through the model together. Each session's logits are then in
@@ -290,7 +399,6 @@ impl Engine {
     pub fn forward(&self, inputs: &mut [Input<'_>]) -> Result<Duration, EngineError> {
         let e = &*self.0;
         let n_vocab = e.model.config.n_vocab;
-        let began = Instant::now();
         let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
         for i in inputs.iter() {
             i.session.check_room(i.tokens.len())?;
@@ -310,17 +418,36 @@ impl Engine {
             return Ok(Duration::ZERO);
         }
         let mut buffers: MutexGuard<'_, Buffers> = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
+        let began = Instant::now();
+        let before = self.store_stats();
         if let Some(store) = &e.store {
-            store.begin_pass();
+            store.begin_pass(inputs.iter().map(|i| i.tokens.len() as u64).max().unwrap_or(0));
         }
+        let n_inputs = inputs.len();
         let kv = KvBatch::new(inputs.iter_mut().map(|i| (i.session.kv_mut(), i.tokens.len())))?;
         let mut block = Block { tokens: &tokens, kv, wanted: &wanted };
-        let machine = Machine { team: &e.team, dense: &e.dense, experts: e.store.as_ref() };
+        let machine = Machine {
+            team: &e.team,
+            dense: &e.dense,
+            experts: e.store.as_ref(),
+            lossy: e.options.lossy,
+            recorder: e.recorder.as_ref(),
+        };
+        e.recorder.as_ref().inspect(|r| r.discard());
         e.model.forward(&machine, &mut buffers, &e.gguf, &mut block)?;
-        block.kv.advance();
-        if let Some(store) = &e.store {
-            store.end_pass(tokens.len(), began.elapsed());
+        if let Some(r) = &e.recorder {
+            r.finish(if tokens.len() > n_inputs { trace::Phase::Prefill } else { trace::Phase::Decode })?;
         }
+        block.kv.advance();
+        let took = began.elapsed();
+        if let Some(store) = &e.store {
+            store.end_pass(tokens.len(), took);
+        }
+        let mut account = e.account.lock().unwrap_or_else(|e| e.into_inner());
+        let is_decode = inputs.iter().all(|i| i.tokens.len() <= 1);
+        let phase = if is_decode { &mut account.decode } else { &mut account.prefill };
+        phase.add(tokens.len(), took, &self.store_stats().since(&before));
+        drop(account);
         let mut logits = &buffers.logits[..wanted.len() * n_vocab];
         for i in inputs {
             let n = match i.want {
@@ -332,6 +459,10 @@ impl Engine {
             i.session.took(i.tokens, own);
             logits = rest;
         }
-        Ok(began.elapsed())
+        Ok(took)
+    }
+
+    fn store_stats(&self) -> StoreStats {
+        self.0.store.as_ref().map(ExpertStore::stats).unwrap_or_default()
     }
 }

@@ -100,11 +100,21 @@ impl ModelFile {
 impl Gguf {
     /// Opens a model file; of a model in several shards any of them, and the others with it.
     pub fn open(path: &Path) -> Result<Self, GgufError> {
-        let (file, header) = open_one(path)?;
+        Self::open_as(path, Extent::Whole)
+    }
+
+    /// Opens what is there of a model whose download isn't finished: the header says what tensors will be where.
+    /// Reading one that isn't there yet is an error.
+    pub fn open_header(path: &Path) -> Result<Self, GgufError> {
+        Self::open_as(path, Extent::Header)
+    }
+
+    fn open_as(path: &Path, extent: Extent) -> Result<Self, GgufError> {
+        let (file, header) = open_one(path, extent)?;
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         match split_key(path, &header, "split.count")? {
             None | Some(0 | 1) => Self::assemble(name, vec![(file, header)]),
-            Some(count) => Self::assemble(name, open_shards(path, (file, header), count)?),
+            Some(count) => Self::assemble(name, open_shards(path, (file, header), count, extent)?),
         }
     }
 
@@ -228,8 +238,17 @@ fn read_no_more_than_asked(file: &File) {
     let _ = file;
 }
 
+/// How much of a file must be there.
+#[derive(Clone, Copy, PartialEq)]
+enum Extent {
+    /// All of it.
+    Whole,
+    /// Its header.
+    Header,
+}
+
 /// Opens one file and parses its header, which is copied out of the mapping before it is checked.
-fn open_one(path: &Path) -> Result<(ModelFile, Header), GgufError> {
+fn open_one(path: &Path, extent: Extent) -> Result<(ModelFile, Header), GgufError> {
     let io = |error| GgufError::Open { path: path.into(), error };
     let bad = |error| GgufError::Header { path: path.into(), error };
     // Asked before it is opened: opening a pipe would wait for its other end.
@@ -240,8 +259,9 @@ fn open_one(path: &Path) -> Result<(ModelFile, Header), GgufError> {
         Header::parse(Cow::Borrowed(&[]), 0).map_err(bad)?
     } else {
         let mapped = map_prefix(&file, len.min(MAX_HEADER_BYTES as u64) as usize).map_err(io)?;
-        let n_bytes = Header::measure(&mapped, len).map_err(bad)?;
-        Header::parse(Cow::Owned(mapped[..n_bytes].to_vec()), len).map_err(bad)?
+        let data_len = if extent == Extent::Whole { len } else { i64::MAX as u64 };
+        let n_bytes = Header::measure(&mapped, len, data_len).map_err(bad)?;
+        Header::parse_for(Cow::Owned(mapped[..n_bytes].to_vec()), len, data_len).map_err(bad)?
     };
     let identity = identity(&file);
     read_no_more_than_asked(&file);
@@ -261,7 +281,12 @@ fn split_key(path: &Path, header: &Header, key: &str) -> Result<Option<u64>, Ggu
 }
 
 /// Opens the shards beside one that is open, in order.
-fn open_shards(path: &Path, opened: (ModelFile, Header), count: u64) -> Result<Vec<(ModelFile, Header)>, GgufError> {
+fn open_shards(
+    path: &Path,
+    opened: (ModelFile, Header),
+    count: u64,
+    extent: Extent,
+) -> Result<Vec<(ModelFile, Header)>, GgufError> {
     let name = ShardName::of(path)
         .filter(|name| u64::from(name.count) == count)
         .ok_or_else(|| GgufError::SplitName { path: path.into(), count })?;
@@ -272,7 +297,7 @@ fn open_shards(path: &Path, opened: (ModelFile, Header), count: u64) -> Result<V
             Some(shard) => shard,
             None => {
                 let path = name.sibling(path, no);
-                open_one(&path).map_err(|e| match e {
+                open_one(&path, extent).map_err(|e| match e {
                     GgufError::Open { path, error } if error.kind() == io::ErrorKind::NotFound => {
                         GgufError::MissingShard { path, no, count: name.count }
                     }

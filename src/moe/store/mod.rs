@@ -21,6 +21,7 @@ pub use fetch::{Fetch, FetchError, Ready};
 pub use layout::{LayerParts, Part, StoreLayout, room_for};
 
 use super::lookahead::Lookahead;
+use super::lossy::Losses;
 use super::policy::MakePolicy;
 use super::source::Source;
 use crate::cpu::{Isa, Pages};
@@ -50,6 +51,10 @@ pub struct StoreStats {
     pub wasted_bytes: u64,
     /// Experts that left their slot.
     pub evictions: u64,
+    /// Lossy: experts that were dropped because they weren't at hand.
+    pub dropped: u64,
+    /// Lossy: experts that others at hand stood in for.
+    pub replaced: u64,
     /// Nanoseconds that computing waited for reads.
     pub stall_ns: u64,
 }
@@ -57,15 +62,26 @@ pub struct StoreStats {
 impl StoreStats {
     /// What was done since an earlier moment.
     pub fn since(&self, before: &StoreStats) -> StoreStats {
+        self.each(before, |now, before| now - before)
+    }
+
+    /// This and that together.
+    pub fn and(&self, more: &StoreStats) -> StoreStats {
+        self.each(more, |a, b| a + b)
+    }
+
+    fn each(&self, other: &StoreStats, f: impl Fn(u64, u64) -> u64) -> StoreStats {
         StoreStats {
-            uses: self.uses - before.uses,
-            hits: self.hits - before.hits,
-            ahead_hits: self.ahead_hits - before.ahead_hits,
-            demand_bytes: self.demand_bytes - before.demand_bytes,
-            ahead_bytes: self.ahead_bytes - before.ahead_bytes,
-            wasted_bytes: self.wasted_bytes - before.wasted_bytes,
-            evictions: self.evictions - before.evictions,
-            stall_ns: self.stall_ns - before.stall_ns,
+            uses: f(self.uses, other.uses),
+            hits: f(self.hits, other.hits),
+            ahead_hits: f(self.ahead_hits, other.ahead_hits),
+            demand_bytes: f(self.demand_bytes, other.demand_bytes),
+            ahead_bytes: f(self.ahead_bytes, other.ahead_bytes),
+            wasted_bytes: f(self.wasted_bytes, other.wasted_bytes),
+            evictions: f(self.evictions, other.evictions),
+            dropped: f(self.dropped, other.dropped),
+            replaced: f(self.replaced, other.replaced),
+            stall_ns: f(self.stall_ns, other.stall_ns),
         }
     }
 
@@ -143,7 +159,7 @@ impl ExpertStore {
     /// When the system has no address space for the arena or refuses to start threads.
     pub fn new(layout: StoreLayout, o: &StoreOptions, source: Arc<dyn Source>) -> std::io::Result<Self> {
         let n_slots = layout.divide(o.bytes);
-        let policy = (o.policy)(layout.layers.len() * layout.n_expert);
+        let policy = (o.policy)(layout.layers.len(), layout.n_expert);
         let state = State {
             slots: Slots::new(layout.clone(), &n_slots, policy),
             demand: VecDeque::new(),
@@ -167,9 +183,9 @@ impl ExpertStore {
         Ok(ExpertStore { _lanes: Lanes::new(&shared, o.lanes)?, shared })
     }
 
-    /// A pass of the model begins: time for the policy.
-    pub fn begin_pass(&self) {
-        self.shared.lock().slots.advance();
+    /// A pass of the model begins, over `n_tokens` more of the longest sequence in it: time for the policy.
+    pub fn begin_pass(&self, n_tokens: u64) {
+        self.shared.lock().slots.advance(n_tokens);
     }
 
     /// A pass of `n_tokens` has ended.
@@ -195,6 +211,20 @@ impl ExpertStore {
         let s = self.shared.lock();
         let n = (self.shared.layout.layers.len() * self.shared.layout.n_expert) as u32;
         (0..n).map(|key| matches!(s.slots.place(key), Place::Resident(_))).collect()
+    }
+
+    /// Which experts of a layer are resident or on their way. (n_expert)
+    pub fn at_hand(&self, layer: usize) -> Vec<bool> {
+        let s = self.shared.lock();
+        let key = |e| self.shared.layout.key(layer, e);
+        (0..self.shared.layout.n_expert as u32).map(|e| s.slots.place(key(e)) != Place::Absent).collect()
+    }
+
+    /// Counts what was given up.
+    pub fn count_losses(&self, losses: Losses) {
+        let mut s = self.shared.lock();
+        s.stats.dropped += losses.dropped;
+        s.stats.replaced += losses.replaced;
     }
 
     /// Whether [`ExpertStore::ahead`] would do anything for a pass of `n_tokens`.

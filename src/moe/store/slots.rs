@@ -68,6 +68,7 @@ pub(super) struct Slots {
     /// By class.
     free: Vec<Vec<u32>>,
     parked: Vec<Vec<u32>>,
+    /// By layer, the coldest first.
     idle: Vec<BTreeSet<(u64, u32)>>,
     guarded: Vec<u32>,
     n_absent: usize,
@@ -94,7 +95,7 @@ impl Slots {
                 .iter()
                 .map(|c| (c.first_slot as u32..(c.first_slot + c.n_experts) as u32).rev().collect())
                 .collect(),
-            idle: vec![BTreeSet::new(); n_classes],
+            idle: vec![BTreeSet::new(); layout.layers.len()],
             guarded: Vec::new(),
             n_absent: layout.n_experts(),
             policy,
@@ -109,9 +110,9 @@ impl Slots {
         s
     }
 
-    /// A pass begins.
-    pub fn advance(&mut self) {
-        self.now += 1;
+    /// So many tokens are coming.
+    pub fn advance(&mut self, n_tokens: u64) {
+        self.now += n_tokens;
     }
 
     /// Where an expert is.
@@ -128,6 +129,16 @@ impl Slots {
     /// read ahead for this.
     pub fn want(&mut self, key: u32, n: u32) -> bool {
         self.policy.used(key as usize, n, self.now);
+        let mut changed = Vec::new();
+        self.policy.each_changed(&mut |key| changed.push(key as u32));
+        for key in changed {
+            if let Place::Resident(slot) = self.place(key)
+                && self.slots[slot as usize].rank.is_some()
+            {
+                self.leave_order(slot);
+                self.enter_order(slot);
+            }
+        }
         let (Place::Resident(slot) | Place::Loading(slot)) = self.place(key) else { return false };
         self.leave_order(slot);
         self.slots[slot as usize].wanted = true;
@@ -187,8 +198,20 @@ impl Slots {
         if let Some(slot) = self.free[class].pop() {
             return Some((slot, None));
         }
-        let slot = self.idle[class].first()?.1;
+        let slot = self.coldest(class)?;
         Some((slot, self.evict(slot)))
+    }
+
+    /// The idle slot of a class whose expert deserves it least.
+    fn coldest(&self, class: usize) -> Option<u32> {
+        let of_class = |layer: &usize| self.layout.layers[*layer].as_ref().is_some_and(|l| l.1 == class);
+        let first = |layer: usize| {
+            let slot = self.idle[layer].first()?.1;
+            let key = self.slots[slot as usize].owner?;
+            Some((self.policy.rank(key as usize) + self.policy.layer_rank(layer), slot))
+        };
+        let firsts = (0..self.idle.len()).filter(of_class).filter_map(first);
+        firsts.min_by(|a, b| a.0.total_cmp(&b.0)).map(|c| c.1)
     }
 
     /// As [`Slots::take`], but nobody leaves for it.
@@ -244,10 +267,10 @@ impl Slots {
         let (slot, evicted) = match self.free[class].pop() {
             Some(slot) => (slot, None),
             None => {
-                if self.idle[class].is_empty() {
+                if self.coldest(class).is_none() {
                     self.unguard();
                 }
-                let slot = self.idle[class].first().ok_or(())?.1;
+                let slot = self.coldest(class).ok_or(())?;
                 (slot, self.evict(slot))
             }
         };
@@ -280,8 +303,9 @@ impl Slots {
     }
 
     fn leave_order(&mut self, slot: u32) {
-        if let Some(rank) = self.slots[slot as usize].rank.take() {
-            self.idle[self.layout.class_of_slot(slot)].remove(&(rank, slot));
+        let s = &mut self.slots[slot as usize];
+        if let (Some(rank), Some(key)) = (s.rank.take(), s.owner) {
+            self.idle[self.layout.layer_and_expert(key).0].remove(&(rank, slot));
         }
     }
 
@@ -291,7 +315,7 @@ impl Slots {
         let Some(key) = s.owner.filter(|_| s.is_idle() && s.rank.is_none()) else { return };
         let rank = sortable(self.policy.rank(key as usize));
         s.rank = Some(rank);
-        self.idle[self.layout.class_of_slot(slot)].insert((rank, slot));
+        self.idle[self.layout.layer_and_expert(key).0].insert((rank, slot));
     }
 
     /// Whether each expert has one place and each slot one state: what tests call after every step.

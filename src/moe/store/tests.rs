@@ -139,7 +139,7 @@ proptest! {
             store.warm_up([(1, 3), (0, 2), (1, 0)]);
         }
         for (layer, want, guess, resize) in steps {
-            store.begin_pass();
+            store.begin_pass(1);
             fetch(&store, layer, &want, Some((1 - layer, &guess))).unwrap();
             if let Some(n) = resize {
                 store.resize(bytes(2, n));
@@ -156,7 +156,7 @@ proptest! {
         n_slots in 1usize..13,
         steps in proptest::collection::vec((0u8..8, 0u32..12, 0usize..13), 1..200),
     ) {
-        let mut s = Slots::new(layout(2), &[n_slots], POLICIES[0].1(12));
+        let mut s = Slots::new(layout(2), &[n_slots], POLICIES[0].1(2, 6));
         let (mut loading, mut pinned) = (Vec::new(), Vec::new());
         for (what, key, n) in steps {
             match what {
@@ -174,7 +174,7 @@ proptest! {
                     prop_assert_eq!(s.end_part(slot, what == 2) == PartEnd::More, more);
                 }
                 4 => {
-                    s.advance();
+                    s.advance(1);
                     s.want(key, n as u32);
                 }
                 5 => match s.place(key) {
@@ -219,7 +219,7 @@ fn a_right_guess_is_a_hit_and_a_wrong_one_is_counted() {
     let expert = layout(2).expert_bytes(0);
     assert_eq!((s.demand_bytes, s.ahead_bytes, s.wasted_bytes), (3 * expert, 2 * expert, 0));
     // The wrong one leaves first: nobody has ever used it.
-    store.begin_pass();
+    store.begin_pass(1);
     fetch(&store, 0, &[3, 4, 5], None).unwrap();
     assert_eq!(store.stats().wasted_bytes, expert);
 }

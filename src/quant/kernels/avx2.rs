@@ -172,7 +172,7 @@ impl Vector for Avx2 {
         let ones = op!(_mm256_set1_epi16(1));
         let mut pairs = [[op!(_mm256_setzero_si256()); R]; N];
         let at_once = narrow.clamp(2, 4).min(if narrow > 4 { 2 } else { 4 });
-        assert!(K % at_once == 0);
+        assert!(K.is_multiple_of(at_once));
         for step in 0..K / at_once * self.one {
             for i in 0..at_once {
                 let j = step * at_once + i;

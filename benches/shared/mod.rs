@@ -1,0 +1,58 @@
+//! What the benches share: models by name, medians.
+
+use oncall::gguf::Gguf;
+use oncall::gguf::mixture::{self, Mixture};
+use oncall::gguf::requantize::Plan;
+use oncall::synth::{self, Preset, upcycle};
+use std::path::{Path, PathBuf};
+
+/// The file of a model that is named: found in `models/cache`, or fetched and made.
+pub fn model(name: &str, format: &str) -> PathBuf {
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
+    let cache = models.join("cache");
+    let path = cache.join(format!("{name}-{format}.gguf"));
+    let mixture = || -> &'static Mixture { mixture::by_name(format).unwrap_or_else(|| panic!("no mixture {format}")) };
+    match (name, Preset::by_name(name)) {
+        ("smollm2", _) if format == "q4_1" => smollm2(&models),
+        ("smollm2" | "smolmoe", _) => {
+            if !path.exists() {
+                let dense = Gguf::open(&smollm2(&models)).expect("the fetched model is whole");
+                if name == "smolmoe" {
+                    let options = upcycle::Options { mixture: mixture(), ..upcycle::Options::default() };
+                    upcycle::upcycle(&dense, &options, &path, false, &mut |_, _| ()).expect("upcycling");
+                } else {
+                    let plan = Plan::new(&dense, mixture()).expect("formats that can be written");
+                    plan.write(&path, false, &mut |_, _| ()).expect("quantising");
+                }
+            }
+            path
+        }
+        (_, Some(preset)) => {
+            if !path.exists() {
+                std::fs::create_dir_all(&cache).expect("models/cache");
+                // As unequal experts as trained models have.
+                let options = synth::Options { mixture: mixture(), router_skew: 1.0, ..synth::Options::default() };
+                synth::write(preset, &options, &path).expect("writing the model");
+            }
+            path
+        }
+        (_, None) => PathBuf::from(name),
+    }
+}
+
+/// The dense model that others are made from.
+fn smollm2(models: &Path) -> PathBuf {
+    let path = models.join("cache/SmolLM2-135M-Instruct.Q4_1.gguf");
+    if !path.exists() {
+        let status = std::process::Command::new("sh").arg(models.join("fetch-smollm2.sh")).status();
+        assert!(status.is_ok_and(|s| s.success()), "models/fetch-smollm2.sh failed");
+    }
+    path
+}
+
+/// The middle one.
+pub fn median(x: impl Iterator<Item = f64>) -> f64 {
+    let mut x: Vec<f64> = x.collect();
+    x.sort_by(f64::total_cmp);
+    x[x.len() / 2]
+}

@@ -1,0 +1,153 @@
+//! The requests, one a line: from a file, whose lines are looked through first, or from a pipe as they come.
+
+use super::{BatchError, Fnv, order, request};
+use crate::engine::BatchShape;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
+use std::path::Path;
+
+/// The longest line, in bytes; of a longer one only the number is told.
+const MAX_LINE: u64 = 64 << 20;
+
+/// A line of the input.
+pub(super) struct Line {
+    /// Counted from 1.
+    pub number: u64,
+    /// Without its end; `None` if it's too long.
+    pub bytes: Option<Vec<u8>>,
+}
+
+/// A file's lines in the order in which they are served.
+pub(super) struct Lines {
+    file: File,
+    name: String,
+    /// Where each line is: number, offset, length.
+    places: Vec<(u64, u64, usize)>,
+    next: usize,
+    shape: BatchShape,
+}
+
+/// What is summed up over the lines for the plan.
+#[derive(Default)]
+struct Sums {
+    n_sequences: u64,
+    prompt_bytes: u64,
+    /// Tokens to write at most, and the sequences that say so.
+    n_predict: (u64, u64),
+}
+
+impl Sums {
+    fn add(&mut self, fields: &serde_json::Map<String, serde_json::Value>) {
+        let number = |name: &str| fields.get("body").and_then(|b| b.get(name)).and_then(serde_json::Value::as_u64);
+        let n = number("n").unwrap_or(1).min(request::MAX_N);
+        self.n_sequences += n;
+        self.prompt_bytes += n * request::beginning(fields).len() as u64;
+        if let Some(most) = number("max_completion_tokens").or(number("max_tokens")) {
+            self.n_predict.0 = self.n_predict.0.saturating_add(n * most.min(1 << 20));
+            self.n_predict.1 += n;
+        }
+    }
+
+    fn mean(&self) -> BatchShape {
+        BatchShape {
+            n_sequences: Some(self.n_sequences as usize),
+            prompt_bytes: Some((self.prompt_bytes / self.n_sequences.max(1)) as usize),
+            n_predict: (self.n_predict.1 == self.n_sequences)
+                .then(|| (self.n_predict.0 / self.n_sequences.max(1)) as usize),
+        }
+    }
+}
+
+impl Lines {
+    /// Looks through a file.
+    ///
+    /// # Errors
+    /// If it can't be read, or two lines have the same `custom_id`.
+    pub fn of_file(path: &Path) -> Result<Self, BatchError> {
+        let name = path.display().to_string();
+        let io = |source| BatchError::Io { name: name.clone(), source };
+        let file = File::open(path).map_err(io)?;
+        let mut input = BufReader::with_capacity(1 << 18, &file);
+        let (mut places, mut beginnings, mut offset) = (Vec::new(), Vec::new(), 0);
+        let mut seen: HashMap<String, u64> = HashMap::new();
+        let (mut number, mut shape) = (0, Sums::default());
+        while let Some((line, n)) = read_line(&mut input, &mut number).map_err(io)? {
+            let bytes = line.bytes.unwrap_or_default();
+            if !bytes.trim_ascii().is_empty() || n > MAX_LINE {
+                let parsed = request::line(&bytes).ok();
+                let text = parsed.as_ref().map(|p| request::beginning(&p.1)).unwrap_or_default();
+                beginnings.push(order::beginnings(&text));
+                places.push((number, offset, n as usize));
+                if let Some((custom_id, fields)) = parsed {
+                    shape.add(&fields);
+                    if let Some(&first) = seen.get(&custom_id) {
+                        return Err(BatchError::Duplicate { name, custom_id, first, second: number });
+                    }
+                    seen.insert(custom_id, number);
+                }
+            }
+            offset += n;
+        }
+        let places = order::order(&beginnings).into_iter().map(|i| places[i]).collect();
+        Ok(Lines { file, name, places, next: 0, shape: shape.mean() })
+    }
+
+    /// Requests in the file.
+    pub fn total(&self) -> usize {
+        self.places.len()
+    }
+
+    /// What its requests are like.
+    pub fn shape(&self) -> BatchShape {
+        self.shape
+    }
+
+    /// The next line.
+    ///
+    /// # Errors
+    /// If the file can't be read any more.
+    pub fn next(&mut self) -> Result<Option<Line>, BatchError> {
+        let Some(&(number, offset, n)) = self.places.get(self.next) else { return Ok(None) };
+        self.next += 1;
+        if n as u64 > MAX_LINE {
+            return Ok(Some(Line { number, bytes: None }));
+        }
+        let mut bytes = vec![0; n];
+        let read = self.file.seek(SeekFrom::Start(offset)).and_then(|_| self.file.read_exact(&mut bytes));
+        read.map_err(|source| BatchError::Io { name: self.name.clone(), source })?;
+        Ok(Some(Line { number, bytes: Some(bytes) }))
+    }
+}
+
+/// The next line of a stream, and its bytes with the end; `number` counts on.
+pub(super) fn read_line(input: &mut impl BufRead, number: &mut u64) -> std::io::Result<Option<(Line, u64)>> {
+    let mut bytes = Vec::new();
+    let mut n = input.by_ref().take(MAX_LINE + 1).read_until(b'\n', &mut bytes)? as u64;
+    if n == 0 {
+        return Ok(None);
+    }
+    *number += 1;
+    if n <= MAX_LINE {
+        return Ok(Some((Line { number: *number, bytes: Some(bytes) }, n)));
+    }
+    drop(bytes);
+    while !input.fill_buf()?.is_empty() {
+        let buffer = input.fill_buf()?;
+        let end = buffer.iter().position(|&b| b == b'\n');
+        let used = end.map_or(buffer.len(), |i| i + 1);
+        input.consume(used);
+        n += used as u64;
+        if end.is_some() {
+            break;
+        }
+    }
+    Ok(Some((Line { number: *number, bytes: None }, n)))
+}
+
+/// The id of a request's result, made from its `custom_id` so that it is the same in every run.
+pub(super) fn id_of(custom_id: &str) -> String {
+    let mut h = Fnv::default();
+    h.write(custom_id.as_bytes());
+    format!("batch_req_{:016x}", h.finish())
+}

@@ -1,0 +1,100 @@
+//! Offline batches: requests from a file of OpenAI's batch JSONL, results to another.
+//!
+//! Every request has one line in the output, written when it's done, in any order. A line depends on its request, the model and the
+//! instruction set alone, so a job that was cut off goes on where it was, and the union is what one run would have written.
+
+mod answer;
+mod input;
+mod order;
+mod output;
+mod request;
+mod run;
+
+use std::path::PathBuf;
+
+pub use run::{Figures, Job, run};
+
+/// Where requests come from and results go.
+#[derive(Clone, Debug)]
+pub struct Files {
+    /// The requests; `None` for the standard input.
+    pub input: Option<PathBuf>,
+    /// The results; `None` for the standard output.
+    pub output: Option<PathBuf>,
+    /// Keep results that are there, and leave out their requests.
+    pub resume: bool,
+}
+
+/// Why a job as a whole can't begin or go on. What a single request is refused for is in its line of the output.
+#[derive(Debug, thiserror::Error)]
+pub enum BatchError {
+    /// A file, or the standard input or output.
+    #[error("{name}: {source}")]
+    Io {
+        /// The file.
+        name: String,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// There are results already.
+    #[error("{name} holds something already: --resume goes on with it, another name begins anew")]
+    Exists {
+        /// The file.
+        name: String,
+    },
+    /// Another run has it open.
+    #[error("{name} is being written by another run of this program")]
+    Busy {
+        /// The file.
+        name: String,
+    },
+    /// Something else than results.
+    #[error("{name}, line {number} isn't a result of a batch ({why}): is it the right file? Nothing was changed in it")]
+    NotResults {
+        /// The file.
+        name: String,
+        /// Counted from 1.
+        number: u64,
+        /// What is wrong.
+        why: String,
+    },
+    /// Two requests with the same name.
+    #[error(
+        "{name}: lines {first} and {second} have the same custom_id {custom_id:?}; results couldn't be told apart, nothing was run"
+    )]
+    Duplicate {
+        /// The file.
+        name: String,
+        /// The name.
+        custom_id: String,
+        /// A line's number, from 1.
+        first: u64,
+        /// The other's.
+        second: u64,
+    },
+    /// The engine can't go on.
+    #[error("{0}; results up to here are written, --resume goes on")]
+    Engine(std::sync::Arc<crate::engine::EngineError>),
+    /// The chat template in the model's file.
+    #[error(transparent)]
+    Model(#[from] crate::engine::EngineError),
+}
+
+/// FNV-1a: the same in every run and version, which the standard library's hasher isn't.
+struct Fnv(u64);
+
+impl Default for Fnv {
+    fn default() -> Self {
+        Fnv(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Fnv {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|&b| self.0 = (self.0 ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}

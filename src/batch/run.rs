@@ -1,0 +1,426 @@
+//! A job: keeps the engine's queue filled from the input, and writes each result when it's complete.
+
+use super::answer::{self, About, Choice, Whose};
+use super::input::{self, Line, Lines};
+use super::output::{Done, Output};
+use super::request::{self, Asked, Prompt, Refused};
+use super::{BatchError, Files, Fnv};
+use crate::engine::{Account, BatchShape, Engine, EngineError, Event, Finish, QueueStats, Request, Ticket};
+use crate::ops::kv::KvError;
+use crate::session::sampler::SamplerError;
+use crate::session::template::ChatTemplate;
+use serde::Serialize;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::time::{Duration, Instant};
+
+/// How long what is in flight may take after it was asked to stop.
+const GRACE: Duration = Duration::from_secs(4);
+/// How often the job looks around if nothing happens.
+const TICK: Duration = Duration::from_millis(100);
+/// Sequences that wait in the queue for each that runs, so that a place is never empty.
+const AHEAD: usize = 2;
+
+/// How a job stands.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Figures {
+    /// Requests that have a result.
+    pub done: u64,
+    /// Requests in the input; unknown for a pipe.
+    pub total: Option<u64>,
+    /// Results that are errors, those of earlier runs too.
+    pub failed: u64,
+    /// Results that an earlier run had written.
+    pub resumed: u64,
+    /// Seconds since the job began.
+    pub seconds: f64,
+    /// Seconds that the rest will take at this rate.
+    pub seconds_left: Option<f64>,
+    /// Tokens of prompts that were read, those of common beginnings too, a second.
+    pub tokens_in_per_s: f64,
+    /// Tokens written a second.
+    pub tokens_out_per_s: f64,
+    /// The share of expert uses that were at hand.
+    pub hit_rate: Option<f64>,
+    /// Bytes of experts read for each token that went through the model.
+    pub bytes_per_token: Option<f64>,
+    /// What the queue did.
+    pub queue: QueueStats,
+    /// Whether it was asked to stop before the end.
+    pub interrupted: bool,
+}
+
+/// A job that is about to begin: the input looked through, the output open.
+pub struct Job {
+    source: Source,
+    output: Output,
+    done: Done,
+}
+
+enum Source {
+    Lines(Lines),
+    Stdin,
+}
+
+/// What comes in while the job runs.
+enum Incoming {
+    /// A line of the standard input; `None` at its end.
+    Line(Result<Option<Line>, BatchError>),
+    /// Of a request and one of its choices.
+    Event(u64, usize, Event),
+}
+
+/// A request in flight.
+struct InFlight {
+    id: String,
+    custom_id: String,
+    chat: bool,
+    model: String,
+    logprobs: bool,
+    n_prompt: usize,
+    choices: Vec<Choice>,
+    tickets: Vec<Ticket>,
+}
+
+impl Job {
+    /// Opens the files and looks through the input. Nothing is run if something is wrong with them.
+    ///
+    /// # Errors
+    /// See [`BatchError`].
+    pub fn open(files: &Files) -> Result<Self, BatchError> {
+        let source = match &files.input {
+            Some(path) => Source::Lines(Lines::of_file(path)?),
+            None => Source::Stdin,
+        };
+        let (output, done) = match &files.output {
+            Some(path) => Output::file(path, files.resume)?,
+            None => (Output::stdout(), Done::default()),
+        };
+        Ok(Job { source, output, done })
+    }
+
+    /// What its requests are like; nothing is known of a pipe's.
+    pub fn shape(&self) -> BatchShape {
+        match &self.source {
+            Source::Lines(l) => l.shape(),
+            Source::Stdin => BatchShape::default(),
+        }
+    }
+}
+
+/// Runs a job. `progress` is called from time to time; `stop` says whether it was asked to stop: then no new request begins, and what
+/// is in flight has a few seconds to end.
+///
+/// # Errors
+/// When a file can't be read or written, or the engine can't go on. Results up to there are written.
+pub fn run(
+    engine: &Engine,
+    job: Job,
+    progress: &mut dyn FnMut(&Figures),
+    stop: &dyn Fn() -> bool,
+) -> Result<Figures, BatchError> {
+    let (send, receive) = channel();
+    let mut r = Run {
+        template: engine.chat_template()?,
+        window: AHEAD * engine.n_sessions(),
+        engine,
+        output: job.output,
+        earlier: job.done.keys,
+        seen: HashSet::new(),
+        stdin: matches!(job.source, Source::Stdin).then(|| read_stdin(send.clone())),
+        lines: if let Source::Lines(l) = job.source { Some(l) } else { None },
+        events: send,
+        in_flight: HashMap::new(),
+        n_running: 0,
+        exhausted: false,
+        asked_for_line: false,
+        began: Instant::now(),
+        before: engine.account(),
+        figures: Figures { failed: job.done.n_failed, ..Figures::default() },
+    };
+    r.figures.total = r.lines.as_ref().map(|l| l.total() as u64);
+    let result = r.work(&receive, progress, stop);
+    // In any case nothing goes on in the background, and what is written is safe.
+    r.in_flight.values().flat_map(|f| &f.tickets).for_each(Ticket::cancel);
+    let synced = r.output.sync();
+    result.and(synced)?;
+    r.update();
+    Ok(r.figures)
+}
+
+/// Lines of the standard input, one for each permit.
+fn read_stdin(to: Sender<Incoming>) -> SyncSender<()> {
+    let (permits, permitted) = sync_channel::<()>(1);
+    std::thread::spawn(move || {
+        let (mut input, mut number) = (std::io::stdin().lock(), 0);
+        while permitted.recv().is_ok() {
+            let line = input::read_line(&mut input, &mut number)
+                .map(|l| l.map(|l| l.0))
+                .map_err(|source| BatchError::Io { name: "the standard input".into(), source });
+            let last = !matches!(line, Ok(Some(_)));
+            if to.send(Incoming::Line(line)).is_err() || last {
+                return;
+            }
+        }
+    });
+    permits
+}
+
+struct Run<'e> {
+    engine: &'e Engine,
+    template: Option<ChatTemplate>,
+    output: Output,
+    /// Whose results an earlier run has written, as far as their requests haven't come yet.
+    earlier: HashSet<String>,
+    /// The `custom_id`s that have come.
+    seen: HashSet<String>,
+    lines: Option<Lines>,
+    stdin: Option<SyncSender<()>>,
+    asked_for_line: bool,
+    exhausted: bool,
+    events: Sender<Incoming>,
+    /// By the number of their line.
+    in_flight: HashMap<u64, InFlight>,
+    /// Their choices that aren't complete.
+    n_running: usize,
+    /// Choices in flight at most, unless a single request has more.
+    window: usize,
+    began: Instant,
+    before: Account,
+    figures: Figures,
+}
+
+impl Run<'_> {
+    fn work(
+        &mut self,
+        incoming: &Receiver<Incoming>,
+        progress: &mut dyn FnMut(&Figures),
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), BatchError> {
+        let mut stopped: Option<Instant> = None;
+        loop {
+            if stopped.is_none() && stop() {
+                stopped = Some(Instant::now());
+                self.figures.interrupted = true;
+            }
+            match stopped {
+                Some(at) if at.elapsed() > GRACE || self.in_flight.is_empty() => return Ok(()),
+                Some(_) => {}
+                None => self.fill()?,
+            }
+            if self.exhausted && self.in_flight.is_empty() {
+                return Ok(());
+            }
+            match incoming.recv_timeout(TICK) {
+                Ok(Incoming::Event(number, choice, event)) => self.event(number, choice, event)?,
+                Ok(Incoming::Line(line)) => {
+                    self.asked_for_line = false;
+                    match line? {
+                        Some(line) => self.begin(line)?,
+                        None => self.exhausted = true,
+                    }
+                }
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+            }
+            self.update();
+            progress(&self.figures);
+        }
+    }
+
+    /// Begins requests until enough are in flight.
+    fn fill(&mut self) -> Result<(), BatchError> {
+        while !self.exhausted && self.n_running < self.window {
+            if let Some(permits) = &self.stdin {
+                if !self.asked_for_line {
+                    self.asked_for_line = permits.try_send(()).is_ok();
+                }
+                return Ok(());
+            }
+            match self.lines.as_mut().map(Lines::next).transpose()?.flatten() {
+                Some(line) => self.begin(line)?,
+                None => self.exhausted = true,
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins a request, or writes why it can't be.
+    fn begin(&mut self, line: Line) -> Result<(), BatchError> {
+        let number = line.number;
+        let parsed = match &line.bytes {
+            Some(b) if b.trim_ascii().is_empty() => return Ok(()),
+            Some(b) => request::line(b),
+            None => Err(Refused::new("line_too_long", "the line is longer than 64 MiB")),
+        };
+        let (custom_id, fields) = match parsed {
+            Ok(parsed) => parsed,
+            Err(why) => return self.refuse_line(number, &why),
+        };
+        if self.earlier.remove(&custom_id) {
+            self.seen.insert(custom_id);
+            self.resumed();
+            return Ok(());
+        }
+        if !self.seen.insert(custom_id.clone()) {
+            let why = format!("custom_id {custom_id:?} was on an earlier line");
+            return self.refuse_line(number, &Refused::new("duplicate_custom_id", why));
+        }
+        let id = input::id_of(&custom_id);
+        let chat = request::is_chat(&fields);
+        let mut seed = Fnv::default();
+        seed.write(custom_id.as_bytes());
+        let begun = request::asked(fields, seed.finish()).and_then(|a| self.submit(number, a, chat, &id, &custom_id));
+        match begun {
+            Ok(()) => Ok(()),
+            Err(why) => self.write_refused(&Whose { id: &id, custom_id: Some(&custom_id) }, &why),
+        }
+    }
+
+    /// Counts a request whose result was there.
+    fn resumed(&mut self) {
+        self.figures.resumed += 1;
+        self.figures.done += 1;
+    }
+
+    fn submit(&mut self, number: u64, asked: Asked, chat: bool, id: &str, custom_id: &str) -> Result<(), Refused> {
+        let prompts = self.tokens(&asked.prompt)?;
+        let n_ctx = self.engine.n_ctx();
+        for p in &prompts {
+            let wanted = p.len().saturating_add(asked.params.n_predict.unwrap_or(0));
+            if wanted > n_ctx {
+                let rest = asked.params.n_predict.map_or(String::new(), |n| format!(" and {n} to write"));
+                let why = format!(
+                    "the context holds {n_ctx} tokens, this request takes {wanted}: {} of its prompt{rest}; \
+                     shorten it, or give the job a longer context (-c)",
+                    p.len()
+                );
+                return Err(Refused::new("context_length_exceeded", why));
+            }
+        }
+        let n_choices = prompts.len() * asked.n as usize;
+        let mut f = InFlight {
+            id: id.into(),
+            custom_id: custom_id.into(),
+            chat,
+            model: asked.model,
+            logprobs: asked.params.logprobs.is_some(),
+            n_prompt: prompts.iter().map(Vec::len).sum(),
+            choices: (0..n_choices).map(|_| Choice::default()).collect(),
+            tickets: Vec::with_capacity(n_choices),
+        };
+        for i in 0..n_choices {
+            let mut params = asked.params.clone();
+            params.sampling.seed = params.sampling.seed.map(|s| s.wrapping_add(i as u64));
+            let prompt = prompts[i / asked.n as usize].clone();
+            let to = self.events.clone();
+            let on_event = move |e| drop(to.send(Incoming::Event(number, i, e)));
+            let ticket = self.engine.submit_with(Request { prompt, params, priority: asked.priority }, on_event);
+            match ticket {
+                Ok(t) => f.tickets.push(t),
+                Err(e) => {
+                    f.tickets.iter().for_each(Ticket::cancel);
+                    return Err(Refused::new("invalid_request", e.to_string()));
+                }
+            }
+        }
+        self.n_running += n_choices;
+        self.in_flight.insert(number, f);
+        Ok(())
+    }
+
+    /// The tokens of the prompts.
+    fn tokens(&self, prompt: &Prompt) -> Result<Vec<Vec<u32>>, Refused> {
+        match prompt {
+            Prompt::Chat(messages) => {
+                let template = self.template.as_ref().ok_or_else(|| {
+                    let why = "this model has no chat template: ask for /v1/completions";
+                    Refused::new("no_chat_template", why)
+                })?;
+                let tokens = self.engine.chat_tokens(template, messages);
+                Ok(vec![tokens.map_err(|e| Refused::new("invalid_messages", e.to_string()))?])
+            }
+            Prompt::Texts(texts) => Ok(texts.iter().map(|t| self.engine.tokenizer().encode(t, true, true)).collect()),
+            Prompt::Tokens(tokens) => Ok(tokens.clone()),
+        }
+    }
+
+    fn event(&mut self, number: u64, choice: usize, event: Event) -> Result<(), BatchError> {
+        // A request that failed in one choice has its line already.
+        let Some(f) = self.in_flight.get_mut(&number) else { return Ok(()) };
+        match event {
+            Event::Piece(piece) => f.choices[choice].push(piece),
+            Event::Finished(done) if done.finish == Finish::Cancelled => {}
+            Event::Finished(done) => {
+                f.choices[choice].finish(done);
+                self.n_running -= 1;
+                if f.choices.iter().all(Choice::is_done) {
+                    self.complete(number)?;
+                }
+            }
+            Event::Failed(e) => self.failed(number, e)?,
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, number: u64) -> Result<(), BatchError> {
+        let Some(f) = self.in_flight.remove(&number) else { return Ok(()) };
+        let whose = Whose { id: &f.id, custom_id: Some(&f.custom_id) };
+        let about = About { chat: f.chat, model: &f.model, n_prompt: f.n_prompt, logprobs: f.logprobs };
+        let line = answer::answered(self.engine, &whose, &about, &f.choices);
+        self.figures.done += 1;
+        self.output.write(&line)
+    }
+
+    /// What lies in the request is its result; what lies in the machine ends the job, so that the request can be tried again.
+    fn failed(&mut self, number: u64, e: Arc<EngineError>) -> Result<(), BatchError> {
+        let own = match &*e {
+            EngineError::Sampler(e) => !matches!(e, SamplerError::NotFinite { .. }),
+            EngineError::Grammar(_) | EngineError::Kv(KvError::Full { .. }) => true,
+            _ => false,
+        };
+        if !own {
+            return Err(BatchError::Engine(e));
+        }
+        let Some(f) = self.in_flight.remove(&number) else { return Ok(()) };
+        f.tickets.iter().for_each(Ticket::cancel);
+        self.n_running -= f.choices.iter().filter(|c| !c.is_done()).count();
+        let whose = Whose { id: &f.id, custom_id: Some(&f.custom_id) };
+        self.write_refused(&whose, &Refused::new("generation_failed", e.to_string()))
+    }
+
+    /// A line that has no `custom_id` of its own is known by its number.
+    fn refuse_line(&mut self, number: u64, why: &Refused) -> Result<(), BatchError> {
+        let id = format!("batch_line_{number}");
+        if self.earlier.remove(&id) {
+            self.resumed();
+            return Ok(());
+        }
+        let why = Refused { message: format!("line {number}: {}", why.message), ..why.clone() };
+        self.write_refused(&Whose { id: &id, custom_id: None }, &why)
+    }
+
+    fn write_refused(&mut self, whose: &Whose<'_>, why: &Refused) -> Result<(), BatchError> {
+        self.figures.done += 1;
+        self.figures.failed += 1;
+        self.output.write(&answer::refused(whose, why))
+    }
+
+    /// Brings the figures up to date.
+    fn update(&mut self) {
+        let f = &mut self.figures;
+        f.queue = self.engine.queue_stats();
+        f.seconds = self.began.elapsed().as_secs_f64();
+        f.tokens_in_per_s = f.queue.n_prompt as f64 / f.seconds;
+        f.tokens_out_per_s = f.queue.n_written as f64 / f.seconds;
+        let done = self.engine.account().since(&self.before);
+        let store = done.prefill.store.and(&done.decode.store);
+        f.hit_rate = store.hit_rate();
+        f.bytes_per_token = f
+            .hit_rate
+            .filter(|_| f.queue.n_computed > 0)
+            .map(|_| store.bytes_read() as f64 / f.queue.n_computed as f64);
+        let fresh = f.done - f.resumed;
+        f.seconds_left = f.total.filter(|_| fresh > 0).map(|t| f.seconds / fresh as f64 * (t - f.done.min(t)) as f64);
+    }
+}

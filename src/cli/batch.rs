@@ -1,0 +1,158 @@
+//! `oncall batch`: a file of requests, answered many at a time.
+
+use super::args::ModelArgs;
+use super::{Failure, output};
+use crate::batch::{self, BatchError, Figures, Files, Job};
+use crate::engine::{EMBEDDED_NAME, EngineOptions, embedded_bytes, plan_batch};
+use crate::gguf::Gguf;
+use clap::Args;
+use std::io::{ErrorKind, IsTerminal};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Flags of `batch`.
+#[derive(Args)]
+#[command(
+    after_help = "A line of the input: {\"custom_id\": \"a\", \"method\": \"POST\", \"url\": \"/v1/chat/completions\", \
+\"body\": {\"messages\": [...], \"max_tokens\": 100}}; /v1/completions takes a prompt. Each result is written when it's \
+done. What a request gets depends on nothing but itself and the model: after a crash the same command with --resume writes \
+what is missing, and the file is what it would have been. docs/batch.md lists the fields.\n\n\
+Exit codes: 0 all answered, 1 a request or the job failed, 2 wrong usage, 130 after Ctrl-C."
+)]
+pub(super) struct BatchArgs {
+    /// The requests, one a line; - for the standard input
+    #[arg(short, long, value_name = "FILE")]
+    input: PathBuf,
+    /// The results, one a line; - for the standard output
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    /// Keep the results that are in the output already, and only do the rest
+    #[arg(long)]
+    resume: bool,
+    /// Sequences that are written together [default: auto, from the memory that there is]
+    #[arg(long, value_name = "N|auto", value_parser = parse_sequences)]
+    sequences: Option<Sequences>,
+    /// Print the figures as one JSON object in the end: on the standard output, or the standard error if that's where the
+    /// results go
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+/// How many.
+#[derive(Clone, Copy)]
+enum Sequences {
+    Auto,
+    Given(usize),
+}
+
+fn parse_sequences(s: &str) -> Result<Sequences, String> {
+    match s.parse() {
+        _ if s == "auto" => Ok(Sequences::Auto),
+        Ok(n @ 1..=4096) => Ok(Sequences::Given(n)),
+        _ => Err("it is a number from 1 to 4096, or auto".into()),
+    }
+}
+
+pub(super) fn run(a: BatchArgs) -> Result<(), Failure> {
+    let file = |path: &Path| (path != Path::new("-")).then(|| path.to_owned());
+    let files = Files { input: file(&a.input), output: file(&a.output), resume: a.resume };
+    if a.resume && files.output.is_none() {
+        return Err(Failure::usage("--resume needs results in a file to go on with: -o FILE"));
+    }
+    output::catch_ctrl_c()?;
+    let job = Job::open(&files)?;
+    let options = options(&a, &job)?;
+    let engine = a.model.load_with(&options)?;
+    let mut progress = Progress::new();
+    let result = batch::run(&engine, job, &mut |f| progress.show(f), &output::stopped);
+    progress.clear();
+    let figures = match result {
+        // Nobody reads the results any more.
+        Err(BatchError::Io { source, .. }) if files.output.is_none() && source.kind() == ErrorKind::BrokenPipe => {
+            return Err(Failure { message: String::new(), code: output::BROKEN_PIPE });
+        }
+        other => other?,
+    };
+    output::note(&line(&figures));
+    if a.json && files.output.is_some() {
+        output::json(&figures)?;
+    } else if a.json {
+        eprintln!("{}", serde_json::to_string(&figures)?);
+    }
+    match &figures {
+        f if f.interrupted => Err(Failure::interrupted()),
+        f if f.failed > 0 => Err(Failure::new(format!("{} of {} results are errors", f.failed, f.done))),
+        _ => Ok(()),
+    }
+}
+
+/// The engine's options for this job: how many sequences, and their KV cache.
+fn options(a: &BatchArgs, job: &Job) -> Result<EngineOptions, Failure> {
+    let options = a.model.options();
+    let gguf = match &a.model.model {
+        Some(path) => Gguf::open(path)?,
+        None => Gguf::from_static(EMBEDDED_NAME, embedded_bytes())?,
+    };
+    let given = match a.sequences {
+        Some(Sequences::Given(n)) => Some(n),
+        Some(Sequences::Auto) | None => None,
+    };
+    let plan = plan_batch(&gguf, &options, &job.shape(), given)?;
+    if given.is_none() {
+        output::note(&plan.why);
+    }
+    Ok(EngineOptions { n_sessions: plan.n_sequences, kv_positions: Some(plan.kv_positions), ..options })
+}
+
+/// How a job stands, in a line.
+fn line(f: &Figures) -> String {
+    let total = f.total.map_or(String::new(), |t| format!("/{t}"));
+    let mut line = format!("{}{total} done", f.done);
+    if f.failed > 0 {
+        line += &format!(", {} errors", f.failed);
+    }
+    line += &format!(", {:.1} tokens/s in, {:.1} out", f.tokens_in_per_s, f.tokens_out_per_s);
+    if let Some(rate) = f.hit_rate {
+        line += &format!(", experts {:.1}% at hand", 100.0 * rate);
+    }
+    if let Some(bytes) = f.bytes_per_token {
+        line += &format!(", {} read a token", output::size(bytes as u64));
+    }
+    if let Some(left) = f.seconds_left.filter(|_| f.total != Some(f.done)) {
+        line += &format!(", {} left", indicatif::HumanDuration(Duration::from_secs_f64(left)));
+    }
+    line
+}
+
+/// A line that is written over and over in a terminal, and now and then elsewhere.
+struct Progress {
+    bar: Option<indicatif::ProgressBar>,
+    shown: Instant,
+}
+
+impl Progress {
+    fn new() -> Self {
+        let bar = std::io::stderr().is_terminal().then(indicatif::ProgressBar::new_spinner);
+        Progress { bar, shown: Instant::now() }
+    }
+
+    fn show(&mut self, f: &Figures) {
+        let every = if self.bar.is_some() { Duration::from_millis(250) } else { Duration::from_secs(10) };
+        if self.shown.elapsed() < every {
+            return;
+        }
+        self.shown = Instant::now();
+        match &self.bar {
+            Some(bar) => bar.set_message(line(f)),
+            None => output::note(&line(f)),
+        }
+    }
+
+    fn clear(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
