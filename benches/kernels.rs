@@ -1,12 +1,12 @@
 //! Micro-benchmarks of the matrix kernels, one thread: every format's `gemv` in GB/s of packed weights and `gemm` in operations
-//! a second (a multiplication and an addition are two), beside what the core can do at most.
+//! a second (a multiplication and an addition are two), beside what the core can do at most; and the team's regions.
 //!
 //! `cargo bench --bench kernels -- q4_k` runs those whose name contains `q4_k`; `-- gemm` all of `gemm`. `ONCALL_ISA` chooses
 //! the instruction set.
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput};
-use oncall::cpu::{Isa, Pages};
+use oncall::cpu::{Isa, Pages, Team};
 use oncall::ops::matmul::{Acts, OutRows, Packed, matmul_groups, multiply_rate, pack_in_place};
 use oncall::quant::{FORMATS, Format};
 use std::hint::black_box;
@@ -15,8 +15,8 @@ use std::time::Duration;
 const N_COLS: usize = 2048;
 /// What stays in a second-level cache, and what doesn't stay in any.
 const PLACES: [(&str, usize); 2] = [("cache", 256 << 10), ("memory", 64 << 20)];
-/// Tokens of `gemm`: what an expert gets of a prompt, and a full block.
-const N_TOKENS: [usize; 2] = [64, 128];
+/// Tokens of `gemm`: what rare and usual experts get of a prompt, and a full block.
+const N_TOKENS: [usize; 4] = [8, 16, 64, 128];
 /// Rows of `gemm`, and the width that SmolMoE has beside the usual one.
 const N_ROWS: usize = 512;
 
@@ -103,6 +103,14 @@ fn quantise(g: &mut BenchmarkGroup<'_, WallTime>) {
     }
 }
 
+/// A parallel region that does next to nothing: what it costs to open and close one.
+fn region(g: &mut BenchmarkGroup<'_, WallTime>) {
+    for n_threads in [1, 2, 4] {
+        let team = Team::new(n_threads).expect("threads");
+        g.bench_function(BenchmarkId::new("region", n_threads), |b| b.iter(|| team.run(16, &|i| drop(black_box(i)))));
+    }
+}
+
 /// What a core can do at most: read memory, and multiply bytes.
 fn print_limits() {
     let mut data = Pages::new(PLACES[1].1).expect("memory");
@@ -134,6 +142,9 @@ fn main() {
     g.finish();
     let mut g = c.benchmark_group("quantise");
     quantise(&mut g);
+    g.finish();
+    let mut g = c.benchmark_group("team");
+    region(&mut g);
     g.finish();
     c.final_summary();
 }

@@ -33,6 +33,9 @@ pub(crate) trait Block32: Layout {
     }
 }
 
+/// Blocks that are unpacked at once: at most 10 KiB, a third of the L1 cache.
+const DEPTH: usize = 16;
+
 /// The kernels of a [`Block32`].
 pub(super) struct Blocks<L>(PhantomData<L>);
 
@@ -115,14 +118,16 @@ impl<L: Block32> Blocks<L> {
     /// # Safety
     /// The job's promise, and these groups are within it.
     #[inline(always)]
-    unsafe fn groups<V: Vector, const N: usize, const R: usize>(v: V, job: &Job<'_>, g: usize) {
-        /// Blocks that are unpacked at once: about 10 KiB, a third of the L1 cache.
-        const DEPTH: usize = 16;
+    unsafe fn groups<V: Vector, const N: usize, const R: usize>(
+        v: V,
+        job: &Job<'_>,
+        g: usize,
+        panel: &mut [[Open<V>; R]; DEPTH],
+        acc: &mut [[V::F; R]; MAX_TOKENS],
+    ) {
         let bytes = L::BYTES * V::LANES;
-        let zero = v.splat_f32(NO_SCALE);
-        let mut panel = [[Open::<V> { codes: [v.splat(0); 8], scale: zero, min: zero }; R]; DEPTH];
-        let mut acc = [[zero; R]; MAX_TOKENS];
         let acc = &mut acc[..job.x.len()];
+        acc.fill([v.splat_f32(0.0); R]);
         for first in (0..job.n_blocks).step_by(DEPTH) {
             let panel = &mut panel[..DEPTH.min(job.n_blocks - first)];
             for r in 0..R {
@@ -193,14 +198,20 @@ impl<L: Block32> Kernel for Blocks<L> {
 
     #[inline(always)]
     unsafe fn gemm<V: Vector, const N: usize, const R: usize>(v: V, job: &Job<'_>) {
+        let zero = v.splat_f32(NO_SCALE);
+        let nothing = Open::<V> { codes: [v.splat(0); 8], scale: zero, min: zero };
+        let (mut panel, mut acc) = ([[nothing; R]; DEPTH], [[zero; R]; MAX_TOKENS]);
         let together = job.n_groups / R * R;
         for g in (0..together).step_by(R) {
             // SAFETY: the job's promise.
-            unsafe { Self::groups::<V, N, R>(v, job, g) };
+            unsafe { Self::groups::<V, N, R>(v, job, g, &mut panel, &mut acc) };
         }
-        for g in together..job.n_groups {
-            // SAFETY: as above.
-            unsafe { Self::groups::<V, N, 1>(v, job, g) };
+        if together < job.n_groups {
+            let (mut panel, mut acc) = ([[nothing]; DEPTH], [[zero]; MAX_TOKENS]);
+            for g in together..job.n_groups {
+                // SAFETY: as above.
+                unsafe { Self::groups::<V, N, 1>(v, job, g, &mut panel, &mut acc) };
+            }
         }
     }
 }

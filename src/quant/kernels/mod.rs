@@ -60,7 +60,8 @@ trait Kernel: 'static {
     /// Activations whose sums it reads together; 0 if it reads none.
     const SUB: usize;
     /// Up to so many tokens, a matrix that comes from memory is multiplied faster by `gemv` again and again than by `gemm`, which
-    /// has too few tokens to compute with while it waits for weights (Q4_0: 12 tokens 40% faster, 16 tokens 30%).
+    /// has too few tokens to compute with while it waits for weights (Q4_0 on AVX-512: 12 tokens 40% faster, 16 tokens 30%).
+    /// An instruction set that multiplies more slowly never waits: it can have a lower bound for all formats.
     const FEW: usize = 16;
 
     /// `T` tokens, weights unpacked in registers.
@@ -116,7 +117,7 @@ unsafe fn start<V: Vector>(v: V, x: &Act, i: usize, zero: i32) -> V::I {
 
 /// Compiles the kernels for an instruction set: a module of functions with its features.
 macro_rules! instruction_set {
-    ($name:ident, $vector:ty, $features:literal, $tokens:literal x $groups:literal) => {
+    ($name:ident, $vector:ty, $features:literal, $tokens:literal x $groups:literal, $few:expr) => {
         mod $name {
             use super::*;
 
@@ -146,7 +147,7 @@ macro_rules! instruction_set {
                     lanes: <$vector as Vector>::LANES,
                     tile: ($tokens, $groups),
                     sub: K::SUB,
-                    few: K::FEW,
+                    few: if K::FEW < $few { K::FEW } else { $few },
                     pack: layout::pack::<K::Layout>,
                     gemv: [gemv::<K, 1>, gemv::<K, 2>, gemv::<K, 3>, gemv::<K, 4>],
                     gemm: gemm::<K>,
@@ -157,14 +158,14 @@ macro_rules! instruction_set {
 }
 
 #[cfg(target_arch = "x86_64")]
-instruction_set!(on_avx2, avx2::Avx2, "avx2,fma,f16c", 4 x 2);
+instruction_set!(on_avx2, avx2::Avx2, "avx2,fma,f16c", 4 x 2, MAX_GEMV);
 #[cfg(target_arch = "x86_64")]
-instruction_set!(on_avx512, avx512::Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", 6 x 1);
+instruction_set!(on_avx512, avx512::Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", 6 x 1, usize::MAX);
 
 #[cfg(target_arch = "aarch64")]
-instruction_set!(on_neon, neon::Neon<false>, "neon", 6 x 1);
+instruction_set!(on_neon, neon::Neon<false>, "neon", 6 x 1, usize::MAX);
 #[cfg(target_arch = "aarch64")]
-instruction_set!(on_neondot, neon::Neon<true>, "neon,dotprod", 6 x 1);
+instruction_set!(on_neondot, neon::Neon<true>, "neon,dotprod", 6 x 1, usize::MAX);
 
 /// Plain Rust, which isn't for speed: one small function serves any number of tokens.
 mod on_scalar {

@@ -46,6 +46,9 @@ pub(crate) trait Superblock: Layout {
     }
 }
 
+/// Superblocks that are unpacked at once: with their scales at most 12 KiB, a third of the L1 cache.
+const DEPTH: usize = 2;
+
 /// The kernels of a [`Superblock`].
 pub(super) struct Superblocks<L>(PhantomData<L>);
 
@@ -265,13 +268,17 @@ impl<L: Superblock> Superblocks<L> {
     /// # Safety
     /// The job's promise, and these groups are within it.
     #[inline(always)]
-    unsafe fn groups<V: Vector, const N: usize, const R: usize>(v: V, job: &Job<'_>, g: usize, columns: usize) {
-        /// Superblocks that are unpacked at once: with their scales about 12 KiB, a third of the L1 cache.
-        const DEPTH: usize = 2;
+    unsafe fn groups<V: Vector, const N: usize, const R: usize>(
+        v: V,
+        job: &Job<'_>,
+        g: usize,
+        columns: usize,
+        panel: &mut [[Panel<V>; R]; DEPTH],
+        acc: &mut [[V::F; R]; MAX_TOKENS],
+    ) {
         let bytes = L::BYTES * V::LANES;
-        let mut panel = [[[Open::nothing(v); 8]; R]; DEPTH];
-        let mut acc = [[v.splat_f32(0.0); R]; MAX_TOKENS];
         let acc = &mut acc[..job.x.len()];
+        acc.fill([v.splat_f32(0.0); R]);
         for first in (0..job.n_blocks).step_by(DEPTH) {
             let panel = &mut panel[..DEPTH.min(job.n_blocks - first)];
             for r in 0..R {
@@ -359,15 +366,20 @@ impl<L: Superblock> Kernel for Superblocks<L> {
 
     #[inline(always)]
     unsafe fn gemm<V: Vector, const N: usize, const R: usize>(v: V, job: &Job<'_>) {
-        let columns = four();
+        let (columns, zero) = (four(), v.splat_f32(NO_SCALE));
+        let nothing = [Open::nothing(v); 8];
+        let (mut panel, mut acc) = ([[nothing; R]; DEPTH], [[zero; R]; MAX_TOKENS]);
         let together = job.n_groups / R * R;
         for g in (0..together).step_by(R) {
             // SAFETY: the job's promise.
-            unsafe { Self::groups::<V, N, R>(v, job, g, columns) };
+            unsafe { Self::groups::<V, N, R>(v, job, g, columns, &mut panel, &mut acc) };
         }
-        for g in together..job.n_groups {
-            // SAFETY: as above.
-            unsafe { Self::groups::<V, N, 1>(v, job, g, columns) };
+        if together < job.n_groups {
+            let (mut panel, mut acc) = ([[nothing]; DEPTH], [[zero]; MAX_TOKENS]);
+            for g in together..job.n_groups {
+                // SAFETY: as above.
+                unsafe { Self::groups::<V, N, 1>(v, job, g, columns, &mut panel, &mut acc) };
+            }
         }
     }
 }
