@@ -65,13 +65,13 @@ impl DiskProbe {
                     let done = &done;
                     s.spawn(move || -> io::Result<()> {
                         let mut buf = Pages::new(n_bytes as usize)?;
-                        let mut random = (lane + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ n_bytes << 17 | 1;
+                        let mut random = (lane + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (n_bytes << 17) | 1;
                         while began.elapsed() < time {
                             // xorshift64 (Marsaglia 2003)
                             random ^= random << 13;
                             random ^= random >> 7;
                             random ^= random << 17;
-                            let at = (u128::from(random) * u128::from(places + 1) >> 64) as u64 * ALIGN;
+                            let at = ((u128::from(random) * u128::from(places + 1)) >> 64) as u64 * ALIGN;
                             self.file.read_exact_at(&mut buf, at)?;
                             done.fetch_add(n_bytes, Relaxed);
                         }
