@@ -2,6 +2,7 @@
 
 use super::Failure;
 use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, Engine, EngineOptions, GenerationParams, Memory};
+use crate::moe::Lossy;
 use crate::ops::kv::KvType;
 use crate::session::sampler::SamplingParams;
 use clap::{Args, Parser, ValueEnum};
@@ -69,6 +70,15 @@ pub(super) struct ModelArgs {
     /// Write which experts each token uses to this file: a trace for `oncall replay` and `oncall plan`
     #[arg(long, value_name = "FILE")]
     pub record: Option<PathBuf>,
+    /// Lossy: each token uses only its N best experts
+    #[arg(long, value_name = "N", help_heading = "Lossy: less to read, another answer")]
+    pub experts: Option<usize>,
+    /// Lossy: drop an expert that isn't in memory if its share of the token's weight is below this, as 0.05
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = parse_share, help_heading = "Lossy: less to read, another answer")]
+    pub drop_cold: f32,
+    /// Lossy: take an expert in memory for one that isn't, if it's at most this much less probable, as 0.2; never for a token's two best
+    #[arg(long, value_name = "MARGIN", default_value_t = 0.0, value_parser = parse_share, help_heading = "Lossy: less to read, another answer")]
+    pub prefer_resident: f32,
 }
 
 /// The types of the KV cache.
@@ -104,6 +114,8 @@ impl ModelArgs {
             type_k: self.cache_type_k.into(),
             type_v: self.cache_type_v.into(),
             record: self.record.clone(),
+            n_expert_used: self.experts,
+            lossy: Lossy { drop_cold: self.drop_cold, prefer_resident: self.prefer_resident },
             ..EngineOptions::default()
         };
         let Some(path) = &self.model else { return Ok(Engine::embedded(&options)?) };
@@ -192,6 +204,8 @@ impl SamplingArgs {
             stop: self.stop.clone(),
             ignore_eos: self.ignore_eos,
             show_special: false,
+            logprobs: None,
+            grammar: None,
         }
     }
 
@@ -223,6 +237,11 @@ impl SamplingArgs {
         *self = new;
         Ok(())
     }
+}
+
+/// A number from 0 to 1.
+fn parse_share(s: &str) -> Result<f32, String> {
+    s.parse().ok().filter(|x| (0.0..=1.0).contains(x)).ok_or_else(|| "it takes a number from 0 to 1".into())
 }
 
 /// `4GiB`, `900MiB`, `2.5GB`, `1073741824`, `auto`.

@@ -1,7 +1,7 @@
 //! `oncall chat`: a conversation in the terminal.
 
 use super::args::{ModelArgs, SamplingArgs};
-use super::run::{answer, chat_tokens, template};
+use super::run::answer;
 use super::{Failure, output};
 use crate::engine::{Engine, Session};
 use crate::session::template::{ChatTemplate, Message};
@@ -47,7 +47,7 @@ struct Chat {
 pub(super) fn run(a: ChatArgs) -> Result<(), Failure> {
     output::catch_ctrl_c()?;
     let engine = a.model.load()?;
-    let template = template(&engine)?;
+    let template = engine.chat_template()?;
     if template.is_none() && a.system.is_some() {
         return Err(Failure::usage("--system needs a model with a chat template, which this one doesn't have"));
     }
@@ -109,11 +109,11 @@ impl Chat {
         let mut tokens = self.session.tokens().to_vec();
         if let Some(t) = &self.template {
             self.messages.push(Message::new("user", message));
-            tokens = match chat_tokens(&self.engine, t, &self.messages) {
+            tokens = match self.engine.chat_tokens(t, &self.messages) {
                 Ok(tokens) => tokens,
-                Err(f) => {
+                Err(e) => {
                     self.messages.pop();
-                    return Err(f);
+                    return Err(e.into());
                 }
             };
         } else {

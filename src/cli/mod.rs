@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod doctor;
 mod experts;
+mod figures;
 mod logits;
 mod output;
 mod perplexity;

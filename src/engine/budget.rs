@@ -5,7 +5,7 @@ use crate::arch::Decoder;
 use crate::cpu;
 use crate::moe::StoreLayout;
 use crate::moe::planner::Needs;
-use crate::ops::kv::{KV_BLOCK, KvPool};
+use crate::ops::kv::KvPool;
 
 /// The program, its threads' stacks and allocator, the file's header and the tokeniser of a large vocabulary.
 const BASE_BYTES: u64 = 64 << 20;
@@ -39,12 +39,13 @@ pub struct Budget {
     pub slots: u64,
     /// Tokens of a prompt that go through the layers together.
     pub chunk: usize,
+    /// The smallest budget that works.
+    pub least: u64,
 }
 
 /// What a model needs with these options. `dense` is the bytes of its dense weights.
 pub(super) fn needs(o: &EngineOptions, model: &Decoder, dense: u64, n_ctx: usize) -> Needs {
     let block = KvPool::bytes_per_block(&model.kv_layers(), o.type_k, o.type_v).unwrap_or(usize::MAX) as u64;
-    let n_blocks = (n_ctx.div_ceil(KV_BLOCK) as u64).saturating_mul(o.n_sessions.max(1) as u64);
     let layout = model.store_layout();
     let (least_slots, all_slots) = layout.as_ref().map_or((0, 0), |l: &StoreLayout| {
         let used = model.config.moe.as_ref().map_or(1, |m| m.router.n_expert_used);
@@ -53,8 +54,8 @@ pub(super) fn needs(o: &EngineOptions, model: &Decoder, dense: u64, n_ctx: usize
     Needs {
         base: BASE_BYTES,
         dense,
-        kv: block.saturating_mul(n_blocks),
-        logits: 8 * model.config.n_vocab as u64,
+        kv: block.saturating_mul(o.n_kv_blocks(n_ctx) as u64),
+        logits: 8 * (model.config.n_vocab * o.n_sessions.max(1)) as u64,
         per_token: model.bytes_per_token(),
         least_slots,
         all_slots,
@@ -67,7 +68,8 @@ impl Memory {
     pub fn resolve(self) -> Option<u64> {
         match self {
             Memory::Bytes(n) => Some(n),
-            Memory::Auto => cpu::memory::available().map(|n| n - n / HEADROOM),
+            // What it holds already, when the budget is changed, it can hold on to.
+            Memory::Auto => cpu::memory::available().map(|n| n - n / HEADROOM + cpu::memory::resident().unwrap_or(0)),
         }
     }
 }
@@ -87,6 +89,7 @@ impl Budget {
             base: needs.base,
             slots: shares.slots,
             chunk: shares.chunk,
+            least: needs.smallest(),
         })
     }
 }

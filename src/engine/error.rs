@@ -2,10 +2,12 @@
 
 use crate::arch::{ModelError, PassError};
 use crate::cpu::IsaError;
-use crate::gguf::GgufError;
+use crate::gguf::{GgufError, KeyError};
 use crate::ops::kv::KvError;
+use crate::session::grammar::GrammarError;
 use crate::session::sampler::SamplerError;
 use crate::session::stop::EmptyStop;
+use crate::session::template::TemplateError;
 use crate::session::tokenizer::TokenizerError;
 
 /// Why a model couldn't be loaded or a text not be written. The engine stays usable after any of them.
@@ -51,6 +53,15 @@ pub enum EngineError {
     /// Sampling.
     #[error(transparent)]
     Sampler(#[from] SamplerError),
+    /// A grammar or JSON schema.
+    #[error(transparent)]
+    Grammar(#[from] GrammarError),
+    /// The file's metadata.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// The chat template.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
     /// A stop string.
     #[error(transparent)]
     Stop(#[from] EmptyStop),
@@ -98,6 +109,9 @@ pub enum EngineError {
         /// The smallest that works.
         smallest: u64,
     },
+    /// The queue's worker is gone.
+    #[error("the engine stopped before this was done: its queue's worker ended; load the model again")]
+    Stopped,
     /// A saved session.
     #[error("{path}: {why}")]
     Saved {

@@ -1,7 +1,11 @@
 //! Writing: sample a token, put it at the end, hand out its text.
+//!
+//! [`Writer`] is what a text being written knows besides its tokens; [`Generation`] drives one at the end of a session,
+//! the scheduler drives many.
 
-use super::{EngineError, Session};
-use crate::session::sampler::{Sampler, SamplingParams};
+use super::{Engine, EngineError, Session};
+use crate::session::grammar::{Grammar, GrammarState};
+use crate::session::sampler::{Logprobs, Sampler, SamplingParams, logprobs};
 use crate::session::stop::StopMatcher;
 use crate::session::tokenizer::StreamDecoder;
 
@@ -18,6 +22,10 @@ pub struct GenerationParams {
     pub ignore_eos: bool,
     /// Hand out the text of control tokens too.
     pub show_special: bool,
+    /// With each token its log-probability and so many of the most likely ones; `None` for neither.
+    pub logprobs: Option<usize>,
+    /// What the text has to be like.
+    pub grammar: Option<Grammar>,
 }
 
 /// Why it ended.
@@ -32,27 +40,118 @@ pub enum Finish {
     Length,
     /// The context is full.
     ContextFull,
+    /// Somebody ended it from outside.
+    Cancelled,
 }
 
 /// A token and the text that became certain with it.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Piece {
     /// The token; `None` for text that was held back until the end.
     pub token: Option<u32>,
     /// The text, which may be empty.
     pub text: String,
+    /// The model's opinion of the token, if it was asked for.
+    pub logprobs: Option<Logprobs>,
+}
+
+/// A text being written: from the logits after the last token to the next token and its text.
+pub(super) struct Writer {
+    sampler: Sampler,
+    stops: StopMatcher,
+    decoder: StreamDecoder,
+    grammar: Option<GrammarState>,
+    params: GenerationParams,
+    n_written: usize,
+    finish: Option<Finish>,
+    /// A copy that the sampler may change. (n_vocab)
+    logits: Vec<f32>,
+}
+
+impl Writer {
+    /// A writer after these tokens.
+    pub fn new(engine: &Engine, params: GenerationParams, before: &[u32]) -> Result<Self, EngineError> {
+        let mut sampler = Sampler::new(params.sampling.clone())?;
+        before.iter().for_each(|&t| sampler.accept(t));
+        let stops = StopMatcher::new(params.stop.iter().cloned())?;
+        let decoder = StreamDecoder::new(params.show_special);
+        let grammar = params.grammar.as_ref().map(|g| engine.grammars()?.start(g)).transpose()?;
+        let finish = (params.n_predict == Some(0)).then_some(Finish::Length);
+        Ok(Writer { sampler, stops, decoder, grammar, params, n_written: 0, finish, logits: Vec::new() })
+    }
+
+    pub fn finish(&self) -> Option<Finish> {
+        self.finish
+    }
+
+    pub fn n_written(&self) -> usize {
+        self.n_written
+    }
+
+    pub fn seed(&self) -> u64 {
+        self.sampler.seed()
+    }
+
+    /// Chooses the token after `n_before` tokens, of which the last gave these logits (n_vocab). `None` if it is over;
+    /// [`Writer::finish`] then says why, as it does with the last token.
+    pub fn next(&mut self, engine: &Engine, logits: &[f32], n_before: usize) -> Result<Option<Piece>, EngineError> {
+        if self.finish.is_some() {
+            return Ok(None);
+        }
+        self.logits.clear();
+        self.logits.extend_from_slice(logits);
+        let token = match &mut self.grammar {
+            None => self.sampler.sample(&mut self.logits)?,
+            Some(g) => self.sampler.sample_masked(&mut self.logits, g.mask()?)?,
+        };
+        let tokenizer = engine.tokenizer();
+        if tokenizer.is_eog(token) && !self.params.ignore_eos {
+            return Ok(self.end(Finish::Stop));
+        }
+        if n_before >= engine.n_ctx() {
+            return Ok(self.end(Finish::ContextFull));
+        }
+        self.sampler.accept(token);
+        self.n_written += 1;
+        let out = self.stops.push(self.decoder.push(tokenizer, token));
+        let mut text = out.text;
+        if out.stop.is_some() {
+            self.finish = Some(Finish::StopString);
+        } else if self.accept(token)? {
+            text.push_str(&self.rest(Finish::Stop));
+        } else if self.params.n_predict == Some(self.n_written) {
+            // No further pass is needed to know that this was the last one.
+            text.push_str(&self.rest(Finish::Length));
+        }
+        let logprobs = self.params.logprobs.map(|n| logprobs(logits, token, n)).transpose()?;
+        Ok(Some(Piece { token: Some(token), text, logprobs }))
+    }
+
+    /// Tells the grammar; whether the text is complete.
+    fn accept(&mut self, token: u32) -> Result<bool, EngineError> {
+        let Some(grammar) = &mut self.grammar else { return Ok(false) };
+        grammar.accept(token)?;
+        Ok(grammar.is_complete())
+    }
+
+    /// Ends it, and hands out what was held back.
+    fn end(&mut self, why: Finish) -> Option<Piece> {
+        let text = self.rest(why);
+        (!text.is_empty()).then_some(Piece { token: None, text, logprobs: None })
+    }
+
+    fn rest(&mut self, why: Finish) -> String {
+        self.finish = Some(why);
+        let mut text = self.stops.push(self.decoder.finish()).text;
+        text.push_str(&self.stops.finish());
+        text
+    }
 }
 
 /// A text being written at the end of a session.
 pub struct Generation<'s> {
     session: &'s mut Session,
-    sampler: Sampler,
-    stops: StopMatcher,
-    decoder: StreamDecoder,
-    params: GenerationParams,
-    n_written: usize,
-    finish: Option<Finish>,
-    logits: Vec<f32>,
+    writer: Writer,
 }
 
 impl<'s> Generation<'s> {
@@ -64,68 +163,38 @@ impl<'s> Generation<'s> {
         if session.logits().is_empty() {
             return Err(EngineError::Empty);
         }
-        let mut sampler = Sampler::new(params.sampling.clone())?;
-        session.tokens().iter().for_each(|&t| sampler.accept(t));
-        let stops = StopMatcher::new(params.stop.iter().cloned())?;
-        let decoder = StreamDecoder::new(params.show_special);
-        Ok(Generation { session, sampler, stops, decoder, params, n_written: 0, finish: None, logits: Vec::new() })
+        let writer = Writer::new(session.engine(), params, session.tokens())?;
+        Ok(Generation { session, writer })
     }
 
     /// Why it ended, if it has.
     pub fn finish(&self) -> Option<Finish> {
-        self.finish
+        self.writer.finish()
     }
 
     /// Tokens written.
     pub fn n_written(&self) -> usize {
-        self.n_written
+        self.writer.n_written()
     }
 
     /// The seed that was used.
     pub fn seed(&self) -> u64 {
-        self.sampler.seed()
+        self.writer.seed()
     }
 
-    /// The next token and its text; `None` when it is over. The token is in the session when the call after returns:
-    /// the pass that computes what follows it is only done when that's asked for.
+    /// The next token and its text; `None` when it is over. The token is in the session then.
     ///
     /// # Errors
     /// When the file can't be read or the logits aren't numbers. What was written stays in the session.
     #[allow(clippy::should_implement_trait)] // it can fail, and borrows
     pub fn next(&mut self) -> Result<Option<Piece>, EngineError> {
-        if self.finish.is_some() {
-            return Ok(None);
-        }
-        if self.params.n_predict == Some(self.n_written) {
-            return Ok(self.end(Finish::Length));
-        }
         let engine = self.session.engine().clone();
-        let n_vocab = engine.config().n_vocab;
         let all = self.session.logits();
-        self.logits.clear();
-        self.logits.extend_from_slice(&all[all.len() - n_vocab..]);
-        let token = self.sampler.sample(&mut self.logits)?;
-        if engine.tokenizer().is_eog(token) && !self.params.ignore_eos {
-            return Ok(self.end(Finish::Stop));
+        let last = &all[all.len() - engine.config().n_vocab..];
+        let piece = self.writer.next(&engine, last, self.session.tokens().len())?;
+        if let Some(token) = piece.as_ref().and_then(|p| p.token) {
+            self.session.feed(&[token], &mut |_| true)?;
         }
-        if self.session.tokens().len() >= engine.n_ctx() {
-            return Ok(self.end(Finish::ContextFull));
-        }
-        self.sampler.accept(token);
-        self.session.feed(&[token], &mut |_| true)?;
-        self.n_written += 1;
-        let out = self.stops.push(self.decoder.push(engine.tokenizer(), token));
-        if out.stop.is_some() {
-            self.finish = Some(Finish::StopString);
-        }
-        Ok(Some(Piece { token: Some(token), text: out.text }))
-    }
-
-    /// Ends it, and hands out what was held back.
-    fn end(&mut self, why: Finish) -> Option<Piece> {
-        self.finish = Some(why);
-        let mut text = self.stops.push(self.decoder.finish()).text;
-        text.push_str(&self.stops.finish());
-        (!text.is_empty()).then_some(Piece { token: None, text })
+        Ok(piece)
     }
 }

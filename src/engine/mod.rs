@@ -1,28 +1,35 @@
 //! A loaded model and its timelines: the only interface that the front ends see.
 
+mod account;
 mod budget;
+mod chat;
 mod error;
 mod generate;
 pub mod outline;
 mod saved;
+mod scheduler;
 mod timeline;
 
+pub use account::{Account, Histogram, Phase};
 pub use budget::{Budget, Memory};
 pub use error::EngineError;
 pub use generate::{Finish, Generation, GenerationParams, Piece};
+pub use scheduler::{Event, Finished, Queue, QueueStats, Request, Stream, Ticket};
 pub use timeline::Session;
 
 use crate::arch::{self, Block, Buffers, Config, Decoder, Dense, Machine};
 use crate::cpu::{Isa, Team};
 use crate::gguf::Gguf;
+use crate::moe::policy::{self, MakePolicy};
 use crate::moe::recorder::Recorder;
-use crate::moe::trace::{Phase, TraceHeader};
-use crate::moe::{ExpertStore, StoreStats, policy};
+use crate::moe::trace::{self, TraceHeader};
+use crate::moe::{DiskSource, ExpertStore, IoMode, Lossy, StoreOptions, StoreStats};
 use crate::ops::attention::KvBatch;
 use crate::ops::kv::{KV_BLOCK, KvPool, KvType, SeqKv};
+use crate::session::grammar::{GrammarError, Grammars};
 use crate::session::tokenizer::Tokenizer;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 /// The model that is in the program itself: tiny, trained on a grammar of stories.
@@ -40,15 +47,17 @@ const DEFAULT_CTX: usize = 4096;
 /// Tokens of a prompt that go through the layers together when nothing else is asked for.
 pub const DEFAULT_CHUNK: usize = 512;
 /// Threads that read experts. Two to four are best on the disks that were measured; eight are worse.
-const READ_LANES: usize = 4;
+const READ_LANES: usize = 3;
 
 /// What an engine is loaded with.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
     /// Positions that a session can hold; `None` for the model's own, up to 4096; 0 for the model's own.
     pub n_ctx: Option<usize>,
-    /// Sessions that can be full at the same time.
+    /// Sessions, or sequences of the queue, at the same time.
     pub n_sessions: usize,
+    /// Positions of the KV cache for all of them together, at least one full session's; `None` for all of them full.
+    pub kv_positions: Option<usize>,
     /// Threads that compute; `None` for one on each core that this process may use.
     pub n_threads: Option<usize>,
     /// Tokens of a prompt that go through the layers together.
@@ -63,6 +72,16 @@ pub struct EngineOptions {
     pub expert_bytes: Option<u64>,
     /// A file for the routers' choices, see [`crate::moe::trace`].
     pub record: Option<PathBuf>,
+    /// How experts are read.
+    pub io: IoMode,
+    /// Which expert leaves when another needs its slot.
+    pub policy: MakePolicy,
+    /// Whether the next layer's experts are guessed and read ahead, while that pays.
+    pub lookahead: bool,
+    /// Lossy: experts that a token uses, fewer than the model was trained with.
+    pub n_expert_used: Option<usize>,
+    /// Lossy: what may be given up to read less.
+    pub lossy: Lossy,
 }
 
 impl Default for EngineOptions {
@@ -70,6 +89,7 @@ impl Default for EngineOptions {
         EngineOptions {
             n_ctx: None,
             n_sessions: 1,
+            kv_positions: None,
             n_threads: None,
             chunk: DEFAULT_CHUNK,
             type_k: KvType::F16,
@@ -77,6 +97,11 @@ impl Default for EngineOptions {
             memory: Memory::Auto,
             expert_bytes: None,
             record: None,
+            io: IoMode::Auto,
+            policy: policy::POLICIES[0].1,
+            lookahead: true,
+            n_expert_used: None,
+            lossy: Lossy::default(),
         }
     }
 }
@@ -94,6 +119,13 @@ impl EngineOptions {
     /// Threads that compute on this machine.
     fn n_threads_here(&self) -> usize {
         self.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
+    }
+
+    /// Blocks of the KV cache for sessions of this length.
+    fn n_kv_blocks(&self, n_ctx: usize) -> usize {
+        let one = n_ctx.div_ceil(KV_BLOCK);
+        let all = one.saturating_mul(self.n_sessions.max(1));
+        self.kv_positions.map_or(all, |n| n.div_ceil(KV_BLOCK).max(one))
     }
 }
 
@@ -125,9 +157,13 @@ struct Inner {
     tokenizer: Tokenizer,
     isa: Isa,
     n_ctx: usize,
-    budget: Budget,
+    options: EngineOptions,
+    budget: Mutex<Budget>,
+    account: Mutex<Account>,
     /// One pass at a time; its buffers stay.
     buffers: Mutex<Buffers>,
+    queue: OnceLock<scheduler::Closes>,
+    grammars: OnceLock<Result<Grammars, GrammarError>>,
 }
 
 /// A loaded model. Cheap to clone: clones share it.
@@ -185,11 +221,11 @@ impl Engine {
         let of_model = |source| EngineError::Model { file: gguf.name().into(), source };
         let system = |what| move |source| EngineError::System { what, source };
         let isa = Isa::get()?;
-        let (model, loader) = arch::declare(&gguf, isa).map_err(of_model)?;
+        let (model, loader) = arch::declare(&gguf, isa, o.n_expert_used).map_err(of_model)?;
         let tokenizer = Tokenizer::from_metadata(gguf.metadata())
             .map_err(|source| EngineError::Tokenizer { file: gguf.name().into(), source })?;
         let n_ctx = o.n_ctx_of(&model.config);
-        let n_blocks = n_ctx.div_ceil(KV_BLOCK).saturating_mul(o.n_sessions.max(1));
+        let n_blocks = o.n_kv_blocks(n_ctx);
         let total = loader.declared_bytes();
         let budget = Budget::new(o, &model, total, n_ctx)?;
         let kv = KvPool::new(&model.kv_layers(), o.type_k, o.type_v, n_blocks)?;
@@ -201,7 +237,9 @@ impl Engine {
             None => None,
             Some(layout) => {
                 let bytes = o.expert_bytes.unwrap_or(budget.slots);
-                let store = ExpertStore::new(layout, bytes, isa, policy::POLICIES[0].1, gguf.clone(), READ_LANES);
+                let source = Arc::new(DiskSource::new(gguf.clone(), o.io));
+                let options = StoreOptions { bytes, isa, policy: o.policy, lanes: READ_LANES, lookahead: o.lookahead };
+                let store = ExpertStore::new(layout, &options, source);
                 Some(store.map_err(system("memory for expert slots, or threads"))?)
             }
         };
@@ -209,7 +247,6 @@ impl Engine {
         let n_threads = o.n_threads_here();
         let team = Team::new(n_threads).map_err(system("threads"))?;
         tracing::info!(model = gguf.name(), %isa, n_threads, n_ctx, dense_bytes = dense.n_bytes(), "loaded");
-        let buffers = Mutex::default();
         Ok(Engine(Arc::new(Inner {
             gguf,
             model,
@@ -221,8 +258,12 @@ impl Engine {
             tokenizer,
             isa,
             n_ctx,
-            budget,
-            buffers,
+            options: o.clone(),
+            budget: Mutex::new(budget),
+            account: Mutex::default(),
+            buffers: Mutex::default(),
+            queue: OnceLock::new(),
+            grammars: OnceLock::new(),
         })))
     }
 
@@ -272,7 +313,24 @@ impl Engine {
 
     /// How its memory is divided.
     pub fn budget(&self) -> Budget {
-        self.0.budget
+        *self.0.budget.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Gives the engine more or less memory while it's loaded, between two passes. What is written doesn't change.
+    ///
+    /// # Errors
+    /// When it's less than the least that works with the sessions that it was loaded for; nothing is changed then.
+    pub fn set_memory_budget(&self, memory: Memory) -> Result<Budget, EngineError> {
+        let e = &*self.0;
+        let mut buffers = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
+        let options = EngineOptions { memory, ..e.options.clone() };
+        let budget = Budget::new(&options, &e.model, self.budget().dense, e.n_ctx)?;
+        *self.0.budget.lock().unwrap_or_else(|e| e.into_inner()) = budget;
+        *buffers = Buffers::default();
+        if let Some(store) = &e.store {
+            store.resize(e.options.expert_bytes.unwrap_or(budget.slots));
+        }
+        Ok(budget)
     }
 
     /// Threads that compute.
@@ -280,9 +338,9 @@ impl Engine {
         self.0.team.n_threads()
     }
 
-    /// What the expert store has done; `None` for a dense model.
-    pub fn store_stats(&self) -> Option<StoreStats> {
-        self.0.store.as_ref().map(ExpertStore::stats)
+    /// Where the time of all passes so far went.
+    pub fn account(&self) -> Account {
+        self.0.account.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
     /// Slots, and experts in all; `None` for a dense model.
@@ -293,9 +351,7 @@ impl Engine {
     /// How often each expert was used so far, (n_layer x n_expert), and whether it is in a slot; `None` for a dense model.
     pub fn expert_uses(&self) -> Option<Vec<(u64, bool)>> {
         let (recorder, store) = (self.0.recorder.as_ref()?, self.0.store.as_ref()?);
-        let n_expert = self.config().moe.as_ref()?.router.n_expert;
-        let uses = recorder.uses().into_iter().enumerate();
-        Some(uses.map(|(i, n)| (n, store.is_resident(i / n_expert, (i % n_expert) as u32))).collect())
+        Some(recorder.uses().into_iter().zip(store.residency()).collect())
     }
 
     /// Runs the next tokens of one or more sessions through the model together. Each session's logits are then in
@@ -306,7 +362,6 @@ impl Engine {
     pub fn forward(&self, inputs: &mut [Input<'_>]) -> Result<Duration, EngineError> {
         let e = &*self.0;
         let n_vocab = e.model.config.n_vocab;
-        let began = Instant::now();
         let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
         for i in inputs.iter() {
             i.session.check_room(i.tokens.len())?;
@@ -326,20 +381,36 @@ impl Engine {
             return Ok(Duration::ZERO);
         }
         let mut buffers: MutexGuard<'_, Buffers> = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
+        let began = Instant::now();
+        let before = self.store_stats();
         if let Some(store) = &e.store {
-            store.advance(inputs.iter().map(|i| i.tokens.len() as u64).max().unwrap_or(0));
+            store.begin_pass(inputs.iter().map(|i| i.tokens.len()).max().unwrap_or(0));
         }
         let n_inputs = inputs.len();
         let kv = KvBatch::new(inputs.iter_mut().map(|i| (i.session.kv_mut(), i.tokens.len())))?;
         let mut block = Block { tokens: &tokens, kv, wanted: &wanted };
-        let machine =
-            Machine { team: &e.team, dense: &e.dense, experts: e.store.as_ref(), recorder: e.recorder.as_ref() };
+        let machine = Machine {
+            team: &e.team,
+            dense: &e.dense,
+            experts: e.store.as_ref(),
+            recorder: e.recorder.as_ref(),
+            lossy: e.options.lossy,
+        };
         e.recorder.as_ref().inspect(|r| r.discard());
         e.model.forward(&machine, &mut buffers, &e.gguf, &mut block)?;
         if let Some(r) = &e.recorder {
-            r.finish(if tokens.len() > n_inputs { Phase::Prefill } else { Phase::Decode })?;
+            r.finish(if tokens.len() > n_inputs { trace::Phase::Prefill } else { trace::Phase::Decode })?;
         }
         block.kv.advance();
+        let took = began.elapsed();
+        if let Some(store) = &e.store {
+            store.end_pass(tokens.len(), took);
+        }
+        let mut account = e.account.lock().unwrap_or_else(|e| e.into_inner());
+        let is_decode = inputs.iter().all(|i| i.tokens.len() <= 1);
+        let phase = if is_decode { &mut account.decode } else { &mut account.prefill };
+        phase.add(tokens.len(), took, &self.store_stats().since(&before));
+        drop(account);
         let mut logits = &buffers.logits[..wanted.len() * n_vocab];
         for i in inputs {
             let n = match i.want {
@@ -351,6 +422,10 @@ impl Engine {
             i.session.took(i.tokens, own);
             logits = rest;
         }
-        Ok(began.elapsed())
+        Ok(took)
+    }
+
+    fn store_stats(&self) -> StoreStats {
+        self.0.store.as_ref().map(ExpertStore::stats).unwrap_or_default()
     }
 }

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -34,7 +34,24 @@ pub struct Gguf {
 pub struct ModelFile {
     path: PathBuf,
     len: u64,
+    identity: Option<Identity>,
     data: Data,
+}
+
+/// What changes when a file's bytes do, or when another file takes its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    dev: u64,
+    ino: u64,
+    len: u64,
+    /// Seconds and nanoseconds.
+    mtime: (i64, i64),
+}
+
+/// The identity of an open file, if the system tells.
+pub(super) fn identity(file: &File) -> Option<Identity> {
+    let m = file.metadata().ok()?;
+    Some(Identity { dev: m.dev(), ino: m.ino(), len: m.len(), mtime: (m.mtime(), m.mtime_nsec()) })
 }
 
 #[derive(Debug)]
@@ -52,6 +69,10 @@ impl ModelFile {
     /// Its length in bytes when it was opened.
     pub fn n_bytes(&self) -> u64 {
         self.len
+    }
+
+    pub(super) fn identity(&self) -> Option<Identity> {
+        self.identity
     }
 
     /// Its bytes, if it is inside the program and not on a disk.
@@ -102,7 +123,7 @@ impl Gguf {
         let len = bytes.len() as u64;
         let header =
             Header::parse(Cow::Borrowed(bytes), len).map_err(|error| GgufError::Header { path: name.into(), error })?;
-        let file = ModelFile { path: name.into(), len, data: Data::Static(bytes) };
+        let file = ModelFile { path: name.into(), len, identity: None, data: Data::Static(bytes) };
         Self::assemble(name.into(), vec![(file, header)])
     }
 
@@ -168,28 +189,53 @@ impl Gguf {
 
     /// Reads bytes of one of this model's tensors, from `offset` in it on, as many as `buf` holds.
     pub fn read_at(&self, tensor: &Tensor, offset: u64, buf: &mut [u8]) -> Result<(), GgufError> {
-        let inside = offset.checked_add(buf.len() as u64).is_some_and(|end| end <= tensor.n_bytes);
-        if !inside {
-            return Err(GgufError::OutsideTensor {
-                tensor: tensor.name.to_string(),
-                offset,
-                len: buf.len(),
-                n_bytes: tensor.n_bytes,
-            });
-        }
+        let from = self.place_of(tensor, offset, buf.len())?;
         let file = &self.files[tensor.file];
-        let from = tensor.offset + offset;
         file.read_full_at(buf, from).map_err(|e| match e {
             ReadError::Eof(end) => GgufError::Shrunk { path: file.path.clone(), tensor: tensor.name.to_string(), end },
-            ReadError::Io(error) => GgufError::Read {
-                path: file.path.clone(),
-                tensor: tensor.name.to_string(),
-                offset: from,
-                len: buf.len(),
-                error,
-            },
-        })
+            ReadError::Io(error) => self.read_error(tensor, from, buf.len(), error),
+        })?;
+        self.check_unchanged(tensor)
     }
+
+    /// Where bytes of a tensor lie in its file.
+    pub(super) fn place_of(&self, tensor: &Tensor, offset: u64, len: usize) -> Result<u64, GgufError> {
+        let inside = offset.checked_add(len as u64).is_some_and(|end| end <= tensor.n_bytes);
+        if inside {
+            return Ok(tensor.offset + offset);
+        }
+        Err(GgufError::OutsideTensor { tensor: tensor.name.to_string(), offset, len, n_bytes: tensor.n_bytes })
+    }
+
+    pub(super) fn read_error(&self, tensor: &Tensor, offset: u64, len: usize, error: io::Error) -> GgufError {
+        let path = self.files[tensor.file].path.clone();
+        GgufError::Read { path, tensor: tensor.name.to_string(), offset, len, error }
+    }
+
+    /// Whether the file of a tensor is still what was opened: one that is written over gives bytes of two models.
+    pub(super) fn check_unchanged(&self, tensor: &Tensor) -> Result<(), GgufError> {
+        let f = &self.files[tensor.file];
+        match &f.data {
+            Data::File(file) if identity(file) != f.identity => {
+                Err(GgufError::Changed { path: f.path.clone(), tensor: tensor.name.to_string() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A file of [`Gguf::files`].
+    pub(super) fn file(&self, i: usize) -> Option<&ModelFile> {
+        self.files.get(i)
+    }
+}
+
+/// Experts and rows of the embedding are read here and there: what comes after them isn't wanted. Where the device reads 8 MiB
+/// ahead, a mapping-like read of 1 MiB costs nine.
+fn read_no_more_than_asked(file: &File) {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::Random);
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    let _ = file;
 }
 
 /// How much of a file must be there.
@@ -217,7 +263,9 @@ fn open_one(path: &Path, extent: Extent) -> Result<(ModelFile, Header), GgufErro
         let n_bytes = Header::measure(&mapped, len, data_len).map_err(bad)?;
         Header::parse_for(Cow::Owned(mapped[..n_bytes].to_vec()), len, data_len).map_err(bad)?
     };
-    Ok((ModelFile { path: path.into(), len, data: Data::File(file) }, header))
+    let identity = identity(&file);
+    read_no_more_than_asked(&file);
+    Ok((ModelFile { path: path.into(), len, identity, data: Data::File(file) }, header))
 }
 
 fn reject_other_kinds(path: &Path, metadata: &fs::Metadata) -> Result<(), GgufError> {

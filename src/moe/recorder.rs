@@ -62,7 +62,8 @@ impl Recorder {
     pub fn routed(&self, layer: usize, picks: &[Pick], store: Option<&ExpertStore>) {
         let mut s = self.lock();
         let recording = s.file.is_some();
-        let here = |p: &Pick| recording && store.is_some_and(|st| st.is_resident(layer, p.expert));
+        let at_hand = store.filter(|_| recording).map(|store| store.at_hand(layer)).unwrap_or_default();
+        let here = |p: &Pick| at_hand.get(p.expert as usize).is_some_and(|&here| here);
         let picks = picks.iter().map(|p| (*p, here(p))).collect();
         s.pass.push((layer, picks));
     }

@@ -1,5 +1,6 @@
 //! One timeline: text in, tokens, sampling, text out.
 
+pub mod grammar;
 mod rng;
 pub mod sampler;
 pub mod stop;

@@ -2,6 +2,10 @@
 
 #[cfg(feature = "llama-cpp")]
 pub mod llama;
+#[cfg(feature = "llama-cpp")]
+pub mod nudge;
+#[cfg(feature = "llama-cpp")]
+pub mod ours;
 pub mod stats;
 pub mod strings;
 pub mod vocab;

@@ -7,8 +7,11 @@
 
 #![allow(unsafe_code)]
 
+mod held;
 mod layout;
 mod write;
+
+pub use held::HeldBlock;
 
 use layout::Layout;
 pub(super) use layout::{GROUP, LayerLayout, Tile};

@@ -172,3 +172,36 @@ proptest! {
         prop_assert_eq!(pool.n_free(), pool.n_blocks());
     }
 }
+
+#[test]
+fn held_blocks_outlive_their_sequence_and_begin_others() {
+    let pool = pool(KvType::F16, 5);
+    let mut first = SeqKv::new(&pool);
+    append(&mut first, 2 * KV_BLOCK + 10, 7).unwrap();
+    let held: Vec<HeldBlock> = (0..2).map(|i| first.hold(i)).collect();
+    assert_eq!((first.n_blocks(), first.n_own_blocks()), (3, 1));
+    drop(first);
+    assert_eq!(pool.n_free(), 3);
+    assert!(!held[0].is_shared());
+
+    let mut second = SeqKv::beginning(&pool, held.iter());
+    assert!(held[0].is_shared() && second.len() == 2 * KV_BLOCK);
+    append(&mut second, 5, 7).unwrap();
+    let want = expected(KvType::F16, &[(0, 2 * KV_BLOCK + 5, 7)]);
+    assert_eq!(saved(&second), want);
+    // A sequence cut back into a shared block writes to a copy of it.
+    second.truncate(KV_BLOCK + 3);
+    append(&mut second, 1, 8).unwrap();
+    assert_eq!(saved(&SeqKv::beginning(&pool, held.iter())), want[..pool.saved_bytes(2 * KV_BLOCK)]);
+    drop((second, held));
+    assert_eq!(pool.n_free(), 5);
+}
+
+#[test]
+#[should_panic(expected = "isn't full")]
+fn a_block_that_is_still_written_can_not_be_held() {
+    let pool = pool(KvType::F16, 2);
+    let mut seq = SeqKv::new(&pool);
+    append(&mut seq, KV_BLOCK + 1, 1).unwrap();
+    seq.hold(1);
+}

@@ -1,0 +1,291 @@
+//! The scheduler: sequences that run, sequences that wait, and one step after the other.
+
+use super::plan::{self, Limits, Running};
+use super::prefix::{NodeId, Prefixes};
+use super::{Event, Finished, QueueStats, Sink};
+use crate::engine::generate::{Finish, Piece, Writer};
+use crate::engine::{EngineError, Input, Session, Want};
+use crate::ops::kv::{HeldBlock, KV_BLOCK, KvError, SeqKv};
+use rayon::prelude::*;
+use std::cmp::Reverse;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+/// The order in which sequences are served: by priority, then by arrival.
+pub(super) type Rank = (Reverse<i32>, u64);
+/// Waiting sequences that are looked at in a step while those before them wait for a common beginning.
+const LOOK_AT: usize = 256;
+/// From so many sequences on, their tokens are chosen by several threads: a choice costs some 20 to 100 microseconds.
+const PARALLEL_CHOICES: usize = 4;
+
+/// A request on its way.
+pub(super) struct Sequence {
+    pub rank: Rank,
+    /// Its part of the KV cache; empty while it waits.
+    pub session: Session,
+    pub writer: Writer,
+    /// The prompt and what was written.
+    pub tokens: Vec<u32>,
+    pub n_prompt: usize,
+    /// Tokens of the prompt that needn't be computed, at its first start.
+    pub n_shared: Option<usize>,
+    /// Its prompt's blocks that are in the tree.
+    pub path: Vec<NodeId>,
+    pub cancelled: Arc<AtomicBool>,
+    pub sink: Sink,
+}
+
+impl Sequence {
+    fn view(&self) -> Running {
+        let (len, kv) = (self.session.tokens().len(), self.session.kv());
+        Running { len, todo: self.tokens.len() - len, blocks: kv.n_blocks(), own: kv.n_own_blocks() }
+    }
+
+    /// Blocks of its text that could come from the tree: the last token's logits have to be computed.
+    fn n_shareable(&self) -> usize {
+        (self.tokens.len() - 1) / KV_BLOCK
+    }
+
+    /// Whether it is computing the block that follows `path` in `other`.
+    fn is_computing_next(&self, path: &[NodeId], other: &Sequence) -> bool {
+        let i = path.len();
+        let block = i * KV_BLOCK..(i + 1) * KV_BLOCK;
+        self.path == path && i < self.n_prompt / KV_BLOCK && self.tokens.get(block.clone()) == other.tokens.get(block)
+    }
+
+    fn finish(mut self, finish: Finish) {
+        let done = Finished {
+            finish,
+            n_prompt: self.n_prompt,
+            n_shared: self.n_shared.unwrap_or(0),
+            n_written: self.writer.n_written(),
+            seed: self.writer.seed(),
+        };
+        self.sink.send(Event::Finished(done));
+    }
+}
+
+/// See the [module](self).
+pub(super) struct Scheduler {
+    limits: Limits,
+    /// In the order of their rank.
+    running: Vec<Sequence>,
+    /// In the order of their rank.
+    waiting: Vec<Sequence>,
+    prefixes: Prefixes<HeldBlock>,
+    pub stats: QueueStats,
+}
+
+impl Scheduler {
+    pub fn new(limits: Limits) -> Self {
+        let (running, waiting, stats) = Default::default();
+        Scheduler { limits, running, waiting, prefixes: Prefixes::new(), stats }
+    }
+
+    /// Takes a request up.
+    pub fn add(&mut self, s: Sequence) {
+        self.stats.n_submitted += 1;
+        match s.writer.finish() {
+            Some(finish) => self.end(s, finish),
+            None => insert(&mut self.waiting, s),
+        }
+    }
+
+    /// One pass through the model. False when there is nothing left to do.
+    pub fn step(&mut self) -> bool {
+        self.drop_cancelled();
+        self.admit();
+        if !self.running.is_empty() {
+            let n_tokens = self.make_room();
+            match self.forward(&n_tokens) {
+                Ok(()) => self.take_results(&n_tokens),
+                Err(e) => self.failed(e, &n_tokens),
+            }
+        }
+        self.stats.n_running = self.running.len();
+        self.stats.n_waiting = self.waiting.len();
+        self.stats.n_kept_blocks = self.prefixes.n_blocks();
+        !(self.running.is_empty() && self.waiting.is_empty())
+    }
+
+    /// Lets go of all sequences; they say that they weren't done.
+    pub fn abandon(&mut self) {
+        let (running, waiting) = (std::mem::take(&mut self.running), std::mem::take(&mut self.waiting));
+        drop((running, waiting));
+    }
+
+    fn end(&mut self, s: Sequence, finish: Finish) {
+        match finish {
+            Finish::Cancelled => self.stats.n_cancelled += 1,
+            _ => self.stats.n_finished += 1,
+        }
+        s.finish(finish);
+    }
+
+    fn fail(&mut self, mut s: Sequence, error: Arc<EngineError>) {
+        self.stats.n_failed += 1;
+        s.sink.send(Event::Failed(error));
+    }
+
+    fn drop_cancelled(&mut self) {
+        let gone = |s: &mut Sequence| s.cancelled.load(Relaxed);
+        let mut cancelled: Vec<Sequence> = self.running.extract_if(.., gone).collect();
+        cancelled.extend(self.waiting.extract_if(.., gone));
+        cancelled.into_iter().for_each(|s| self.end(s, Finish::Cancelled));
+    }
+
+    /// Lets those join who find room, in the order of their rank. One whose next block another is just computing waits for it,
+    /// so that a common beginning is computed once.
+    fn admit(&mut self) {
+        let mut i = 0;
+        while i < self.waiting.len().min(LOOK_AT) {
+            let s = &self.waiting[i];
+            let path = self.prefixes.path(&s.tokens, s.n_shareable());
+            if path.len() < s.n_shareable() && self.running.iter().any(|r| r.is_computing_next(&path, s)) {
+                i += 1;
+                continue;
+            }
+            if self.running.len() >= self.limits.max_sequences {
+                match self.running.last() {
+                    Some(last) if last.rank.0 > s.rank.0 => self.preempt(),
+                    _ => break,
+                }
+                // The one that left stands behind in the queue.
+                continue;
+            }
+            let views: Vec<Running> = self.running.iter().map(Sequence::view).collect();
+            let pool = s.session.kv().pool().clone();
+            let used_now = self.prefixes.take(&path).filter(|b| !b.is_shared()).count();
+            let free = pool.n_free() + self.prefixes.n_idle() - used_now;
+            if !plan::may_join(&views, free, s.tokens.len(), path.len()) {
+                if self.running.is_empty() {
+                    // Nobody will give blocks back: sessions outside of the queue hold them.
+                    let (wanted, total) = (plan::blocks_for(s.tokens.len() + 1), pool.n_blocks());
+                    let s = self.waiting.remove(i);
+                    self.fail(s, Arc::new(KvError::Full { wanted, free, total }.into()));
+                    continue;
+                }
+                break;
+            }
+            let s = self.waiting.remove(i);
+            self.join(s, path);
+        }
+    }
+
+    fn join(&mut self, mut s: Sequence, path: Vec<NodeId>) {
+        let n = path.len() * KV_BLOCK;
+        let kv = SeqKv::beginning(s.session.kv().pool(), self.prefixes.take(&path));
+        s.session = Session::with_tokens(s.session.engine().clone(), kv, s.tokens[..n].to_vec());
+        match s.n_shared {
+            None => {
+                s.n_shared = Some(n);
+                self.stats.n_prompt += s.n_prompt as u64;
+                self.stats.n_shared += n as u64;
+            }
+            Some(_) => self.stats.n_recomputed += (s.tokens.len() - n) as u64,
+        }
+        s.path = path;
+        insert(&mut self.running, s);
+    }
+
+    /// Sends the last one back to wait: its blocks are needed. What it has written stays; its part of the KV cache will be computed
+    /// again, to the same bytes.
+    fn preempt(&mut self) {
+        if let Some(mut s) = self.running.pop() {
+            s.session.truncate(0);
+            s.path.clear();
+            self.stats.n_preempted += 1;
+            insert(&mut self.waiting, s);
+        }
+    }
+
+    /// Plans a step, and sees to it that the blocks that it takes are free. The tokens of each running sequence.
+    fn make_room(&mut self) -> Vec<usize> {
+        let pool = self.running[0].session.kv().pool().clone();
+        let views: Vec<Running> = self.running.iter().map(Sequence::view).collect();
+        let step = plan::step(&views, pool.n_free() + self.prefixes.n_idle(), self.limits.max_tokens);
+        while self.running.len() > step.n_tokens.len() {
+            self.preempt();
+        }
+        self.prefixes.evict(step.need.saturating_sub(pool.n_free()));
+        step.n_tokens
+    }
+
+    fn forward(&mut self, n_tokens: &[usize]) -> Result<(), EngineError> {
+        let engine = self.running[0].session.engine().clone();
+        let mut inputs: Vec<Input<'_>> = Vec::with_capacity(self.running.len());
+        for (s, &n) in self.running.iter_mut().zip(n_tokens).filter(|(_, n)| **n > 0) {
+            let at = s.session.tokens().len();
+            let want = if at + n == s.tokens.len() { Want::Last } else { Want::Nothing };
+            inputs.push(Input { session: &mut s.session, tokens: &s.tokens[at..at + n], want });
+        }
+        if inputs.is_empty() {
+            let pool = self.running[0].session.kv().pool();
+            return Err(KvError::Full { wanted: 1, free: pool.n_free(), total: pool.n_blocks() }.into());
+        }
+        engine.forward(&mut inputs)?;
+        self.stats.n_steps += 1;
+        self.stats.n_computed += n_tokens.iter().sum::<usize>() as u64;
+        Ok(())
+    }
+
+    /// Puts prompts' new blocks into the tree, chooses the next tokens and hands them out.
+    fn take_results(&mut self, n_tokens: &[usize]) {
+        for s in &mut self.running {
+            while s.path.len() < s.session.tokens().len().min(s.n_prompt) / KV_BLOCK
+                && let Some(id) = self.prefixes.insert(&s.path, &s.tokens, || s.session.kv().hold(s.path.len()))
+            {
+                s.path.push(id);
+            }
+        }
+        let choose = |(s, n): (&mut Sequence, &usize)| {
+            let complete = *n > 0 && s.session.tokens().len() == s.tokens.len();
+            complete.then(|| s.writer.next(s.session.engine(), s.session.logits(), s.tokens.len()))
+        };
+        let pieces: Vec<Option<Result<Option<Piece>, EngineError>>> = if self.running.len() >= PARALLEL_CHOICES {
+            self.running.par_iter_mut().zip(n_tokens).map(choose).collect()
+        } else {
+            self.running.iter_mut().zip(n_tokens).map(choose).collect()
+        };
+        for (s, piece) in std::mem::take(&mut self.running).into_iter().zip(pieces) {
+            match piece {
+                None => self.running.push(s),
+                Some(Ok(piece)) => self.hand_out(s, piece),
+                Some(Err(e)) => self.fail(s, Arc::new(e)),
+            }
+        }
+    }
+
+    fn hand_out(&mut self, mut s: Sequence, piece: Option<Piece>) {
+        if let Some(piece) = piece {
+            if let Some(token) = piece.token {
+                self.stats.n_written += 1;
+                s.tokens.push(token);
+            }
+            s.sink.send(Event::Piece(piece));
+        }
+        match s.writer.finish() {
+            Some(finish) => self.end(s, finish),
+            None => self.running.push(s),
+        }
+    }
+
+    /// A step failed. If the KV cache was full, because somebody outside took blocks, the last one yields; what else goes wrong
+    /// concerns all who were in the step.
+    fn failed(&mut self, error: EngineError, n_tokens: &[usize]) {
+        if matches!(error, EngineError::Kv(KvError::Full { .. })) && self.running.len() > 1 {
+            return self.preempt();
+        }
+        let error = Arc::new(error);
+        let alone = self.running.len() == 1;
+        for (s, &n) in std::mem::take(&mut self.running).into_iter().zip(n_tokens) {
+            if n > 0 || alone { self.fail(s, error.clone()) } else { self.running.push(s) }
+        }
+    }
+}
+
+/// Puts a sequence where its rank belongs.
+fn insert(list: &mut Vec<Sequence>, s: Sequence) {
+    let at = list.partition_point(|x| x.rank < s.rank);
+    list.insert(at, s);
+}
