@@ -59,8 +59,12 @@ pub fn declare(
 ///
 /// # Errors
 /// As [`declare`].
-pub fn describe(gguf: &crate::gguf::Gguf, isa: crate::cpu::Isa) -> Result<(Decoder, u64), ModelError> {
-    let (decoder, loader) = declare_with(gguf, isa, None, true)?;
+pub fn describe(
+    gguf: &crate::gguf::Gguf,
+    isa: crate::cpu::Isa,
+    n_expert_used: Option<usize>,
+) -> Result<(Decoder, u64), ModelError> {
+    let (decoder, loader) = declare_with(gguf, isa, n_expert_used, true)?;
     Ok((decoder, loader.declared_bytes()))
 }
 

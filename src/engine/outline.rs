@@ -52,7 +52,7 @@ impl Outline {
     /// Whatever the header gets wrong.
     pub fn new(gguf: &Gguf, o: &EngineOptions) -> Result<Self, EngineError> {
         let of_model = |source| EngineError::Model { file: gguf.name().into(), source };
-        let (model, dense) = arch::describe(gguf, Isa::get()?).map_err(of_model)?;
+        let (model, dense) = arch::describe(gguf, Isa::get()?, o.n_expert_used).map_err(of_model)?;
         let n_ctx = o.n_ctx_of(&model.config);
         let (n, used) =
             model.config.moe.as_ref().map_or((1, 0), |m| (m.router.n_expert as u64, m.router.n_expert_used as u64));
