@@ -96,22 +96,32 @@ struct Acts {
     f32: Vec<f32>,
     q: Vec<i8>,
     d: Vec<f32>,
+    s: Vec<f32>,
 }
 
 impl Acts {
     fn new(kind: ActKind, x: &[f32]) -> Self {
         let (mut q, block) = (vec![0; x.len()], if kind == ActKind::Q8_0 { 32 } else { 256 });
-        let mut d = vec![0.0; x.len() / block];
+        let (mut d, mut s) = (vec![0.0; x.len() / block], vec![]);
         match kind {
-            ActKind::F32 => return Self { f32: x.to_vec(), q: vec![], d: vec![] },
-            ActKind::Q8_0 => quantize_q8_0(x, &mut q, &mut d),
+            ActKind::F32 => return Self { f32: x.to_vec(), q: vec![], d: vec![], s },
+            ActKind::Q8_0 => {
+                s.resize(d.len(), 0.0);
+                quantize_q8_0(x, &mut q, &mut d, &mut s);
+            }
             ActKind::Q8K => quantize_q8_k(x, &mut q, &mut d),
         }
-        Self { f32: vec![], q, d }
+        Self { f32: vec![], q, d, s }
     }
 
     fn row(&self) -> ActRow<'_> {
-        ActRow { f32: &self.f32, q: &self.q, d: &self.d }
+        ActRow { f32: &self.f32, q: &self.q, d: &self.d, s: &self.s }
+    }
+
+    /// The sums of the values, where the row has sums; its own are rounded further.
+    fn exact_sums(&self) -> Vec<f32> {
+        let sum = |i: usize| self.q[32 * i..][..32].iter().map(|q| i32::from(*q)).sum::<i32>() as f32;
+        (0..self.s.len()).map(|i| sum(i) * self.d[i]).collect()
     }
 
     /// The values that they stand for, exactly.
@@ -138,7 +148,8 @@ fn amplitudes(format: &Format, w: &[f32]) -> Vec<f64> {
 }
 
 fn assert_dot_is_near(format: &Format, row: &[u8], acts: &Acts) -> Result<(), TestCaseError> {
-    let dot = f64::from((format.vec_dot)(row, acts.row()));
+    let s = acts.exact_sums();
+    let dot = f64::from((format.vec_dot)(row, ActRow { s: &s, ..acts.row() }));
     let (w, x) = (dequantized(format, row), acts.values());
     let exact: f64 = w.iter().zip(&x).map(|(w, x)| f64::from(*w) * x).sum();
     // Each term passes through at most as many roundings as there are sums after it, and four of its own; what is
