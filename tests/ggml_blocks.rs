@@ -14,6 +14,8 @@ use oncall::quant::act::{quantize_q8_0, quantize_q8_k};
 unsafe extern "C" {
     /// The processor's own version, not the reference, which rounds ties the other way.
     fn quantize_row_q8_0(x: *const f32, y: *mut u8, n: i64);
+    /// Likewise; with sums.
+    fn quantize_row_q8_1(x: *const f32, y: *mut u8, n: i64);
     fn quantize_row_q8_K_ref(x: *const f32, y: *mut u8, n: i64);
 }
 
@@ -114,8 +116,8 @@ fn quantised_bytes_equal_ggml_s() {
 fn activations_equal_ggml_s() {
     llama::init(); // sets up the tables of halves
     for (what, row) in rows() {
-        let (mut q, mut d) = (vec![0; N], vec![0.0; N / 32]);
-        quantize_q8_0(&row, &mut q, &mut d);
+        let (mut q, mut d, mut s) = (vec![0; N], vec![0.0; N / 32], vec![0.0; N / 32]);
+        quantize_q8_0(&row, &mut q, &mut d, &mut s);
         let mut theirs = vec![0u8; N / 32 * 34];
         // SAFETY: the input has N floats, the output room for N / 32 blocks of a half and 32 bytes.
         unsafe { quantize_row_q8_0(row.as_ptr(), theirs.as_mut_ptr(), N as i64) };
@@ -126,6 +128,15 @@ fn activations_equal_ggml_s() {
             // Where the scale rounds to zero so do ours, whatever ggml leaves there.
             let same = ours.iter().zip(&block[2..]).all(|(a, b)| *a == *b as i8 || scale == 0.0);
             assert!(same, "q8_0 {what}, block {i}: {ours:?}");
+        }
+        let mut theirs = vec![0u8; N / 32 * 36];
+        // SAFETY: the input has N floats, the output room for N / 32 blocks of two halves and 32 bytes.
+        unsafe { quantize_row_q8_1(row.as_ptr(), theirs.as_mut_ptr(), N as i64) };
+        for (i, block) in theirs.chunks(36).enumerate() {
+            let sum = half::f16::from_le_bytes([block[2], block[3]]).to_f32();
+            // As above where the scale rounds to zero; and where a half overflows ours is the exact sum.
+            let same = s[i] == sum || d[i] == 0.0 || sum.is_infinite() && s[i].abs() >= 65504.0;
+            assert!(same, "q8_1 {what}, block {i}: {} but ggml has {sum}", s[i]);
         }
 
         let (mut q, mut d) = (vec![0; N], vec![0.0; N / 256]);

@@ -14,22 +14,37 @@ pub struct ActRow<'a> {
     pub q: &'a [i8],
     /// Scales, one for each block of 32 (Q8_0) or 256 (Q8K).
     pub d: &'a [f32],
+    /// The sums of each 32 activations, for weights with an offset: only for Q8_0.
+    pub s: &'a [f32],
 }
 
-/// Quantises to blocks of 32: `q.len() == src.len() == 32 * d.len()`, else it panics.
+/// Quantises to blocks of 32: `q.len() == src.len() == 32 * d.len() == 32 * s.len()`, else it panics.
 ///
 /// The scale is amax / 127, rounded to half precision and back (that's how ggml stores it); the integers are
 /// `src * (127 / amax)`, the product rounded to nearest, ties to even. A block whose scale rounds to zero
 /// (amax below 3.8e-6) is zero.
-pub fn quantize_q8_0(src: &[f32], q: &mut [i8], d: &mut [f32]) {
-    assert!(src.len() == q.len() && src.len() == 32 * d.len());
+///
+/// A block's sum is that of its integers times the scale as it was *before* it was rounded, rounded to half precision and back: ggml's
+/// Q8_1, which Q4_1 and Q5_1 are multiplied with. The product of sum and rounded scale would be as good, but another number, and
+/// on a tiny Q5_1 model that alone took the logits ten times as far from llama.cpp's as its own scatter is wide.
+pub fn quantize_q8_0(src: &[f32], q: &mut [i8], d: &mut [f32], s: &mut [f32]) {
+    assert!(src.len() == q.len() && src.len() == 32 * d.len() && src.len() == 32 * s.len());
     let (src, q) = (src.as_chunks::<32>().0, q.as_chunks_mut::<32>().0);
-    for ((src, q), d) in src.iter().zip(q).zip(d) {
+    for (((src, q), d), s) in src.iter().zip(q).zip(d).zip(s) {
         let amax = src.iter().map(|x| x.abs()).fold(0.0, f32::max);
-        *d = f16::from_f32(amax / 127.0).to_f32();
+        let exact = amax / 127.0;
+        *d = f16::from_f32(exact).to_f32();
         let id = if *d > 0.0 { 127.0 / amax } else { 0.0 };
         scale_to_i8(src, id, q);
+        let sum = q.iter().map(|q| i32::from(*q)).sum::<i32>() as f32 * exact;
+        *s = or_exact(f16::from_f32(sum).to_f32(), sum);
     }
+}
+
+/// A number through half precision and back, unless that overflowed: ggml then goes on with infinity, which no answer survives.
+#[inline(always)]
+pub(super) fn or_exact(half: f32, exact: f32) -> f32 {
+    if half.is_infinite() { exact } else { half }
 }
 
 /// Quantises to blocks of 256: `q.len() == src.len() == 256 * d.len()`, else it panics.
@@ -75,9 +90,15 @@ mod tests {
     use super::*;
 
     fn q8_0(src: &[f32]) -> (Vec<i8>, Vec<f32>) {
-        let (mut q, mut d) = (vec![99; src.len()], vec![f32::NAN; src.len() / 32]);
-        quantize_q8_0(src, &mut q, &mut d);
+        let (q, d, _) = q8_0_with_sums(src);
         (q, d)
+    }
+
+    fn q8_0_with_sums(src: &[f32]) -> (Vec<i8>, Vec<f32>, Vec<f32>) {
+        let n = src.len() / 32;
+        let (mut q, mut d, mut s) = (vec![99; src.len()], vec![f32::NAN; n], vec![f32::NAN; n]);
+        quantize_q8_0(src, &mut q, &mut d, &mut s);
+        (q, d, s)
     }
 
     fn q8_k(src: &[f32]) -> (Vec<i8>, Vec<f32>) {
@@ -109,6 +130,17 @@ mod tests {
         let (q, d) = q8_k(&x);
         assert_eq!((q[17], q[0], q[3]), (127, -32, -127));
         assert_eq!(d[0], -1.0 / 63.5);
+    }
+
+    #[test]
+    fn sums_are_of_the_exact_scale_and_halves() {
+        // 3 / 127 isn't a half: times 32 * 127 it is 96, while the rounded scale would give 95.99.
+        let (_, d, s) = q8_0_with_sums(&[3.0; 32]);
+        assert_eq!((s[0], 32.0 * 127.0 * d[0]), (96.0, 95.99414));
+        assert_eq!(q8_0_with_sums(&[1e-7; 32]).2, [0.0]);
+        // Beyond what a half holds the sum is kept in single precision.
+        let s = q8_0_with_sums(&[4000.0; 32]).2[0];
+        assert!((s - 128e3).abs() < 0.1, "{s}");
     }
 
     #[test]

@@ -150,11 +150,11 @@ pub(super) fn dot_affine<const B: usize>(
     x: ActRow<'_>,
     unpack: impl Fn(&[u8; B]) -> ([i8; 32], f32, f32),
 ) -> f32 {
-    blocks_with::<B, 32>(row, x).fold(0.0, |acc, (block, q, da)| {
+    assert_eq!(x.s.len(), x.d.len());
+    blocks_with::<B, 32>(row, x).zip(x.s).fold(0.0, |acc, ((block, q, da), s)| {
         let (w, d, m) = unpack(block);
         let acc = (isum(&w, q) as f32).mul_add(d * da, acc);
-        let asum: i32 = q.iter().map(|q| i32::from(*q)).sum();
-        (asum as f32 * da).mul_add(m, acc)
+        s.mul_add(m, acc)
     })
 }
 

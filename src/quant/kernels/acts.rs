@@ -58,7 +58,7 @@ struct Quantised {
     q: Cells<i8>,
     /// Scales `(n_tokens, width / 32)` or `(n_tokens, width / 256)`.
     d: Cells<f32>,
-    /// The integers' sums `(n_tokens, width / 32)`: negated, and as f32 (Q8_0: times the scale).
+    /// The integers' sums `(n_tokens, width / 32)`: negated, and as f32 (Q8_0: the activations' sums).
     sum32: (Cells<i32>, Cells<f32>),
     /// The integers' sums `(n_tokens, width / 16)`: negated, and as f32. Only with Q8K.
     sum16: (Cells<i32>, Cells<f32>),
@@ -231,9 +231,18 @@ impl Acts {
         // SAFETY: the token is `READY`, and nobody writes it until `reset`, which needs the only reference.
         unsafe {
             match format.act {
-                ActKind::F32 => ActRow { f32: self.f32.as_ref().map_or(&[], |c| c.part(token, n)), q: &[], d: &[] },
-                ActKind::Q8_0 => ActRow { f32: &[], q: self.q8_0.q.part(token, n), d: self.q8_0.d.part(token, n / 32) },
-                ActKind::Q8K => ActRow { f32: &[], q: self.q8k.q.part(token, n), d: self.q8k.d.part(token, n / 256) },
+                ActKind::F32 => {
+                    ActRow { f32: self.f32.as_ref().map_or(&[], |c| c.part(token, n)), ..ActRow::default() }
+                }
+                ActKind::Q8_0 => {
+                    let x = &self.q8_0;
+                    let (d, s) = (x.d.part(token, n / 32), x.sum32.1.part(token, n / 32));
+                    ActRow { q: x.q.part(token, n), d, s, ..ActRow::default() }
+                }
+                ActKind::Q8K => {
+                    let x = &self.q8k;
+                    ActRow { q: x.q.part(token, n), d: x.d.part(token, n / 256), ..ActRow::default() }
+                }
             }
         }
     }

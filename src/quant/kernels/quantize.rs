@@ -7,6 +7,7 @@ use half::slice::HalfFloatSliceExt;
 
 use super::plain::{Task, run_on};
 use crate::cpu::Isa;
+use crate::quant::act::or_exact;
 
 /// A row quantised to blocks of 32 and what the kernels want to know of it.
 pub(super) struct Q8_0<'a> {
@@ -15,7 +16,7 @@ pub(super) struct Q8_0<'a> {
     pub d: &'a mut [f32],
     /// The integers' sum over each 32, negated.
     pub negated_sum: &'a mut [i32],
-    /// The sum times the scale.
+    /// The sums of the activations, as [`ActRow`](crate::quant::ActRow) has them.
     pub offset: &'a mut [f32],
 }
 
@@ -53,22 +54,25 @@ impl Task for (&[f32], Q8_0<'_>) {
     #[inline(always)]
     fn run(self) {
         let (src, to) = self;
-        // Scales go through half precision sixteen at a time.
+        // Scales and sums go through half precision sixteen at a time.
         for (first, group) in src.chunks(32 * 16).enumerate() {
             let (blocks, first) = (group.as_chunks::<32>().0, 16 * first);
-            let (mut amax, mut d, mut halves) = ([0.0; 16], [0.0; 16], [f16::ZERO; 16]);
+            let (mut amax, mut exact, mut sums) = ([0.0; 16], [0.0; 16], [0.0; 16]);
             for (i, block) in blocks.iter().enumerate() {
                 amax[i] = largest_size(block);
-                d[i] = amax[i] / 127.0;
+                exact[i] = amax[i] / 127.0;
             }
-            halves.convert_from_f32_slice(&d);
-            halves.convert_to_f32_slice(&mut d);
+            let d = through_halves(&exact);
             for (i, block) in blocks.iter().enumerate() {
                 let id = if d[i] > 0.0 { 127.0 / amax[i] } else { 0.0 };
                 let [low, high] = scale_and_sum(block, id, &mut to.q[32 * (first + i)..][..32]);
                 to.d[first + i] = d[i];
                 to.negated_sum[first + i] = -(low + high);
-                to.offset[first + i] = (low + high) as f32 * d[i];
+                sums[i] = (low + high) as f32 * exact[i];
+            }
+            let rounded = through_halves(&sums);
+            for (i, offset) in to.offset[first..][..blocks.len()].iter_mut().enumerate() {
+                *offset = or_exact(rounded[i], sums[i]);
             }
         }
     }
@@ -100,6 +104,15 @@ impl Task for (&[f32], Q8K<'_>) {
             }
         }
     }
+}
+
+/// Rounded to half precision.
+#[inline(always)]
+fn through_halves(x: &[f32; 16]) -> [f32; 16] {
+    let (mut halves, mut y) = ([f16::ZERO; 16], [0.0; 16]);
+    halves.convert_from_f32_slice(x);
+    halves.convert_to_f32_slice(&mut y);
+    y
 }
 
 /// The size of the number that is largest in size.
@@ -150,16 +163,15 @@ mod tests {
     fn check(src: &[f32]) {
         let n = src.len();
         for isa in Isa::available() {
-            let (mut q, mut d) = (vec![0; n], vec![0.0; n / 32]);
-            quantize_q8_0(src, &mut q, &mut d);
+            let (mut q, mut d, mut s) = (vec![0; n], vec![0.0; n / 32], vec![0.0; n / 32]);
+            quantize_q8_0(src, &mut q, &mut d, &mut s);
             let (mut fast_q, mut fast_d) = (vec![9; n], vec![9.0; n / 32]);
             let (mut sum, mut offset) = (vec![9; n / 32], vec![9.0; n / 32]);
             let to = Q8_0 { q: &mut fast_q, d: &mut fast_d, negated_sum: &mut sum, offset: &mut offset };
             q8_0(isa, src, to);
             assert_eq!((&q, bits(&d)), (&fast_q, bits(&fast_d)), "q8_0 on {isa}");
             assert_eq!(sum, negated_sums(&q, 32));
-            let expected: Vec<f32> = sum.iter().zip(&d).map(|(s, d)| (-s) as f32 * d).collect();
-            assert_eq!(offset, expected);
+            assert_eq!(bits(&offset), bits(&s), "q8_0's sums on {isa}");
 
             let (mut q, mut d) = (vec![0; n], vec![0.0; n / 256]);
             quantize_q8_k(src, &mut q, &mut d);
@@ -193,6 +205,7 @@ mod tests {
         src[1280..1536].iter_mut().enumerate().for_each(|(i, x)| *x = i as f32 * 0.5 - 63.5);
         src[1536..1792].fill(1e-6);
         src[1792] = f32::MAX;
+        src[1824..1856].fill(-5e3);
         check(&src);
     }
 
