@@ -316,7 +316,8 @@ proptest! {
     /// scales that are small enough round to zero.
     #[test]
     fn no_weight_is_far_off(seed: u64) {
-        let x: Vec<f32> = random_activations(1024, &mut Rng(seed)).iter().map(|x| x / 16.0).collect();
+        // No larger than halves can be.
+        let x: Vec<f32> = random_activations(1024, &mut Rng(seed)).iter().map(|x| (x / 16.0).clamp(-6e4, 6e4)).collect();
         for format in FORMATS {
             let Some(row) = quantized(format, &x) else { continue };
             let bits = if format.block_len == 1 { 9 } else { 8 * format.block_bytes / format.block_len };
