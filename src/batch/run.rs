@@ -260,7 +260,8 @@ impl Run<'_> {
         };
         if self.earlier.remove(&custom_id) {
             self.seen.insert(custom_id);
-            return Ok(self.resumed());
+            self.resumed();
+            return Ok(());
         }
         if !self.seen.insert(custom_id.clone()) {
             let why = format!("custom_id {custom_id:?} was on an earlier line");
@@ -393,7 +394,8 @@ impl Run<'_> {
     fn refuse_line(&mut self, number: u64, why: &Refused) -> Result<(), BatchError> {
         let id = format!("batch_line_{number}");
         if self.earlier.remove(&id) {
-            return Ok(self.resumed());
+            self.resumed();
+            return Ok(());
         }
         let why = Refused { message: format!("line {number}: {}", why.message), ..why.clone() };
         self.write_refused(&Whose { id: &id, custom_id: None }, &why)
