@@ -145,11 +145,11 @@ fn measure(a: &Args, name: &str, path: &Path, budget: &str, n: usize, resident: 
     let (mut uses, mut hits, mut bytes) = (0, 0, 0);
     for i in 1..=a.runs {
         single.push(decode(&engine, 1, a.predict, i));
-        let before = engine.store_stats();
+        let before = engine.account();
         ours.push(decode(&engine, n, a.predict, i));
-        if let (Some(b), Some(a)) = (before, engine.store_stats()) {
-            (uses, hits, bytes) = (uses + a.uses - b.uses, hits + a.hits - b.hits, bytes + a.bytes_read - b.bytes_read);
-        }
+        let done = engine.account().since(&before);
+        let store = done.prefill.store.and(&done.decode.store);
+        (uses, hits, bytes) = (uses + store.uses, hits + store.hits, bytes + store.bytes_read());
         theirs.extend(reference());
     }
     let rate = median(ours.iter().copied());

@@ -2,7 +2,7 @@
 //!
 //! `cargo bench --features llama-cpp --bench versus -- --model smolmoe` (needs clang and cmake). Both engines take the same
 //! tokens; each pair of runs gives one ratio and the median counts, since machines are shared and noisy. llama.cpp runs
-//! in both of its modes, plain and repacked; the better one is compared with.
+//! in both of its modes, plain and repacked; the better one is compared with. Models that aren't there are made.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -10,27 +10,34 @@ mod shared;
 
 use clap::Parser;
 use common::llama::{Context, Kv, Mode, Model, Options};
-use oncall::engine::{Engine, EngineOptions, Memory};
+use oncall::cpu::Pages;
+use oncall::engine::{Engine, EngineOptions, Memory, Session};
+use oncall::gguf::Tensor;
+use oncall::ops::matmul::multiply_rate;
 use serde::Serialize;
 use shared::{median, model};
+use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// oncall against llama.cpp, side by side.
 #[derive(Parser)]
 struct Args {
-    /// smolmoe, smollm2, a shape of the synth example (olmoe-1b-7b, qwen3-30b-a3b, ...), or a file; may be given several times
-    #[arg(long, default_values = ["smolmoe", "olmoe-1b-7b"])]
+    /// smolmoe, smollm2, a shape of the synth example (olmoe-1b-7b, qwen3-30b-a3b, ...), or a file
+    #[arg(long, value_delimiter = ',', default_values = ["smolmoe", "olmoe-1b-7b"])]
     model: Vec<String>,
-    /// The mixture of formats of shapes that are made here
-    #[arg(long, default_value = "q4_k_m")]
-    format: String,
+    /// Mixtures of formats of the models that are made here [default: q4_0 for smolmoe, q4_1 for smollm2, else q4_k_m]
+    #[arg(long, value_delimiter = ',')]
+    format: Vec<String>,
     /// decode or prefill [default: both]
-    #[arg(long)]
+    #[arg(long, value_delimiter = ',', value_parser = ["decode", "prefill"])]
     phase: Vec<String>,
     /// Threads
-    #[arg(long, default_values_t = [2])]
+    #[arg(long, value_delimiter = ',', default_values_t = [2])]
     threads: Vec<usize>,
+    /// Tokens in the context when decoding begins
+    #[arg(long, value_delimiter = ',', default_values_t = [16])]
+    depth: Vec<usize>,
     /// Pairs of runs
     #[arg(long, default_value_t = 5)]
     pairs: usize,
@@ -48,7 +55,9 @@ struct Row {
     format: String,
     threads: usize,
     isa: String,
-    phase: String,
+    phase: &'static str,
+    /// Tokens in the context at the beginning.
+    depth: usize,
     /// Tokens a second, medians.
     ours: f64,
     theirs: f64,
@@ -56,37 +65,81 @@ struct Row {
     their_mode: String,
     /// The median of the pairs' ratios.
     ratio: f64,
-    /// Decoding: the share of the memory's bandwidth, as a plain read loop reaches it here, that the active bytes take.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    roofline: Option<f64>,
+    /// What we reach of the machine. Decoding: the active bytes against what a plain read loop gets from memory. Prefill: the
+    /// weights' multiplications and additions against a loop on registers. Both loops run here, on as many threads.
+    roofline: f64,
 }
 
 const N_PREFILL: usize = 512;
 const N_DECODE: usize = 48;
 
+/// What is measured.
+#[derive(Clone, Copy)]
+enum Phase {
+    /// Writing after so many tokens.
+    Decode(usize),
+    Prefill,
+}
+
+impl Phase {
+    fn name(self) -> &'static str {
+        if matches!(self, Phase::Prefill) { "prefill" } else { "decode" }
+    }
+
+    fn depth(self) -> usize {
+        if let Phase::Decode(depth) = self { depth } else { 0 }
+    }
+
+    fn n_tokens(self) -> usize {
+        if matches!(self, Phase::Prefill) { N_PREFILL } else { self.depth() + N_DECODE }
+    }
+}
+
 fn main() {
     let a = Args::parse();
+    let wanted = |name: &str| a.phase.is_empty() || a.phase.iter().any(|p| p == name);
+    let mut phases: Vec<Phase> = a.depth.iter().map(|d| Phase::Decode(*d)).filter(|_| wanted("decode")).collect();
+    phases.extend(wanted("prefill").then_some(Phase::Prefill));
+    let mut limits = Limits::default();
     for name in &a.model {
-        let path = model(name, &a.format);
-        for &threads in &a.threads {
-            for phase in ["decode", "prefill"] {
-                if a.phase.is_empty() || a.phase.iter().any(|p| p == phase) {
-                    report(&a, &compare(name, &path, threads, phase, a.pairs));
+        let own = [default_format(name).to_owned()];
+        for format in if a.format.is_empty() { &own[..] } else { &a.format[..] } {
+            let path = model(name, format);
+            for &threads in &a.threads {
+                for &phase in &phases {
+                    let row = Compared { name, format, path: &path, threads, phase, pairs: a.pairs }.run(&mut limits);
+                    report(a.json, &row);
                 }
             }
         }
     }
 }
 
-fn report(a: &Args, r: &Row) {
-    if a.json {
+fn report(json: bool, r: &Row) {
+    if json {
         println!("{}", serde_json::to_string(r).expect("plain numbers"));
-    } else {
-        let roof = r.roofline.map_or(String::new(), |f| format!("  {:3.0} % of bandwidth", 100.0 * f));
-        println!(
-            "{:<24} {} threads {:<8} ours {:8.1}  llama.cpp {:8.1} tokens/s ({})  ratio {:5.2}{roof}",
-            r.model, r.threads, r.phase, r.ours, r.theirs, r.their_mode, r.ratio
-        );
+        return;
+    }
+    let phase = if r.depth > 0 { format!("{} at {}", r.phase, r.depth) } else { r.phase.into() };
+    let limit = if r.phase == "prefill" { "multiply rate" } else { "bandwidth" };
+    println!(
+        "{:<14} {:<7} {} threads {phase:<15} ours {:8.1}  llama.cpp {:8.1} tokens/s ({:<8})  ratio {:5.2}  {:3.0} % of {limit}",
+        r.model,
+        r.format,
+        r.threads,
+        r.ours,
+        r.theirs,
+        r.their_mode,
+        r.ratio,
+        100.0 * r.roofline
+    );
+}
+
+fn default_format(model: &str) -> &'static str {
+    match model {
+        "smolmoe" => "q4_0",
+        "smollm2" => "q4_1",
+        _ => "q4_k_m",
     }
 }
 
@@ -94,86 +147,163 @@ fn tokens(n: usize, n_vocab: usize) -> Vec<u32> {
     (0..n as u64).map(|i| ((i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) % n_vocab as u64) as u32).collect()
 }
 
-/// Tokens a second of reading a prompt, or of decoding after a short one.
-fn speed(phase: &str, tokens: &[u32], clear: &mut dyn FnMut(), feed: &mut dyn FnMut(&[u32])) -> f64 {
-    clear();
-    if phase == "prefill" {
-        let began = Instant::now();
-        feed(&tokens[..N_PREFILL]);
-        return N_PREFILL as f64 / began.elapsed().as_secs_f64();
+/// An engine with a timeline.
+trait Side {
+    /// Keeps the first tokens of the timeline.
+    fn truncate(&mut self, len: usize);
+    fn feed(&mut self, tokens: &[u32]);
+}
+
+impl Side for Session {
+    fn truncate(&mut self, len: usize) {
+        Session::truncate(self, len);
     }
-    feed(&tokens[..16]);
+    fn feed(&mut self, tokens: &[u32]) {
+        Session::feed(self, tokens, &mut |_| true).expect("the tokens fit");
+    }
+}
+
+impl Side for Context {
+    fn truncate(&mut self, len: usize) {
+        Context::truncate(self, len);
+    }
+    fn feed(&mut self, tokens: &[u32]) {
+        self.decode(tokens);
+    }
+}
+
+/// Tokens a second. The timeline holds the tokens before, so that a deep context is read only once.
+fn speed(phase: Phase, tokens: &[u32], side: &mut dyn Side) -> f64 {
+    side.truncate(phase.depth());
+    let new = &tokens[phase.depth()..];
     let began = Instant::now();
-    tokens[16..16 + N_DECODE].iter().for_each(|t| feed(&[*t]));
-    N_DECODE as f64 / began.elapsed().as_secs_f64()
-}
-
-fn ours(engine: &Engine, phase: &str, tokens: &[u32]) -> f64 {
-    let session = std::cell::RefCell::new(engine.session());
-    speed(phase, tokens, &mut || session.borrow_mut().truncate(0), &mut |t| {
-        session.borrow_mut().feed(t, &mut |_| true).expect("the tokens fit");
-    })
-}
-
-fn theirs(context: &std::cell::RefCell<Context>, phase: &str, tokens: &[u32]) -> f64 {
-    speed(phase, tokens, &mut || context.borrow_mut().clear(), &mut |t| {
-        context.borrow_mut().decode(t);
-    })
-}
-
-fn compare(name: &str, path: &Path, threads: usize, phase: &str, pairs: usize) -> Row {
-    let options = EngineOptions {
-        n_ctx: Some(1024),
-        n_threads: Some(threads),
-        memory: Memory::Bytes(u64::MAX),
-        ..EngineOptions::default()
-    };
-    let engine = Engine::load(path, &options, &|_, _| ()).unwrap_or_else(|e| panic!("{e}"));
-    let tokens = tokens(N_PREFILL, engine.config().n_vocab);
-    ours(&engine, "prefill", &tokens); // every expert is resident from here on
-    let mut best: Option<(f64, f64, f64, Mode)> = None;
-    for mode in [Mode::Plain, Mode::Repacked] {
-        if mode == Mode::Repacked && engine.config().arch == "deepseek2" {
-            continue; // llama.cpp aborts there
-        }
-        let options =
-            Options { n_ctx: 1024, n_batch: 512, n_threads: threads as i32, kv: Kv::F16, flash_attn: true, n_seq: 1 };
-        let context = std::cell::RefCell::new(Model::load(path, mode).context(options));
-        theirs(&context, phase, &tokens);
-        let runs: Vec<(f64, f64)> =
-            (0..pairs).map(|_| (ours(&engine, phase, &tokens), theirs(&context, phase, &tokens))).collect();
-        let (a, b) = (median(runs.iter().map(|r| r.0)), median(runs.iter().map(|r| r.1)));
-        let ratio = median(runs.iter().map(|r| r.0 / r.1));
-        if best.is_none_or(|x| ratio < x.2) {
-            best = Some((a, b, ratio, mode));
-        }
+    match phase {
+        Phase::Prefill => side.feed(new),
+        Phase::Decode(_) => new.iter().for_each(|t| side.feed(&[*t])),
     }
-    let (ours, theirs, ratio, mode) = best.expect("two modes");
-    Row {
-        model: name.into(),
-        format: path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default(),
-        threads,
-        isa: engine.isa().to_string(),
-        phase: phase.into(),
-        ours,
-        theirs,
-        their_mode: format!("{mode:?}").to_lowercase(),
-        ratio,
-        roofline: (phase == "decode").then(|| ours * engine.active_bytes() as f64 / read_bandwidth(threads)),
-    }
+    new.len() as f64 / began.elapsed().as_secs_f64()
 }
 
-/// Bytes a second that threads read from memory together, by plain sums over 256 MB each: the best of five.
-fn read_bandwidth(threads: usize) -> f64 {
-    let data: Vec<Vec<u64>> = (0..threads).map(|i| vec![i as u64; 32 << 20]).collect();
-    let once = || {
-        let began = Instant::now();
-        std::thread::scope(|s| {
-            for d in &data {
-                s.spawn(move || std::hint::black_box(d.iter().fold(0u64, |a, b| a.wrapping_add(*b))));
+/// A model, and what is measured of it.
+struct Compared<'a> {
+    name: &'a str,
+    format: &'a str,
+    path: &'a Path,
+    threads: usize,
+    phase: Phase,
+    pairs: usize,
+}
+
+impl Compared<'_> {
+    fn run(&self, limits: &mut Limits) -> Row {
+        let (phase, n_ctx) = (self.phase, self.phase.n_tokens().next_multiple_of(1024));
+        let options = EngineOptions {
+            n_ctx: Some(n_ctx),
+            n_threads: Some(self.threads),
+            memory: Memory::Bytes(u64::MAX),
+            ..EngineOptions::default()
+        };
+        let engine = Engine::load(self.path, &options, &|_, _| ()).unwrap_or_else(|e| panic!("{e}"));
+        let tokens = tokens(phase.n_tokens(), engine.config().n_vocab);
+        let mut session = engine.session();
+        // Every expert is resident from here on, or as good as.
+        session.feed(&tokens[..N_PREFILL.min(tokens.len())], &mut |_| true).expect("the tokens fit");
+        session.truncate(0);
+        Side::feed(&mut session, &tokens[..phase.depth()]);
+        speed(phase, &tokens, &mut session);
+        let mut best: Option<(f64, f64, f64, Mode)> = None;
+        for mode in [Mode::Plain, Mode::Repacked] {
+            if mode == Mode::Repacked && engine.config().arch == "deepseek2" {
+                continue; // llama.cpp aborts there
             }
-        });
-        (threads * (256 << 20)) as f64 / began.elapsed().as_secs_f64()
+            let threads = self.threads as i32;
+            let options = Options {
+                n_ctx: n_ctx as u32,
+                n_batch: 512,
+                n_threads: threads,
+                kv: Kv::F16,
+                flash_attn: true,
+                n_seq: 1,
+            };
+            let mut context = Model::load(self.path, mode).context(options);
+            Side::feed(&mut context, &tokens[..phase.depth()]);
+            speed(phase, &tokens, &mut context);
+            let runs: Vec<(f64, f64)> = (0..self.pairs)
+                .map(|_| (speed(phase, &tokens, &mut session), speed(phase, &tokens, &mut context)))
+                .collect();
+            let (a, b) = (median(runs.iter().map(|r| r.0)), median(runs.iter().map(|r| r.1)));
+            let ratio = median(runs.iter().map(|r| r.0 / r.1));
+            if best.is_none_or(|x| ratio < x.2) {
+                best = Some((a, b, ratio, mode));
+            }
+        }
+        let (ours, theirs, ratio, mode) = best.expect("two modes");
+        Row {
+            model: self.name.into(),
+            format: self.format.into(),
+            threads: self.threads,
+            isa: engine.isa().to_string(),
+            phase: phase.name(),
+            depth: phase.depth(),
+            ours,
+            theirs,
+            their_mode: format!("{mode:?}").to_lowercase(),
+            ratio,
+            roofline: match phase {
+                Phase::Decode(_) => ours * engine.active_bytes() as f64 / limits.read(self.threads),
+                Phase::Prefill => ours * active_ops(&engine) / limits.multiply(self.threads, &engine),
+            },
+        }
+    }
+}
+
+/// Multiplications and additions with weights that a token of a prompt needs; its logits aren't wanted.
+fn active_ops(engine: &Engine) -> f64 {
+    let used = engine.config().moe.as_ref().map_or(1.0, |m| m.router.n_expert_used as f64 / m.router.n_expert as f64);
+    let ops = |t: &Tensor| {
+        let once = 2.0 * t.shape().iter().product::<u64>() as f64;
+        if t.name.contains("_exps.") { once * used } else { once }
     };
-    (0..5).map(|_| once()).fold(0.0, f64::max)
+    let matrix =
+        |t: &&Tensor| t.shape().len() > 1 && !t.name.starts_with("token_embd") && !t.name.starts_with("output");
+    engine.gguf().tensors().iter().filter(matrix).map(ops).sum()
+}
+
+/// What so many threads reach together, measured once.
+#[derive(Default)]
+struct Limits {
+    read: BTreeMap<usize, f64>,
+    multiply: BTreeMap<usize, f64>,
+}
+
+impl Limits {
+    /// Bytes a second from memory, by plain sums over 256 MiB in huge pages for each thread: the best of five.
+    fn read(&mut self, threads: usize) -> f64 {
+        *self.read.entry(threads).or_insert_with(|| {
+            let data: Vec<Pages> = (0..threads)
+                .map(|i| {
+                    let mut pages = Pages::new(256 << 20).expect("memory");
+                    pages.fill(i as u8 + 1); // untouched, all of it would be the one page of zeros
+                    pages
+                })
+                .collect();
+            let sum = |d: &Pages| d.as_chunks().0.iter().fold(0u64, |a, b| a.wrapping_add(u64::from_le_bytes(*b)));
+            let once = || {
+                let began = Instant::now();
+                std::thread::scope(|s| data.iter().for_each(|d| drop(s.spawn(move || std::hint::black_box(sum(d))))));
+                (threads * (256 << 20)) as f64 / began.elapsed().as_secs_f64()
+            };
+            (0..5).map(|_| once()).fold(0.0, f64::max)
+        })
+    }
+
+    /// Operations a second on registers.
+    fn multiply(&mut self, threads: usize, engine: &Engine) -> f64 {
+        let isa = engine.isa();
+        *self.multiply.entry(threads).or_insert_with(|| {
+            let once = move || multiply_rate(isa, Duration::from_millis(300));
+            let running: Vec<_> = (0..threads).map(|_| std::thread::spawn(once)).collect();
+            running.into_iter().map(|t| t.join().expect("a loop")).sum()
+        })
+    }
 }

@@ -171,7 +171,7 @@ fn neighbours_change_no_byte() {
             evicted += u64::from(s.n_kept_blocks > 0);
         }
     }
-    assert!(preempted > 10 && shared > 1000 && evicted > 20, "the mixes are tame: {preempted} {shared} {evicted}");
+    assert!(preempted > 10 && shared > 300 && evicted > 20, "the mixes are tame: {preempted} {shared} {evicted}");
 }
 
 #[test]

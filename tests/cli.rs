@@ -57,6 +57,10 @@ fn json_is_one_object() {
     let v: serde_json::Value = serde_json::from_str(&out(&run(&["show", "--json"]))).unwrap();
     assert_eq!((v["n_expert"].as_u64(), v["n_expert_used"].as_u64()), (Some(8), Some(2)));
     assert_eq!(v["parameters"], 11_418_880);
+    let v: serde_json::Value = serde_json::from_str(&out(&run(&["show", "--kernels", "--json"]))).unwrap();
+    let kind = |name: &str| v["kernels"].as_array().unwrap().iter().find(|k| k["tensor"] == name).unwrap();
+    assert!(kind("ffn_gate_exps.weight")["gemm"].as_str().unwrap().starts_with("gemm block32 "));
+    assert!(kind("attn_norm.weight").get("gemm").is_none(), "a norm isn't multiplied");
     let v: serde_json::Value = serde_json::from_str(&out(&run(&["tokenize", "--json", "Once"]))).unwrap();
     assert_eq!(v[0]["id"], 1, "a text begins with BOS");
 }

@@ -1,28 +1,23 @@
-//! oncall's logits against llama.cpp's on the same files: F32 files show what is computed, quantised ones how it is
-//! rounded, and real text whether anybody would notice.
+//! oncall's logits against llama.cpp's on the same tiny files: F32 shows what is computed, quantised formats how it is rounded.
 #![cfg(feature = "llama-cpp")]
 
 mod common;
 
 use common::llama::{Kv, Mode, Model, Options};
+use common::nudge::nudge;
+use common::ours::logits_all as ours;
 use common::stats;
 use oncall::arch::ARCHES;
-use oncall::engine::{Engine, EngineOptions};
-use oncall::gguf::{Gguf, mixture};
+use oncall::gguf::mixture;
 use oncall::ops::KvType;
-use oncall::synth::{self, PRESETS, Preset, upcycle};
+use oncall::synth::{self, PRESETS, Preset};
 use std::path::{Path, PathBuf};
 
 /// With nothing quantised the engines differ in the order of their sums alone (measured: 9e-14 to 3e-12); a RoPE base
 /// wrong by 1% gives 2e-8 to 2e-3, the least where positions count least (granitemoe).
 const SEMANTICS: f64 = 1e-10;
-/// Stands in for the spread of llama.cpp's modes where they agree or nearly do: 3e-4 to 5e-3 was seen on other models, and
-/// this is the lower end. It was chosen, not derived: by the measured spreads alone q4_0 (5e-4 against 9e-6) and mxfp4 (1e-5
-/// against 1e-7) would be out of bounds too.
-const FLOOR: f64 = 3e-4;
-/// Formats that miss the bound, with what they are held to until the reason is known. Suspected, not shown: llama.cpp keeps
-/// the sum of a block's activations in half precision, oncall in single.
-const MISSES: &[(&str, f64)] = &[("q5_1", 3e-3)];
+/// Nudged copies of each model.
+const N_NUDGES: u64 = 5;
 
 fn tiny() -> impl Iterator<Item = &'static Preset> {
     PRESETS.iter().filter(|p| p.is_tiny())
@@ -31,14 +26,6 @@ fn tiny() -> impl Iterator<Item = &'static Preset> {
 /// Tokens of no meaning, longer than every tiny model's sliding window.
 fn tokens(n_vocab: u32) -> Vec<u32> {
     (0..150u32).map(|i| 3 + i.wrapping_mul(2_654_435_761) % (n_vocab - 3)).collect()
-}
-
-fn ours(path: &Path, tokens: &[u32], kv: KvType) -> Vec<f32> {
-    let options = EngineOptions { n_ctx: Some(1024), type_k: kv, type_v: kv, ..EngineOptions::default() };
-    let engine = Engine::load(path, &options, &|_, _| ()).unwrap_or_else(|e| panic!("{e}"));
-    let mut logits = Vec::new();
-    engine.session().feed_all(tokens, &mut |_, part| logits.extend_from_slice(part)).expect("the tokens fit");
-    logits
 }
 
 fn theirs(path: &Path, tokens: &[u32], mode: Mode, kv: Kv) -> Vec<f32> {
@@ -86,58 +73,36 @@ fn with_rope_base_off(mut file: Vec<u8>, arch: &str) -> Vec<u8> {
     file
 }
 
+/// At most 3 times what llama.cpp differs from itself by: its two modes from one another, as the issue says, or, where these agree
+/// to the bit and the ratio has no meaning, its plain mode from itself when the norms' weights are moved by one unit in the
+/// last place.
 #[test]
 fn every_format_is_rounded_as_llama_cpp_rounds_it() {
     let dir = tempfile::tempdir().unwrap();
     let preset = Preset::by_name("tiny-llama-moe").unwrap();
     let tokens = tokens(preset.n_vocab);
+    let nudged = dir.path().join("nudged.gguf");
     let mut wrong = Vec::new();
     for mix in mixture::MIXTURES.iter().filter(|m| m.name != "f32") {
         let path = write(dir.path(), preset, mix.name);
         let plain = theirs(&path, &tokens, Mode::Plain, Kv::F32);
-        let spread = stats::nmse(&theirs(&path, &tokens, Mode::Repacked, Kv::F32), &plain);
+        let modes = stats::nmse(&theirs(&path, &tokens, Mode::Repacked, Kv::F32), &plain);
+        let scatter: Vec<f64> = (0..N_NUDGES)
+            .map(|seed| {
+                nudge(&path, &nudged, seed);
+                stats::nmse(&theirs(&nudged, &tokens, Mode::Plain, Kv::F32), &plain)
+            })
+            .collect();
+        let (least, most) = scatter.iter().fold((f64::MAX, 0f64), |(a, b), x| (a.min(*x), b.max(*x)));
         let nmse = stats::nmse(&ours(&path, &tokens, KvType::F32), &plain);
-        println!("note: {:8} NMSE {nmse:.1e}, llama.cpp's modes differ by {spread:.1e}", mix.name);
-        let known = MISSES.iter().find(|m| m.0 == mix.name).map(|m| m.1);
-        if nmse > known.unwrap_or(3.0 * spread.max(FLOOR)) {
+        println!(
+            "note: {:8} NMSE {nmse:.1e}; llama.cpp's modes differ by {modes:.1e}, its answer to nudges by {least:.1e} to {most:.1e}",
+            mix.name
+        );
+        if nmse > 3.0 * modes.max(most) {
             wrong.push(mix.name);
         }
         std::fs::remove_file(path).unwrap();
     }
     assert!(wrong.is_empty(), "{wrong:?}");
-}
-
-/// SmolLM2 as it was fetched, and the mixture of experts made from it.
-fn real_models(dir: &Path) -> [PathBuf; 2] {
-    let dense = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/cache/SmolLM2-135M-Instruct.Q4_1.gguf");
-    assert!(dense.exists(), "models/fetch-smollm2.sh fetches {}", dense.display());
-    let moe = dir.join("smolmoe.gguf");
-    let source = Gguf::open(&dense).unwrap();
-    upcycle::upcycle(&source, &upcycle::Options::default(), &moe, false, &mut |_, _| ()).unwrap();
-    [dense, moe]
-}
-
-#[test]
-fn real_text_is_predicted_alike() {
-    let dir = tempfile::tempdir().unwrap();
-    let text = std::fs::read_to_string("docs/how-it-works.md").unwrap();
-    for path in real_models(dir.path()) {
-        let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        let model = Model::load(&path, Mode::Plain);
-        let tokens: Vec<u32> = model.tokenize(text.as_bytes(), true, false).into_iter().take(512).collect();
-        assert_eq!(tokens.len(), 512);
-        let reference = theirs(&path, &tokens, Mode::Plain, Kv::F16);
-        let ours = ours(&path, &tokens, KvType::F16);
-        let a = stats::agreement(&ours, &reference, model.n_vocab());
-        let (p, q) = (stats::nll(&ours, &tokens).exp(), stats::nll(&reference, &tokens).exp());
-        println!(
-            "note: {name}: KL {:.1e}, same best token {:.2} %, perplexity {p:.4} and {q:.4}",
-            a.kl,
-            100.0 * a.top1
-        );
-        // The aim is a KL of 0.001, 99 % and 0.5 %. Both models miss the first two (4e-3 and 5e-3, 95.5 and 95.7 %) for a reason not
-        // yet known; `MISSES` has a suspicion. This holds what is reached, so that it doesn't get worse unseen.
-        assert!(a.kl <= 0.01 && a.top1 >= 0.93, "{name}");
-        assert!((p / q - 1.0).abs() <= 0.005, "{name}");
-    }
 }

@@ -1,8 +1,10 @@
 //! Promise 2: logits depend on the model and the tokens, not on threads, chunks, neighbours, slots or what was saved.
 
-use oncall::engine::{Engine, EngineOptions, Generation, GenerationParams, Input, Want};
+use oncall::engine::{Engine, EngineOptions, Generation, GenerationParams, Input, Memory, Want};
 use oncall::gguf::Gguf;
 use oncall::gguf::mixture;
+use oncall::moe::IoMode;
+use oncall::moe::policy::POLICIES;
 use oncall::session::sampler::SamplingParams;
 use oncall::synth::{self, PRESETS, Preset};
 
@@ -46,9 +48,47 @@ fn threads_chunks_and_slots_change_nothing() {
                 assert!(logits(&load(bytes, &o), &text) == want, "{} {mix}: chunks of {chunk}", preset.name);
             }
             // The fewest slots: one of each size.
-            let o = EngineOptions { expert_bytes: Some(1), n_threads: Some(3), ..base.clone() };
-            assert!(logits(&load(bytes, &o), &text) == want, "{} {mix}: one slot", preset.name);
+            for lookahead in [true, false] {
+                let o = EngineOptions { expert_bytes: Some(1), n_threads: Some(3), lookahead, ..base.clone() };
+                assert!(logits(&load(bytes, &o), &text) == want, "{} {mix}: one slot", preset.name);
+            }
         }
+    }
+}
+
+/// Every policy, every way of reading, and slots that come and go between the tokens.
+#[test]
+fn policies_reads_and_budgets_change_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    for preset in tiny().filter(|p| p.moe.is_some()) {
+        let bytes = model(preset, "q4_k_m");
+        let path = dir.path().join("tiny.gguf");
+        std::fs::write(&path, bytes).unwrap();
+        let text = tokens(40, 4);
+        let base = EngineOptions { n_ctx: Some(64), n_threads: Some(2), ..EngineOptions::default() };
+        let want = logits(&load(bytes, &base), &text);
+        for (i, (name, policy)) in POLICIES.iter().enumerate() {
+            for io in [IoMode::Auto, IoMode::Direct, IoMode::Buffered] {
+                let lookahead = i % 2 == 0;
+                let o = EngineOptions { expert_bytes: Some(60_000), policy: *policy, io, lookahead, ..base.clone() };
+                let engine = Engine::load(&path, &o, &|_, _| ()).unwrap();
+                assert!(logits(&engine, &text) == want, "{} {name} {io:?}", preset.name);
+            }
+        }
+        let engine = Engine::load(&path, &base, &|_, _| ()).unwrap();
+        let mut session = engine.session();
+        let mut got = Vec::new();
+        let budget = engine.budget();
+        let least = budget.least;
+        let most = budget.base + budget.dense + budget.kv + budget.activations + budget.slots;
+        for (i, token) in text.iter().enumerate() {
+            let bytes = least + (most - least) * [3, 0, 1, 2][i % 4] / 3;
+            engine.set_memory_budget(Memory::Bytes(bytes)).unwrap();
+            session.feed_all(&[*token], &mut |_, l| got.extend(l.iter().map(|v| v.to_bits()))).unwrap();
+        }
+        assert!(got == want, "{}: the budget changes between tokens", preset.name);
+        let error = engine.set_memory_budget(Memory::Bytes(least - 1)).unwrap_err().to_string();
+        assert!(error.contains("the least that works"), "{error}");
     }
 }
 

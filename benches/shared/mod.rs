@@ -1,43 +1,53 @@
 //! What the benches share: models by name, medians.
 
-use oncall::gguf::{Gguf, mixture};
+use oncall::gguf::Gguf;
+use oncall::gguf::mixture::{self, Mixture};
+use oncall::gguf::requantize::Plan;
 use oncall::synth::{self, Preset, upcycle};
 use std::path::{Path, PathBuf};
 
-/// The file of a model that is named, made or found in `models/cache`.
+/// The file of a model that is named: found in `models/cache`, or fetched and made.
 pub fn model(name: &str, format: &str) -> PathBuf {
-    let cache = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/cache");
-    let smollm2 = cache.join("SmolLM2-135M-Instruct.Q4_1.gguf");
-    let need = |path: &Path| assert!(path.exists(), "{} isn't there: run models/fetch-smollm2.sh", path.display());
-    match name {
-        "smollm2" => {
-            need(&smollm2);
-            smollm2
-        }
-        "smolmoe" => {
-            let path = cache.join("smolmoe-q4_0.gguf");
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
+    let cache = models.join("cache");
+    let path = cache.join(format!("{name}-{format}.gguf"));
+    let mixture = || -> &'static Mixture { mixture::by_name(format).unwrap_or_else(|| panic!("no mixture {format}")) };
+    match (name, Preset::by_name(name)) {
+        ("smollm2", _) if format == "q4_1" => smollm2(&models),
+        ("smollm2" | "smolmoe", _) => {
             if !path.exists() {
-                need(&smollm2);
-                let dense = Gguf::open(&smollm2).expect("the fetched model is whole");
-                upcycle::upcycle(&dense, &upcycle::Options::default(), &path, false, &mut |_, _| ())
-                    .expect("upcycling");
+                let dense = Gguf::open(&smollm2(&models)).expect("the fetched model is whole");
+                if name == "smolmoe" {
+                    let options = upcycle::Options { mixture: mixture(), ..upcycle::Options::default() };
+                    upcycle::upcycle(&dense, &options, &path, false, &mut |_, _| ()).expect("upcycling");
+                } else {
+                    let plan = Plan::new(&dense, mixture()).expect("formats that can be written");
+                    plan.write(&path, false, &mut |_, _| ()).expect("quantising");
+                }
             }
             path
         }
-        _ => match Preset::by_name(name) {
-            None => PathBuf::from(name),
-            Some(preset) => {
-                let path = cache.join(format!("{name}-{format}.gguf"));
-                if !path.exists() {
-                    std::fs::create_dir_all(&cache).expect("models/cache");
-                    let mixture = mixture::by_name(format).expect("a known mixture of formats");
-                    let options = synth::Options { mixture, ..synth::Options::default() };
-                    synth::write(preset, &options, &path).expect("writing the model");
-                }
-                path
+        (_, Some(preset)) => {
+            if !path.exists() {
+                std::fs::create_dir_all(&cache).expect("models/cache");
+                // As unequal experts as trained models have.
+                let options = synth::Options { mixture: mixture(), router_skew: 1.0, ..synth::Options::default() };
+                synth::write(preset, &options, &path).expect("writing the model");
             }
-        },
+            path
+        }
+        (_, None) => PathBuf::from(name),
     }
+}
+
+/// The dense model that others are made from.
+fn smollm2(models: &Path) -> PathBuf {
+    let path = models.join("cache/SmolLM2-135M-Instruct.Q4_1.gguf");
+    if !path.exists() {
+        let status = std::process::Command::new("sh").arg(models.join("fetch-smollm2.sh")).status();
+        assert!(status.is_ok_and(|s| s.success()), "models/fetch-smollm2.sh failed");
+    }
+    path
 }
 
 /// The middle one.

@@ -47,6 +47,8 @@ pub struct Config {
     pub logit_scale: f32,
     /// Experts and how they are chosen; `None` for a dense model.
     pub moe: Option<MoeConfig>,
+    /// Lossy: experts that a token uses, if not as many as the model was trained with.
+    pub fewer_experts: Option<usize>,
 }
 
 /// The expert part of a model.
@@ -210,6 +212,7 @@ impl Config {
             residual_scale: 1.0,
             logit_scale: 1.0,
             moe: None,
+            fewer_experts: None,
         })
     }
 
@@ -231,7 +234,11 @@ impl Config {
         if n_expert == 0 {
             return Ok(());
         }
-        let n_expert_used = k.required_size("expert_used_count", MAX_EXPERT)?;
+        let has = k.required_size("expert_used_count", MAX_EXPERT)?;
+        let n_expert_used = self.fewer_experts.unwrap_or(has);
+        if n_expert_used == 0 || n_expert_used > has {
+            return Err(ModelError::FewerExperts { wanted: n_expert_used, has });
+        }
         if n_expert_used > n_expert {
             return Err(k.bad("expert_used_count", format!("{n_expert_used} of {n_expert} experts")));
         }

@@ -2,7 +2,7 @@
 //! norm, feed-forward network, residual; norm; logits.
 
 use super::config::Config;
-use super::ffn::{DenseFfn, Ffn, MoeFfn, MoeOptions};
+use super::ffn::{DenseFfn, Ffn, MoeFfn, MoeOptions, Next};
 use super::gqa::{Gqa, GqaOptions};
 use super::mla::Mla;
 use super::pass::{Block, Buffers, Machine, resize};
@@ -140,7 +140,8 @@ impl Decoder {
             }
             m.add_scaled(&mut b.x, &b.o, c.residual_scale, c.n_embd);
             m.rms_norm(&b.x, &layer.ffn_norm, c.rms_eps, &mut b.h);
-            layer.ffn.forward(m, b, il, n_tokens)?;
+            let next = self.layers.get(il + 1).map(|l| Next { norm: &l.ffn_norm, eps: c.rms_eps, ffn: &l.ffn });
+            layer.ffn.forward(m, b, il, n_tokens, next)?;
             m.add_scaled(&mut b.x, &b.o, c.residual_scale, c.n_embd);
         }
         self.logits(m, b, block.wanted);

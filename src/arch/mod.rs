@@ -41,20 +41,52 @@ pub static ARCHES: &[Arch] = &[
     Arch { name: "deepseek2", load: deepseek2::load },
 ];
 
-/// Reads a model's configuration and declares its weights.
+/// Reads a model's configuration and declares its weights. With `n_expert_used` tokens use fewer experts than the model was
+/// trained with, which is lossy.
 ///
 /// # Errors
 /// An unknown architecture, a key or tensor that is missing or impossible.
-pub fn declare(gguf: &crate::gguf::Gguf, isa: crate::cpu::Isa) -> Result<(Decoder, Loader<'_>), ModelError> {
+pub fn declare(
+    gguf: &crate::gguf::Gguf,
+    isa: crate::cpu::Isa,
+    n_expert_used: Option<usize>,
+) -> Result<(Decoder, Loader<'_>), ModelError> {
+    declare_with(gguf, isa, n_expert_used, false)
+}
+
+/// The same from the header alone, for a file that isn't all there: sizes are right, weights aren't. With the bytes of the
+/// dense weights.
+///
+/// # Errors
+/// As [`declare`].
+pub fn describe(
+    gguf: &crate::gguf::Gguf,
+    isa: crate::cpu::Isa,
+    n_expert_used: Option<usize>,
+) -> Result<(Decoder, u64), ModelError> {
+    let (decoder, loader) = declare_with(gguf, isa, n_expert_used, true)?;
+    Ok((decoder, loader.declared_bytes()))
+}
+
+fn declare_with(
+    gguf: &crate::gguf::Gguf,
+    isa: crate::cpu::Isa,
+    n_expert_used: Option<usize>,
+    describe: bool,
+) -> Result<(Decoder, Loader<'_>), ModelError> {
     let name = gguf.metadata().required_str("general.architecture")?;
     let arch = ARCHES.iter().find(|a| a.name == name).ok_or_else(|| ModelError::UnknownArch {
         name: name.into(),
         known: ARCHES.iter().map(|a| a.name).collect::<Vec<_>>().join(", "),
     })?;
     let n_vocab = gguf.metadata().required_strings("tokenizer.ggml.tokens")?.len();
-    let config = Config::read(gguf.metadata(), arch.name, n_vocab)?;
-    let mut loader = Loader::new(gguf, arch.name, isa);
+    let mut config = Config::read(gguf.metadata(), arch.name, n_vocab)?;
+    config.fewer_experts = n_expert_used;
+    let mut loader = Loader::new(gguf, arch.name, isa, describe);
     let decoder = (arch.load)(&mut loader, config)?;
+    if let (Some(wanted), None) = (n_expert_used, &decoder.config.moe) {
+        return Err(ModelError::FewerExperts { wanted, has: 0 });
+    }
     Ok((decoder, loader))
 }
 
@@ -117,6 +149,14 @@ pub enum ModelError {
         found: String,
         /// What it should be.
         expected: String,
+    },
+    /// More experts than the model uses were asked for, or none.
+    #[error("tokens can't use {wanted} experts: this model's use {has}, and fewer can be asked for, down to 1")]
+    FewerExperts {
+        /// What was asked for.
+        wanted: usize,
+        /// What the model uses.
+        has: usize,
     },
     /// No memory for the weights.
     #[error("no memory for {bytes} bytes of {what}: {source}")]

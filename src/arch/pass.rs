@@ -3,7 +3,8 @@
 
 use super::weights::{Dense, Matrix};
 use crate::cpu::Team;
-use crate::moe::ExpertStore;
+use crate::moe::recorder::Recorder;
+use crate::moe::{ExpertStore, Lossy};
 use crate::ops;
 use crate::ops::attention::KvBatch;
 use crate::ops::matmul::{Acts, OutRows, Packed, matmul_groups};
@@ -29,6 +30,10 @@ pub struct Machine<'a> {
     pub dense: &'a Dense,
     /// The experts; `None` for a dense model.
     pub experts: Option<&'a ExpertStore>,
+    /// What may be given up of the answer to read less.
+    pub lossy: Lossy,
+    /// Who is told what the routers choose.
+    pub recorder: Option<&'a Recorder>,
 }
 
 /// A pass's buffers, kept from pass to pass. Rows are tokens.
@@ -62,10 +67,23 @@ pub struct Buffers {
     pub acts: Acts,
     /// As `acts`, for what comes in between.
     pub inner: Acts,
+    /// For guessing the next layer's experts: its input, quantised, and its scores.
+    pub guess: Guess,
     /// (n_wanted, n_vocab)
     pub logits: Vec<f32>,
     /// 0, 1, 2 …: every row of a block.
     pub rows: Vec<u32>,
+}
+
+/// What guessing the next layer's experts needs. Rows are a sample of the tokens.
+#[derive(Default)]
+pub struct Guess {
+    /// (n_sample, n_embd)
+    pub h: Vec<f32>,
+    /// The same, quantised.
+    pub acts: Acts,
+    /// (n_sample, n_expert)
+    pub scores: Vec<f32>,
 }
 
 /// Makes `buf` hold `n` values; what they were doesn't matter.

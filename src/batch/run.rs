@@ -5,8 +5,7 @@ use super::input::{self, Line, Lines};
 use super::output::{Done, Output};
 use super::request::{self, Asked, Prompt, Refused};
 use super::{BatchError, Files, Fnv};
-use crate::engine::{BatchShape, Engine, EngineError, Event, Finish, QueueStats, Request, Ticket};
-use crate::moe::StoreStats;
+use crate::engine::{Account, BatchShape, Engine, EngineError, Event, Finish, QueueStats, Request, Ticket};
 use crate::ops::kv::KvError;
 use crate::session::sampler::SamplerError;
 use crate::session::template::ChatTemplate;
@@ -137,7 +136,7 @@ pub fn run(
         exhausted: false,
         asked_for_line: false,
         began: Instant::now(),
-        before: engine.store_stats(),
+        before: engine.account(),
         figures: Figures { failed: job.done.n_failed, ..Figures::default() },
     };
     r.figures.total = r.lines.as_ref().map(|l| l.total() as u64);
@@ -188,7 +187,7 @@ struct Run<'e> {
     /// Choices in flight at most, unless a single request has more.
     window: usize,
     began: Instant,
-    before: Option<StoreStats>,
+    before: Account,
     figures: Figures,
 }
 
@@ -414,11 +413,13 @@ impl Run<'_> {
         f.seconds = self.began.elapsed().as_secs_f64();
         f.tokens_in_per_s = f.queue.n_prompt as f64 / f.seconds;
         f.tokens_out_per_s = f.queue.n_written as f64 / f.seconds;
-        if let (Some(b), Some(a)) = (self.before, self.engine.store_stats()) {
-            let ratio = |x: u64, y: u64| (y > 0).then(|| x as f64 / y as f64);
-            f.hit_rate = ratio(a.hits - b.hits, a.uses - b.uses);
-            f.bytes_per_token = ratio(a.bytes_read - b.bytes_read, f.queue.n_computed);
-        }
+        let done = self.engine.account().since(&self.before);
+        let store = done.prefill.store.and(&done.decode.store);
+        f.hit_rate = store.hit_rate();
+        f.bytes_per_token = f
+            .hit_rate
+            .filter(|_| f.queue.n_computed > 0)
+            .map(|_| store.bytes_read() as f64 / f.queue.n_computed as f64);
         let fresh = f.done - f.resumed;
         f.seconds_left = f.total.filter(|_| fresh > 0).map(|t| f.seconds / fresh as f64 * (t - f.done.min(t)) as f64);
     }

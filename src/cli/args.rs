@@ -2,6 +2,7 @@
 
 use super::Failure;
 use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, Engine, EngineOptions, GenerationParams, Memory};
+use crate::moe::Lossy;
 use crate::ops::kv::KvType;
 use crate::session::grammar::Grammar;
 use crate::session::sampler::SamplingParams;
@@ -67,6 +68,21 @@ pub(super) struct ModelArgs {
     /// How values are stored (-ctv)
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     pub cache_type_v: CacheType,
+    /// Write which experts each token uses to this file: a trace for `oncall replay` and `oncall plan`
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
+    /// Don't keep which experts were hot in the cache folder, nor fill memory with them at the start
+    #[arg(long)]
+    pub no_heat: bool,
+    /// Lossy: each token uses only its N best experts
+    #[arg(long, value_name = "N", help_heading = "Lossy: less to read, another answer")]
+    pub experts: Option<usize>,
+    /// Lossy: drop an expert that isn't in memory if its share of the token's weight is below this, as 0.05
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = parse_share, help_heading = "Lossy: less to read, another answer")]
+    pub drop_cold: f32,
+    /// Lossy: take an expert in memory for one that isn't, if it's at most this much less probable, as 0.2; never for a token's two best
+    #[arg(long, value_name = "MARGIN", default_value_t = 0.0, value_parser = parse_share, help_heading = "Lossy: less to read, another answer")]
+    pub prefer_resident: f32,
 }
 
 /// The types of the KV cache.
@@ -101,6 +117,10 @@ impl ModelArgs {
             memory: self.memory.unwrap_or_default(),
             type_k: self.cache_type_k.into(),
             type_v: self.cache_type_v.into(),
+            n_expert_used: self.experts,
+            lossy: Lossy { drop_cold: self.drop_cold, prefer_resident: self.prefer_resident },
+            record: self.record.clone(),
+            heat: !self.no_heat && self.model.is_some(),
             ..EngineOptions::default()
         }
     }
@@ -239,6 +259,11 @@ impl SamplingArgs {
     }
 }
 
+/// A number from 0 to 1.
+fn parse_share(s: &str) -> Result<f32, String> {
+    s.parse().ok().filter(|x| (0.0..=1.0).contains(x)).ok_or_else(|| "it takes a number from 0 to 1".into())
+}
+
 /// A file in Lark.
 fn read_grammar(path: &str) -> Result<Grammar, String> {
     Grammar::lark(&std::fs::read_to_string(path).map_err(|e| e.to_string())?).map_err(|e| e.to_string())
@@ -249,7 +274,7 @@ fn parse_schema(s: &str) -> Result<Grammar, String> {
 }
 
 /// `4GiB`, `900MiB`, `2.5GB`, `1073741824`, `auto`.
-fn parse_memory(s: &str) -> Result<Memory, String> {
+pub(super) fn parse_memory(s: &str) -> Result<Memory, String> {
     if s.eq_ignore_ascii_case("auto") {
         return Ok(Memory::Auto);
     }

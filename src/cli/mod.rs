@@ -4,10 +4,15 @@ mod args;
 mod batch;
 mod bench;
 mod chat;
+mod doctor;
+mod experts;
+mod figures;
 mod logits;
 mod output;
 mod perplexity;
+mod plan;
 mod quantize;
+mod replay;
 mod run;
 mod show;
 mod tokenize;
@@ -37,6 +42,14 @@ enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Write the logits of a sequence of tokens to a file, for other tools to compare
     Logits(logits::LogitsArgs),
+    /// Say what fits into which memory and how fast that will be, before anything is loaded
+    Plan(plan::PlanArgs),
+    /// Say what this machine has and can do, and what limits it
+    Doctor(doctor::DoctorArgs),
+    /// Draw which experts a text uses
+    Experts(experts::ExpertsArgs),
+    /// Say what a cache of experts would have hit in a recorded run, for each policy
+    Replay(replay::ReplayArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -103,6 +116,10 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Bench(a) => bench::run(a),
         Command::Quantize(a) => quantize::run(a),
         Command::Logits(a) => logits::run(a),
+        Command::Plan(a) => plan::run(a),
+        Command::Doctor(a) => doctor::run(a),
+        Command::Experts(a) => experts::run(a),
+        Command::Replay(a) => replay::run(a),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "oncall", &mut script);

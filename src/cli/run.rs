@@ -1,8 +1,9 @@
 //! `oncall run`: continue a prompt, or answer it.
 
 use super::args::{ModelArgs, SamplingArgs};
+use super::figures::{Figures, ProcessFigures};
 use super::{Failure, output};
-use crate::engine::{Finish, Generation, GenerationParams, Session};
+use crate::engine::{Generation, GenerationParams, Session};
 use crate::session::template::Message;
 use clap::Args;
 use serde::Serialize;
@@ -28,6 +29,9 @@ pub(super) struct RunArgs {
     /// Continue the prompt as it stands, even where the model has a chat template
     #[arg(long)]
     raw: bool,
+    /// Say where the time went: computing, waiting for the disk, everything else; hits, bytes read, memory
+    #[arg(long)]
+    stats: bool,
     /// Print one JSON object with the text and the figures instead of streaming
     #[arg(long)]
     json: bool,
@@ -35,53 +39,6 @@ pub(super) struct RunArgs {
     model: ModelArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
-}
-
-/// What a run did, and how fast.
-#[derive(Serialize)]
-pub(super) struct Figures {
-    /// Tokens of the prompt that were computed.
-    pub n_prompt: usize,
-    /// Seconds for them.
-    pub prefill_s: f64,
-    /// Tokens written.
-    pub n_written: usize,
-    /// Seconds for them.
-    pub decode_s: f64,
-    /// The seed that was used.
-    pub seed: u64,
-    /// Why it ended.
-    pub finish: Option<Finish>,
-    /// Shares of expert uses that were at hand; absent without experts.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub hit_rate: Option<f64>,
-    /// Bytes of experts read.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub expert_bytes_read: Option<u64>,
-    /// The most memory held, in bytes.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub peak_memory: Option<u64>,
-}
-
-impl Figures {
-    /// One line for people.
-    pub fn line(&self) -> String {
-        let rate = |n: usize, s: f64| if s > 0.0 { n as f64 / s } else { 0.0 };
-        let mut line = format!(
-            "read {} tokens at {:.1}/s, wrote {} at {:.1}/s",
-            self.n_prompt,
-            rate(self.n_prompt, self.prefill_s),
-            self.n_written,
-            rate(self.n_written, self.decode_s)
-        );
-        if let (Some(hits), Some(bytes)) = (self.hit_rate, self.expert_bytes_read) {
-            line += &format!(", experts {:.1}% at hand, {} read", 100.0 * hits, output::size(bytes));
-        }
-        if let Some(peak) = self.peak_memory {
-            line += &format!(", {} of memory at most", output::size(peak));
-        }
-        line + &format!(", seed {}", self.seed)
-    }
 }
 
 pub(super) fn run(a: RunArgs) -> Result<(), Failure> {
@@ -123,7 +80,7 @@ pub(super) fn run(a: RunArgs) -> Result<(), Failure> {
         output::json(&Answer { model: a.model.name(), text: &text, figures: &figures })?;
     } else {
         output::text("\n")?;
-        output::note(&figures.line());
+        output::note(if a.stats { figures.table() } else { figures.line() }.trim_end());
     }
     if output::stopped() { Err(Failure::interrupted()) } else { Ok(()) }
 }
@@ -158,7 +115,7 @@ pub(super) fn answer(
     each: &mut dyn FnMut(&str) -> Result<(), Failure>,
 ) -> Result<Figures, Failure> {
     let engine = session.engine().clone();
-    let before = engine.store_stats();
+    let before = engine.account();
     let bar = output::bar("reading the prompt", "tokens");
     bar.set_length(tokens.len() as u64);
     let began = Instant::now();
@@ -168,25 +125,12 @@ pub(super) fn answer(
     })?;
     bar.finish_and_clear();
     let prefill = began.elapsed();
-    let mut figures = Figures {
-        n_prompt: session.tokens().len() - kept,
-        prefill_s: prefill.as_secs_f64(),
-        n_written: 0,
-        decode_s: 0.0,
-        seed: 0,
-        finish: None,
-        hit_rate: None,
-        expert_bytes_read: None,
-        peak_memory: None,
-    };
+    let mut figures = Figures::new(session.tokens().len() - kept, prefill);
     if !output::stopped() {
         write(session, params, each, &mut figures)?;
     }
-    if let (Some(b), Some(a)) = (before, engine.store_stats()) {
-        figures.hit_rate = (a.uses > b.uses).then(|| (a.hits - b.hits) as f64 / (a.uses - b.uses) as f64);
-        figures.expert_bytes_read = Some(a.bytes_read - b.bytes_read);
-    }
-    figures.peak_memory = output::peak_memory();
+    figures.account = engine.account().since(&before);
+    figures.process = ProcessFigures::now();
     Ok(figures)
 }
 

@@ -1,5 +1,7 @@
 //! `oncall show`: what is in a model file.
 
+mod kernels;
+
 use super::{Failure, output};
 use crate::arch;
 use crate::cpu::Isa;
@@ -13,6 +15,10 @@ use std::path::PathBuf;
 
 /// Flags of `show`.
 #[derive(Args)]
+#[command(
+    after_help = "--kernels shows what this processor would use; ONCALL_ISA (scalar, avx2, avx512vnni, neon, neondot) forces \
+another instruction set, here as in every command. Which one is used changes no logit by a bit."
+)]
 pub(super) struct ShowArgs {
     /// The file, or the first of a split model's files [default: the model that is built in]
     #[arg(value_name = "FILE")]
@@ -26,6 +32,9 @@ pub(super) struct ShowArgs {
     /// List every tensor
     #[arg(long)]
     tensors: bool,
+    /// List which kernels each kind of tensor is multiplied by
+    #[arg(long)]
+    kernels: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -60,6 +69,9 @@ struct Summary {
     kv_bytes_per_1k: u64,
     /// Bytes and tensors in each number format.
     formats: BTreeMap<&'static str, (u64, u64)>,
+    /// With `--kernels`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernels: Option<Vec<kernels::Row>>,
 }
 
 pub(super) fn run(a: ShowArgs) -> Result<(), Failure> {
@@ -67,12 +79,18 @@ pub(super) fn run(a: ShowArgs) -> Result<(), Failure> {
         Some(path) => Gguf::open(&path)?,
         None => Gguf::from_static(EMBEDDED_NAME, crate::engine::embedded_bytes())?,
     };
-    let s = summary(&gguf)?;
+    let mut s = summary(&gguf)?;
+    if a.kernels {
+        s.kernels = Some(kernels::rows(&gguf, Isa::get()?));
+    }
     if a.json {
         return output::json(&s);
     }
     let mut out = String::new();
     print(&mut out, &s)?;
+    if let Some(rows) = &s.kernels {
+        kernels::print(&mut out, rows)?;
+    }
     if a.metadata {
         out.push('\n');
         for (key, value) in gguf.metadata().iter() {
@@ -97,7 +115,7 @@ pub(super) fn run(a: ShowArgs) -> Result<(), Failure> {
 }
 
 fn summary(gguf: &Gguf) -> Result<Summary, Failure> {
-    let (model, _) = arch::declare(gguf, Isa::get()?)?;
+    let (model, _) = arch::declare(gguf, Isa::get()?, None)?;
     let c = &model.config;
     let (n_expert, n_expert_used, n_ff_exp) =
         c.moe.as_ref().map_or((0, 0, 0), |m| (m.router.n_expert, m.router.n_expert_used, m.n_ff_exp));
@@ -137,6 +155,7 @@ fn summary(gguf: &Gguf) -> Result<Summary, Failure> {
         kv_bytes_per_1k: 1024 * kv as u64,
         parts,
         formats,
+        kernels: None,
     })
 }
 

@@ -7,8 +7,14 @@ use std::path::{Path, PathBuf};
 pub fn available() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok().and_then(|t| mem_available(&t));
     let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let limits = group_folders(&groups).into_iter().filter_map(|f| left_in_group(&f));
+    let limits = group_folders(&groups, "memory").into_iter().filter_map(|f| left_in_group(&f));
     meminfo.into_iter().chain(limits).min()
+}
+
+/// Bytes of memory that this process holds now; `None` where the system doesn't say.
+pub fn resident() -> Option<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    Some(statm.split_whitespace().nth(1)?.parse::<u64>().ok()? * rustix::param::page_size() as u64)
 }
 
 fn mem_available(meminfo: &str) -> Option<u64> {
@@ -16,21 +22,34 @@ fn mem_available(meminfo: &str) -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The folders of this process's memory groups and of those above them.
-fn group_folders(cgroup: &str) -> Vec<PathBuf> {
+/// The folders of this process's groups for a controller and of those above them.
+pub(super) fn group_folders(cgroup: &str, controller: &str) -> Vec<PathBuf> {
     let mut folders = Vec::new();
     for line in cgroup.lines() {
         let mut fields = line.splitn(3, ':');
         let (Some(id), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else { continue };
         let root = match (id, controllers) {
-            ("0", "") => Path::new("/sys/fs/cgroup"),
-            (_, c) if c.split(',').any(|c| c == "memory") => Path::new("/sys/fs/cgroup/memory"),
+            ("0", "") => PathBuf::from("/sys/fs/cgroup"),
+            (_, c) if c.split(',').any(|c| c == controller) => Path::new("/sys/fs/cgroup").join(controller),
             _ => continue,
         };
         let own = root.join(path.trim_start_matches('/'));
-        folders.extend(own.ancestors().take_while(|f| f.starts_with(root)).map(Path::to_path_buf));
+        folders.extend(own.ancestors().take_while(|f| f.starts_with(&root)).map(Path::to_path_buf));
     }
     folders
+}
+
+/// The tightest memory limit of this process's control groups, in bytes.
+pub fn group_limit() -> Option<u64> {
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    group_folders(&groups, "memory").iter().filter_map(|f| limit_of_group(f)).min()
+}
+
+/// A group's limit, of either version; `None` if it has none.
+fn limit_of_group(folder: &Path) -> Option<u64> {
+    let number = |name: &str| std::fs::read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
+    // Version 1 says "no limit" with a number near 2^63.
+    number("memory.max").or_else(|| number("memory.limit_in_bytes")).filter(|&n| n < 1 << 60)
 }
 
 /// What is left of a group's limit; the page cache counts as free, since the kernel takes it back first.
@@ -54,7 +73,7 @@ mod tests {
     fn reads_what_the_system_writes() {
         assert_eq!(mem_available("MemTotal: 9 kB\nMemAvailable:   24 kB\n"), Some(24 * 1024));
         assert_eq!(mem_available("MemAvailable: lots\n"), None);
-        let folders = group_folders("5:cpu,cpuacct:/a\n4:memory:/x/y\n0::/u\nnonsense\n");
+        let folders = group_folders("5:cpu,cpuacct:/a\n4:memory:/x/y\n0::/u\nnonsense\n", "memory");
         let want = [
             "/sys/fs/cgroup/memory/x/y",
             "/sys/fs/cgroup/memory/x",

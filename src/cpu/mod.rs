@@ -3,6 +3,7 @@
 pub mod isa;
 pub mod memory;
 mod pages;
+pub mod probe;
 mod team;
 
 pub use isa::{Isa, IsaError};

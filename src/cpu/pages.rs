@@ -23,14 +23,56 @@ impl Pages {
     /// # Errors
     /// The system's, when it has no address space or memory for it.
     pub fn new(len: usize) -> std::io::Result<Self> {
-        use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+        Self::map(len, rustix::mm::MapFlags::PRIVATE)
+    }
+
+    /// As [`Pages::new`], for more than the system may have memory for: only what is written counts.
+    ///
+    /// # Errors
+    /// The system's, when it has no addresses for it.
+    pub fn reserve(len: usize) -> std::io::Result<Self> {
+        Self::map(len, rustix::mm::MapFlags::PRIVATE | rustix::mm::MapFlags::NORESERVE)
+    }
+
+    /// Gives the memory of a range that begins and ends at pages back to the system; it's zero when it's read again.
+    ///
+    /// # Safety
+    /// Nobody uses the range while this runs, or relies on what was in it.
+    pub unsafe fn discard(&self, range: std::ops::Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.len);
+        let (at, len) = (self.as_ptr().wrapping_add(range.start).cast::<c_void>(), range.len());
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        // SAFETY: the range is inside the mapping (asserted); the rest is the caller's promise. Without the second
+        // advice the kernel might join what was given back with its neighbours to a huge page again.
+        unsafe {
+            let _ = rustix::mm::madvise(at, len, rustix::mm::Advice::LinuxDontNeed);
+            let _ = rustix::mm::madvise(at, len, rustix::mm::Advice::LinuxNoHugepage);
+        }
+        #[cfg(not(any(target_os = "linux", target_os = "android")))]
+        // SAFETY: as above.
+        unsafe {
+            let _ = rustix::mm::madvise(at, len, rustix::mm::Advice::DontNeed);
+        }
+    }
+
+    /// Asks for huge pages in a range again that was discarded.
+    pub fn prefer_huge(&self, range: std::ops::Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.len);
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        // SAFETY: the range is inside the mapping (asserted); the advice changes no contents.
+        unsafe {
+            let at = self.as_ptr().wrapping_add(range.start).cast::<c_void>();
+            let _ = rustix::mm::madvise(at, range.len(), rustix::mm::Advice::LinuxHugepage);
+        }
+    }
+
+    fn map(len: usize, flags: rustix::mm::MapFlags) -> std::io::Result<Self> {
+        use rustix::mm::{ProtFlags, mmap_anonymous};
         if len == 0 {
             return Ok(Pages { ptr: NonNull::dangling(), len });
         }
         // SAFETY: a new private mapping at an address of the system's choice touches no memory of ours.
-        let ptr = unsafe {
-            mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)?
-        };
+        let ptr = unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags)? };
         let ptr = NonNull::new(ptr.cast::<u8>()).ok_or(std::io::ErrorKind::OutOfMemory)?;
         #[cfg(any(target_os = "linux", target_os = "android"))]
         if len >= 4 << 20 {

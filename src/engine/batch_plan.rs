@@ -1,7 +1,7 @@
 //! How many sequences a batch should run together: more of them share each read of an expert, but their KV cache takes the
 //! memory that slots for experts could have. Pure arithmetic over the header and the budget.
 
-use super::{Budget, EngineError, EngineOptions, resolve_ctx};
+use super::{Budget, EngineError, EngineOptions};
 use crate::arch;
 use crate::cpu::Isa;
 use crate::gguf::Gguf;
@@ -83,9 +83,9 @@ pub fn plan_batch(
     given: Option<usize>,
 ) -> Result<BatchPlan, EngineError> {
     let of_model = |source| EngineError::Model { file: gguf.name().into(), source };
-    let (model, loader) = arch::declare(gguf, Isa::get()?).map_err(of_model)?;
+    let (model, loader) = arch::declare(gguf, Isa::get()?, o.n_expert_used).map_err(of_model)?;
     let dense = loader.declared_bytes();
-    let n_ctx = resolve_ctx(o.n_ctx, model.config.n_ctx_train);
+    let n_ctx = o.n_ctx_of(&model.config);
     let budget = |n: usize| {
         let o = EngineOptions { n_sessions: n, kv_positions: Some(kv_positions(shape, n, n_ctx)), ..o.clone() };
         Budget::new(&o, &model, dense, n_ctx)

@@ -41,6 +41,15 @@ pub enum EngineError {
     /// The KV cache.
     #[error(transparent)]
     Kv(#[from] KvError),
+    /// Recording what the routers choose.
+    #[error(transparent)]
+    Record(#[from] crate::moe::recorder::RecordError),
+    /// There's nothing to record.
+    #[error("{file} has no experts: there is no routing to record")]
+    NoExperts {
+        /// The model file's name.
+        file: String,
+    },
     /// Sampling.
     #[error(transparent)]
     Sampler(#[from] SamplerError),

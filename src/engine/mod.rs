@@ -1,14 +1,17 @@
 //! A loaded model and its timelines: the only interface that the front ends see.
 
+mod account;
 mod batch_plan;
 mod budget;
 mod chat;
 mod error;
 mod generate;
+pub mod outline;
 mod saved;
 mod scheduler;
 mod timeline;
 
+pub use account::{Account, Histogram, Phase};
 pub use batch_plan::{BatchPlan, BatchShape, plan_batch};
 pub use budget::{Budget, Memory};
 pub use error::EngineError;
@@ -19,12 +22,16 @@ pub use timeline::Session;
 use crate::arch::{self, Block, Buffers, Config, Decoder, Dense, Machine};
 use crate::cpu::{Isa, Team};
 use crate::gguf::Gguf;
-use crate::moe::{ExpertStore, StoreStats, policy};
+use crate::moe::heat::{self, Heat};
+use crate::moe::policy::{self, MakePolicy};
+use crate::moe::recorder::Recorder;
+use crate::moe::trace::{self, TraceHeader};
+use crate::moe::{DiskSource, ExpertStore, IoMode, Lossy, StoreOptions, StoreStats};
 use crate::ops::attention::KvBatch;
 use crate::ops::kv::{KV_BLOCK, KvPool, KvType, SeqKv};
 use crate::session::grammar::{GrammarError, Grammars};
 use crate::session::tokenizer::Tokenizer;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -43,7 +50,7 @@ const DEFAULT_CTX: usize = 4096;
 /// Tokens of a prompt that go through the layers together when nothing else is asked for.
 pub const DEFAULT_CHUNK: usize = 512;
 /// Threads that read experts. Two to four are best on the disks that were measured; eight are worse.
-const READ_LANES: usize = 4;
+const READ_LANES: usize = 3;
 
 /// What an engine is loaded with.
 #[derive(Clone, Debug)]
@@ -66,6 +73,20 @@ pub struct EngineOptions {
     pub memory: Memory,
     /// Bytes for expert slots, whatever the memory says: for tests and measurements.
     pub expert_bytes: Option<u64>,
+    /// How experts are read.
+    pub io: IoMode,
+    /// Which expert leaves when another needs its slot.
+    pub policy: MakePolicy,
+    /// Whether the next layer's experts are guessed and read ahead, while that pays.
+    pub lookahead: bool,
+    /// Lossy: experts that a token uses, fewer than the model was trained with.
+    pub n_expert_used: Option<usize>,
+    /// Lossy: what may be given up to read less.
+    pub lossy: Lossy,
+    /// Whether the experts' heat is kept between runs in the user's cache folder, and used to fill slots at start-up.
+    pub heat: bool,
+    /// A file for the routers' choices, see [`crate::moe::trace`].
+    pub record: Option<PathBuf>,
 }
 
 impl Default for EngineOptions {
@@ -80,16 +101,14 @@ impl Default for EngineOptions {
             type_v: KvType::F16,
             memory: Memory::Auto,
             expert_bytes: None,
+            io: IoMode::Auto,
+            policy: policy::POLICIES[0].1,
+            lookahead: true,
+            n_expert_used: None,
+            lossy: Lossy::default(),
+            heat: false,
+            record: None,
         }
-    }
-}
-
-/// The context's length, as asked for or by itself.
-fn resolve_ctx(asked: Option<usize>, trained: usize) -> usize {
-    match asked {
-        Some(0) => trained,
-        Some(n) => n,
-        None => trained.min(DEFAULT_CTX),
     }
 }
 
@@ -100,6 +119,57 @@ impl EngineOptions {
         let all = one.saturating_mul(self.n_sessions.max(1));
         self.kv_positions.map_or(all, |n| n.div_ceil(KV_BLOCK).max(one))
     }
+
+    /// Positions that a session of this model can hold.
+    fn n_ctx_of(&self, config: &Config) -> usize {
+        match self.n_ctx {
+            Some(0) => config.n_ctx_train,
+            Some(n) => n,
+            None => config.n_ctx_train.min(DEFAULT_CTX),
+        }
+    }
+
+    /// Threads that compute on this machine.
+    fn n_threads_here(&self) -> usize {
+        self.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
+    }
+}
+
+/// What former runs have learned of this model's experts, and where that is kept.
+fn known_heat(gguf: &Gguf, model: &Decoder) -> Option<(PathBuf, Heat)> {
+    let n_expert = model.config.moe.as_ref()?.router.n_expert;
+    let identity = heat::identity(gguf);
+    let path = heat::path_for(identity)?;
+    let known = Heat::load(&path, identity, model.config.n_layer, n_expert);
+    Some((path, known))
+}
+
+impl Drop for Inner {
+    /// Keeps what was learned of the experts' heat. That it couldn't be kept spoils nothing but the next start.
+    fn drop(&mut self) {
+        let (Some((path, heat)), Some(recorder)) = (&mut self.heat, &self.recorder) else { return };
+        heat.learn(&recorder.uses());
+        if let Err(e) = heat.save(path) {
+            tracing::warn!(path = %path.display(), "the experts' heat isn't kept: {e}");
+        }
+    }
+}
+
+/// Who watches the routers; nobody where there are none.
+fn recorder(gguf: &Gguf, model: &Decoder, o: &EngineOptions) -> Result<Option<Recorder>, EngineError> {
+    let c = &model.config;
+    let Some(moe) = &c.moe else {
+        return if o.record.is_some() { Err(EngineError::NoExperts { file: gguf.name().into() }) } else { Ok(None) };
+    };
+    let header = TraceHeader {
+        model: gguf.name().into(),
+        arch: c.arch.clone(),
+        n_layer: c.n_layer,
+        n_expert: moe.router.n_expert,
+        n_expert_used: moe.router.n_expert_used,
+        layer_bytes: outline::layer_bytes(gguf, c.n_layer, moe.router.n_expert),
+    };
+    Ok(Some(Recorder::new(&header, o.record.as_deref())?))
 }
 
 struct Inner {
@@ -107,15 +177,18 @@ struct Inner {
     model: Decoder,
     dense: Dense,
     store: Option<ExpertStore>,
+    recorder: Option<Recorder>,
+    heat: Option<(PathBuf, Heat)>,
     kv: Arc<KvPool>,
     team: Team,
     tokenizer: Tokenizer,
     isa: Isa,
     n_ctx: usize,
-    budget: Budget,
+    options: EngineOptions,
+    budget: Mutex<Budget>,
+    account: Mutex<Account>,
     /// One pass at a time; its buffers stay.
     buffers: Mutex<Buffers>,
-    n_sessions: usize,
     queue: OnceLock<scheduler::Closes>,
     grammars: OnceLock<Result<Grammars, GrammarError>>,
 }
@@ -175,10 +248,10 @@ impl Engine {
         let of_model = |source| EngineError::Model { file: gguf.name().into(), source };
         let system = |what| move |source| EngineError::System { what, source };
         let isa = Isa::get()?;
-        let (model, loader) = arch::declare(&gguf, isa).map_err(of_model)?;
+        let (model, loader) = arch::declare(&gguf, isa, o.n_expert_used).map_err(of_model)?;
         let tokenizer = Tokenizer::from_metadata(gguf.metadata())
             .map_err(|source| EngineError::Tokenizer { file: gguf.name().into(), source })?;
-        let n_ctx = resolve_ctx(o.n_ctx, model.config.n_ctx_train);
+        let n_ctx = o.n_ctx_of(&model.config);
         let n_blocks = o.n_kv_blocks(n_ctx);
         let total = loader.declared_bytes();
         let budget = Budget::new(o, &model, total, n_ctx)?;
@@ -191,29 +264,38 @@ impl Engine {
             None => None,
             Some(layout) => {
                 let bytes = o.expert_bytes.unwrap_or(budget.slots);
-                let store = ExpertStore::new(layout, bytes, isa, policy::POLICIES[0].1, gguf.clone(), READ_LANES);
+                let source = Arc::new(DiskSource::new(gguf.clone(), o.io));
+                let options = StoreOptions { bytes, isa, policy: o.policy, lanes: READ_LANES, lookahead: o.lookahead };
+                let store = ExpertStore::new(layout, &options, source);
                 Some(store.map_err(system("memory for expert slots, or threads"))?)
             }
         };
-        let n_threads = o.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+        let recorder = recorder(&gguf, &model, o)?;
+        let heat = o.heat.then(|| known_heat(&gguf, &model)).flatten();
+        if let (Some(store), Some((_, heat))) = (&store, &heat) {
+            store.warm_up(heat.hottest());
+        }
+        let n_threads = o.n_threads_here();
         let team = Team::new(n_threads).map_err(system("threads"))?;
         tracing::info!(model = gguf.name(), %isa, n_threads, n_ctx, dense_bytes = dense.n_bytes(), "loaded");
-        let (buffers, n_sessions, queue, grammars) = (Mutex::default(), o.n_sessions, OnceLock::new(), OnceLock::new());
         Ok(Engine(Arc::new(Inner {
             gguf,
             model,
             dense,
             store,
+            recorder,
+            heat,
             kv,
             team,
             tokenizer,
             isa,
             n_ctx,
-            budget,
-            buffers,
-            n_sessions,
-            queue,
-            grammars,
+            options: o.clone(),
+            budget: Mutex::new(budget),
+            account: Mutex::default(),
+            buffers: Mutex::default(),
+            queue: OnceLock::new(),
+            grammars: OnceLock::new(),
         })))
     }
 
@@ -263,12 +345,29 @@ impl Engine {
 
     /// Sequences that its queue runs at the same time.
     pub fn n_sessions(&self) -> usize {
-        self.0.n_sessions.max(1)
+        self.0.options.n_sessions.max(1)
     }
 
     /// How its memory is divided.
     pub fn budget(&self) -> Budget {
-        self.0.budget
+        *self.0.budget.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Gives the engine more or less memory while it's loaded, between two passes. What is written doesn't change.
+    ///
+    /// # Errors
+    /// When it's less than the least that works with the sessions that it was loaded for; nothing is changed then.
+    pub fn set_memory_budget(&self, memory: Memory) -> Result<Budget, EngineError> {
+        let e = &*self.0;
+        let mut buffers = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
+        let options = EngineOptions { memory, ..e.options.clone() };
+        let budget = Budget::new(&options, &e.model, self.budget().dense, e.n_ctx)?;
+        *self.0.budget.lock().unwrap_or_else(|e| e.into_inner()) = budget;
+        *buffers = Buffers::default();
+        if let Some(store) = &e.store {
+            store.resize(e.options.expert_bytes.unwrap_or(budget.slots));
+        }
+        Ok(budget)
     }
 
     /// Threads that compute.
@@ -276,14 +375,20 @@ impl Engine {
         self.0.team.n_threads()
     }
 
-    /// What the expert store has done; `None` for a dense model.
-    pub fn store_stats(&self) -> Option<StoreStats> {
-        self.0.store.as_ref().map(ExpertStore::stats)
+    /// Where the time of all passes so far went.
+    pub fn account(&self) -> Account {
+        self.0.account.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
     /// Slots, and experts in all; `None` for a dense model.
     pub fn n_slots(&self) -> Option<(usize, usize)> {
         self.0.store.as_ref().map(ExpertStore::n_slots)
+    }
+
+    /// How often each expert was used so far, (n_layer x n_expert), and whether it is in a slot; `None` for a dense model.
+    pub fn expert_uses(&self) -> Option<Vec<(u64, bool)>> {
+        let (recorder, store) = (self.0.recorder.as_ref()?, self.0.store.as_ref()?);
+        Some(recorder.uses().into_iter().zip(store.residency()).collect())
     }
 
     /// Runs the next tokens of one or more sessions through the model together. Each session's logits are then in
@@ -294,7 +399,6 @@ impl Engine {
     pub fn forward(&self, inputs: &mut [Input<'_>]) -> Result<Duration, EngineError> {
         let e = &*self.0;
         let n_vocab = e.model.config.n_vocab;
-        let began = Instant::now();
         let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
         for i in inputs.iter() {
             i.session.check_room(i.tokens.len())?;
@@ -314,14 +418,36 @@ impl Engine {
             return Ok(Duration::ZERO);
         }
         let mut buffers: MutexGuard<'_, Buffers> = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
+        let began = Instant::now();
+        let before = self.store_stats();
         if let Some(store) = &e.store {
-            store.advance(inputs.iter().map(|i| i.tokens.len() as u64).max().unwrap_or(0));
+            store.begin_pass(inputs.iter().map(|i| i.tokens.len() as u64).max().unwrap_or(0));
         }
+        let n_inputs = inputs.len();
         let kv = KvBatch::new(inputs.iter_mut().map(|i| (i.session.kv_mut(), i.tokens.len())))?;
         let mut block = Block { tokens: &tokens, kv, wanted: &wanted };
-        let machine = Machine { team: &e.team, dense: &e.dense, experts: e.store.as_ref() };
+        let machine = Machine {
+            team: &e.team,
+            dense: &e.dense,
+            experts: e.store.as_ref(),
+            lossy: e.options.lossy,
+            recorder: e.recorder.as_ref(),
+        };
+        e.recorder.as_ref().inspect(|r| r.discard());
         e.model.forward(&machine, &mut buffers, &e.gguf, &mut block)?;
+        if let Some(r) = &e.recorder {
+            r.finish(if tokens.len() > n_inputs { trace::Phase::Prefill } else { trace::Phase::Decode })?;
+        }
         block.kv.advance();
+        let took = began.elapsed();
+        if let Some(store) = &e.store {
+            store.end_pass(tokens.len(), took);
+        }
+        let mut account = e.account.lock().unwrap_or_else(|e| e.into_inner());
+        let is_decode = inputs.iter().all(|i| i.tokens.len() <= 1);
+        let phase = if is_decode { &mut account.decode } else { &mut account.prefill };
+        phase.add(tokens.len(), took, &self.store_stats().since(&before));
+        drop(account);
         let mut logits = &buffers.logits[..wanted.len() * n_vocab];
         for i in inputs {
             let n = match i.want {
@@ -333,6 +459,10 @@ impl Engine {
             i.session.took(i.tokens, own);
             logits = rest;
         }
-        Ok(began.elapsed())
+        Ok(took)
+    }
+
+    fn store_stats(&self) -> StoreStats {
+        self.0.store.as_ref().map(ExpertStore::stats).unwrap_or_default()
     }
 }

@@ -69,7 +69,7 @@ impl Session {
     /// As [`Engine::forward`]; nothing is fed if they don't all fit.
     pub fn feed(&mut self, tokens: &[u32], progress: &mut dyn FnMut(usize) -> bool) -> Result<(), EngineError> {
         self.check_room(tokens.len())?;
-        let chunk = self.engine.0.budget.chunk;
+        let chunk = self.engine.budget().chunk;
         let n_chunks = tokens.len().div_ceil(chunk);
         for (i, part) in tokens.chunks(chunk).enumerate() {
             let want = if i + 1 == n_chunks { Want::Last } else { Want::Nothing };
@@ -88,7 +88,7 @@ impl Session {
     /// As [`Engine::forward`].
     pub fn feed_all(&mut self, tokens: &[u32], each: &mut dyn FnMut(usize, &[f32])) -> Result<(), EngineError> {
         self.check_room(tokens.len())?;
-        let chunk = self.engine.0.budget.chunk;
+        let chunk = self.engine.budget().chunk;
         for (i, part) in tokens.chunks(chunk).enumerate() {
             self.forward(part, Want::All)?;
             each(i * chunk, &self.logits);

@@ -112,6 +112,17 @@ pub enum GgufError {
         /// Where the file ended now.
         end: u64,
     },
+    /// The file was written to after it was opened.
+    #[error(
+        "{path:?} was changed while it was in use (noticed reading tensor {tensor:?}): load the model again once the file is \
+         complete"
+    )]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// The tensor that was being read.
+        tensor: String,
+    },
     /// A range that isn't inside the tensor was asked for.
     #[error("tensor {tensor:?} has {n_bytes} bytes; {len} from offset {offset} aren't all inside it")]
     OutsideTensor {

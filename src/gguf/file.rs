@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -34,7 +34,24 @@ pub struct Gguf {
 pub struct ModelFile {
     path: PathBuf,
     len: u64,
+    identity: Option<Identity>,
     data: Data,
+}
+
+/// What changes when a file's bytes do, or when another file takes its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    dev: u64,
+    ino: u64,
+    len: u64,
+    /// Seconds and nanoseconds.
+    mtime: (i64, i64),
+}
+
+/// The identity of an open file, if the system tells.
+pub(super) fn identity(file: &File) -> Option<Identity> {
+    let m = file.metadata().ok()?;
+    Some(Identity { dev: m.dev(), ino: m.ino(), len: m.len(), mtime: (m.mtime(), m.mtime_nsec()) })
 }
 
 #[derive(Debug)]
@@ -52,6 +69,10 @@ impl ModelFile {
     /// Its length in bytes when it was opened.
     pub fn n_bytes(&self) -> u64 {
         self.len
+    }
+
+    pub(super) fn identity(&self) -> Option<Identity> {
+        self.identity
     }
 
     /// Its bytes, if it is inside the program and not on a disk.
@@ -79,11 +100,21 @@ impl ModelFile {
 impl Gguf {
     /// Opens a model file; of a model in several shards any of them, and the others with it.
     pub fn open(path: &Path) -> Result<Self, GgufError> {
-        let (file, header) = open_one(path)?;
+        Self::open_as(path, Extent::Whole)
+    }
+
+    /// Opens what is there of a model whose download isn't finished: the header says what tensors will be where.
+    /// Reading one that isn't there yet is an error.
+    pub fn open_header(path: &Path) -> Result<Self, GgufError> {
+        Self::open_as(path, Extent::Header)
+    }
+
+    fn open_as(path: &Path, extent: Extent) -> Result<Self, GgufError> {
+        let (file, header) = open_one(path, extent)?;
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         match split_key(path, &header, "split.count")? {
             None | Some(0 | 1) => Self::assemble(name, vec![(file, header)]),
-            Some(count) => Self::assemble(name, open_shards(path, (file, header), count)?),
+            Some(count) => Self::assemble(name, open_shards(path, (file, header), count, extent)?),
         }
     }
 
@@ -92,7 +123,7 @@ impl Gguf {
         let len = bytes.len() as u64;
         let header =
             Header::parse(Cow::Borrowed(bytes), len).map_err(|error| GgufError::Header { path: name.into(), error })?;
-        let file = ModelFile { path: name.into(), len, data: Data::Static(bytes) };
+        let file = ModelFile { path: name.into(), len, identity: None, data: Data::Static(bytes) };
         Self::assemble(name.into(), vec![(file, header)])
     }
 
@@ -158,32 +189,66 @@ impl Gguf {
 
     /// Reads bytes of one of this model's tensors, from `offset` in it on, as many as `buf` holds.
     pub fn read_at(&self, tensor: &Tensor, offset: u64, buf: &mut [u8]) -> Result<(), GgufError> {
-        let inside = offset.checked_add(buf.len() as u64).is_some_and(|end| end <= tensor.n_bytes);
-        if !inside {
-            return Err(GgufError::OutsideTensor {
-                tensor: tensor.name.to_string(),
-                offset,
-                len: buf.len(),
-                n_bytes: tensor.n_bytes,
-            });
-        }
+        let from = self.place_of(tensor, offset, buf.len())?;
         let file = &self.files[tensor.file];
-        let from = tensor.offset + offset;
         file.read_full_at(buf, from).map_err(|e| match e {
             ReadError::Eof(end) => GgufError::Shrunk { path: file.path.clone(), tensor: tensor.name.to_string(), end },
-            ReadError::Io(error) => GgufError::Read {
-                path: file.path.clone(),
-                tensor: tensor.name.to_string(),
-                offset: from,
-                len: buf.len(),
-                error,
-            },
-        })
+            ReadError::Io(error) => self.read_error(tensor, from, buf.len(), error),
+        })?;
+        self.check_unchanged(tensor)
+    }
+
+    /// Where bytes of a tensor lie in its file.
+    pub(super) fn place_of(&self, tensor: &Tensor, offset: u64, len: usize) -> Result<u64, GgufError> {
+        let inside = offset.checked_add(len as u64).is_some_and(|end| end <= tensor.n_bytes);
+        if inside {
+            return Ok(tensor.offset + offset);
+        }
+        Err(GgufError::OutsideTensor { tensor: tensor.name.to_string(), offset, len, n_bytes: tensor.n_bytes })
+    }
+
+    pub(super) fn read_error(&self, tensor: &Tensor, offset: u64, len: usize, error: io::Error) -> GgufError {
+        let path = self.files[tensor.file].path.clone();
+        GgufError::Read { path, tensor: tensor.name.to_string(), offset, len, error }
+    }
+
+    /// Whether the file of a tensor is still what was opened: one that is written over gives bytes of two models.
+    pub(super) fn check_unchanged(&self, tensor: &Tensor) -> Result<(), GgufError> {
+        let f = &self.files[tensor.file];
+        match &f.data {
+            Data::File(file) if identity(file) != f.identity => {
+                Err(GgufError::Changed { path: f.path.clone(), tensor: tensor.name.to_string() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A file of [`Gguf::files`].
+    pub(super) fn file(&self, i: usize) -> Option<&ModelFile> {
+        self.files.get(i)
     }
 }
 
+/// Experts and rows of the embedding are read here and there: what comes after them isn't wanted. Where the device reads 8 MiB
+/// ahead, a mapping-like read of 1 MiB costs nine.
+fn read_no_more_than_asked(file: &File) {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::Random);
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    let _ = file;
+}
+
+/// How much of a file must be there.
+#[derive(Clone, Copy, PartialEq)]
+enum Extent {
+    /// All of it.
+    Whole,
+    /// Its header.
+    Header,
+}
+
 /// Opens one file and parses its header, which is copied out of the mapping before it is checked.
-fn open_one(path: &Path) -> Result<(ModelFile, Header), GgufError> {
+fn open_one(path: &Path, extent: Extent) -> Result<(ModelFile, Header), GgufError> {
     let io = |error| GgufError::Open { path: path.into(), error };
     let bad = |error| GgufError::Header { path: path.into(), error };
     // Asked before it is opened: opening a pipe would wait for its other end.
@@ -194,10 +259,13 @@ fn open_one(path: &Path) -> Result<(ModelFile, Header), GgufError> {
         Header::parse(Cow::Borrowed(&[]), 0).map_err(bad)?
     } else {
         let mapped = map_prefix(&file, len.min(MAX_HEADER_BYTES as u64) as usize).map_err(io)?;
-        let n_bytes = Header::measure(&mapped, len).map_err(bad)?;
-        Header::parse(Cow::Owned(mapped[..n_bytes].to_vec()), len).map_err(bad)?
+        let data_len = if extent == Extent::Whole { len } else { i64::MAX as u64 };
+        let n_bytes = Header::measure(&mapped, len, data_len).map_err(bad)?;
+        Header::parse_for(Cow::Owned(mapped[..n_bytes].to_vec()), len, data_len).map_err(bad)?
     };
-    Ok((ModelFile { path: path.into(), len, data: Data::File(file) }, header))
+    let identity = identity(&file);
+    read_no_more_than_asked(&file);
+    Ok((ModelFile { path: path.into(), len, identity, data: Data::File(file) }, header))
 }
 
 fn reject_other_kinds(path: &Path, metadata: &fs::Metadata) -> Result<(), GgufError> {
@@ -213,7 +281,12 @@ fn split_key(path: &Path, header: &Header, key: &str) -> Result<Option<u64>, Ggu
 }
 
 /// Opens the shards beside one that is open, in order.
-fn open_shards(path: &Path, opened: (ModelFile, Header), count: u64) -> Result<Vec<(ModelFile, Header)>, GgufError> {
+fn open_shards(
+    path: &Path,
+    opened: (ModelFile, Header),
+    count: u64,
+    extent: Extent,
+) -> Result<Vec<(ModelFile, Header)>, GgufError> {
     let name = ShardName::of(path)
         .filter(|name| u64::from(name.count) == count)
         .ok_or_else(|| GgufError::SplitName { path: path.into(), count })?;
@@ -224,7 +297,7 @@ fn open_shards(path: &Path, opened: (ModelFile, Header), count: u64) -> Result<V
             Some(shard) => shard,
             None => {
                 let path = name.sibling(path, no);
-                open_one(&path).map_err(|e| match e {
+                open_one(&path, extent).map_err(|e| match e {
                     GgufError::Open { path, error } if error.kind() == io::ErrorKind::NotFound => {
                         GgufError::MissingShard { path, no, count: name.count }
                     }

@@ -49,7 +49,12 @@ impl Header {
     /// `bytes` is the whole file or its first bytes; what follows the header isn't looked at.
     /// Everything that it returns refers to bytes that are there: tensors lie inside `file_len`.
     pub fn parse(bytes: Cow<'static, [u8]>, file_len: u64) -> Result<Self, HeaderError> {
-        let found = scan(&bytes, file_len)?;
+        Self::parse_for(bytes, file_len, file_len)
+    }
+
+    /// The same for a file whose end may be missing: tensors lie inside `data_len`, not `file_len`.
+    pub(super) fn parse_for(bytes: Cow<'static, [u8]>, file_len: u64, data_len: u64) -> Result<Self, HeaderError> {
+        let found = scan(&bytes, file_len, data_len)?;
         Ok(Self {
             version: found.version,
             metadata: Metadata::new(bytes, found.entries, found.by_key),
@@ -59,8 +64,8 @@ impl Header {
     }
 
     /// The length of the header that `bytes` begin with, if it is a good one.
-    pub(super) fn measure(bytes: &[u8], file_len: u64) -> Result<usize, HeaderError> {
-        Ok(scan(bytes, file_len)?.n_bytes)
+    pub(super) fn measure(bytes: &[u8], file_len: u64, data_len: u64) -> Result<usize, HeaderError> {
+        Ok(scan(bytes, file_len, data_len)?.n_bytes)
     }
 }
 
@@ -73,7 +78,7 @@ struct Found {
     n_bytes: usize,
 }
 
-fn scan(bytes: &[u8], file_len: u64) -> Result<Found, HeaderError> {
+fn scan(bytes: &[u8], file_len: u64, data_len: u64) -> Result<Found, HeaderError> {
     if bytes.is_empty() {
         return Err(HeaderError::Empty);
     }
@@ -98,7 +103,7 @@ fn scan(bytes: &[u8], file_len: u64) -> Result<Found, HeaderError> {
         tensors.push(read_tensor(&mut cur, alignment)?);
     }
     let n_bytes = cur.at();
-    place(&mut tensors, (n_bytes as u64).next_multiple_of(alignment), file_len)?;
+    place(&mut tensors, (n_bytes as u64).next_multiple_of(alignment), data_len)?;
     reject_duplicates(&tensors)?;
     Ok(Found { version, entries, by_key, tensors, n_bytes })
 }

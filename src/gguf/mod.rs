@@ -11,6 +11,7 @@
 //! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
 
 mod cursor;
+mod direct;
 mod encode;
 mod error;
 mod file;
@@ -26,6 +27,7 @@ mod tensor;
 mod value;
 mod writer;
 
+pub use direct::DirectFile;
 pub use encode::Encode;
 pub use error::{GgufError, HeaderError, KeyError, WriteError};
 pub use file::{Gguf, ModelFile};

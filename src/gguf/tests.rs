@@ -378,9 +378,49 @@ mod reads {
         let cut = b.offset + 8;
         fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(cut).unwrap();
         let mut buf = [0; 8];
-        gguf.read_at(b, 0, &mut buf).unwrap();
+        let error = gguf.read_at(b, 0, &mut buf).unwrap_err();
+        assert!(matches!(&error, GgufError::Changed { tensor, .. } if tensor == "b"), "what is still there: {error}");
         let error = gguf.read_at(b, 4, &mut buf).unwrap_err();
         assert!(matches!(&error, GgufError::Shrunk { tensor, end, .. } if tensor == "b" && *end == cut), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_is_written_over_is_an_error() {
+        let (_dir, path) = scratch();
+        write(&small(), &path, &small_data());
+        let gguf = Gguf::open(&path).unwrap();
+        let (b, mut buf) = (gguf.tensor("b").unwrap(), [0; 8]);
+        gguf.read_at(b, 0, &mut buf).unwrap();
+        let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+        std::os::unix::fs::FileExt::write_at(&file, b"!", b.offset).unwrap();
+        // As if a moment had passed: file systems keep time in steps.
+        file.set_modified(std::time::SystemTime::now() + std::time::Duration::from_secs(1)).unwrap();
+        assert!(matches!(gguf.read_at(b, 0, &mut buf), Err(GgufError::Changed { .. })));
+        // Another file under the same name is nothing to us: what was opened is still there.
+        let (gguf, other) = (Gguf::open(&path).unwrap(), path.with_extension("new"));
+        fs::copy(&path, &other).unwrap();
+        fs::rename(&other, &path).unwrap();
+        gguf.read_at(gguf.tensor("b").unwrap(), 0, &mut buf).unwrap();
+    }
+
+    #[test]
+    fn direct_reads_give_the_same_bytes_from_any_place() {
+        let (_dir, path) = scratch();
+        let mut w = GgufWriter::new();
+        w.set("general.architecture", "test");
+        let data: Vec<u8> = (0..4 * 5000u32).map(|i| (i * 7 + i / 256) as u8).collect();
+        w.tensor("x", &[5000], f32_format());
+        write(&w, &path, &data);
+        let gguf = Gguf::open(&path).unwrap();
+        let t = gguf.tensor("x").unwrap();
+        let Some(file) = gguf.open_direct(0) else { return eprintln!("this file system has no direct reads") };
+        let mut pages = crate::cpu::Pages::new(8 * 4096).unwrap();
+        for (offset, n) in [(0, 4), (0, data.len()), (4096, 4096), (100, 9000), (data.len() - 1, 1), (4000, 200)] {
+            pages.fill(0xff);
+            let at = gguf.read_direct(&file, t, offset as u64, n, &mut pages).unwrap();
+            assert_eq!(pages[at..at + n], data[offset..offset + n], "{n} from {offset}");
+        }
+        assert!(gguf.read_direct(&file, t, 1, data.len(), &mut pages).is_err());
     }
 
     #[test]

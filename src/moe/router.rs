@@ -90,7 +90,12 @@ impl Router {
         allowed
     }
 
-    fn finish_weights(&self, picks: &mut [Pick]) {
+    /// How probable an expert is against another, by their scores as [`Router::route`] leaves them.
+    pub(super) fn odds(&self, score: f32, than: f32) -> f32 {
+        if self.gating == Gating::SoftmaxOfChosen { (score - than).exp() } else { score / than }
+    }
+
+    pub(super) fn finish_weights(&self, picks: &mut [Pick]) {
         if self.gating == Gating::SoftmaxOfChosen {
             let max = picks.iter().fold(f32::NEG_INFINITY, |m, p| m.max(p.weight));
             picks.iter_mut().for_each(|p| p.weight = (p.weight - max).exp());

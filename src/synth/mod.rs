@@ -7,7 +7,7 @@
 mod fill;
 mod metadata;
 pub mod preset;
-mod rng;
+pub(crate) mod rng;
 mod router;
 mod tensors;
 pub mod upcycle;

@@ -301,6 +301,16 @@ impl Context {
         self.n_past = 0;
     }
 
+    /// Forgets all but the first tokens.
+    pub fn truncate(&mut self, len: usize) {
+        assert!(len <= self.n_past);
+        // SAFETY: the context is alive; the positions of sequence 0 from `len` on are there or absent.
+        let done =
+            unsafe { sys::llama_memory_seq_rm(sys::llama_get_memory(self.context.as_ptr()), 0, len_i32(len), -1) };
+        assert!(done, "llama.cpp can't forget a part");
+        self.n_past = len;
+    }
+
     /// Tokens seen so far.
     pub fn n_past(&self) -> usize {
         self.n_past
@@ -388,6 +398,91 @@ impl Context {
             out.extend_from_slice(std::slice::from_raw_parts(logits, n_outputs * self.model.n_vocab()));
         }
         self.n_past += chunk.len();
+    }
+}
+
+/// One of llama.cpp's samplers with its parameters.
+#[derive(Clone, Copy, Debug)]
+pub enum Link<'a> {
+    /// For a vocabulary of this many tokens: what is added to the logits of some.
+    LogitBias(usize, &'a [(u32, f32)]),
+    Penalties {
+        n_vocab: usize,
+        last_n: i32,
+        repeat: f32,
+        frequency: f32,
+        presence: f32,
+    },
+    TopK(i32),
+    Typical(f32),
+    TopP(f32),
+    MinP(f32),
+    Temp(f32),
+}
+
+impl Link<'_> {
+    /// The sampler; whoever gets it frees it.
+    fn init(self) -> *mut sys::llama_sampler {
+        // SAFETY: plain numbers, and an array that is copied within the call and valid for the length passed with it.
+        unsafe {
+            match self {
+                Link::LogitBias(n_vocab, biases) => {
+                    let biases: Vec<_> =
+                        biases.iter().map(|&(id, bias)| sys::llama_logit_bias { token: id as i32, bias }).collect();
+                    sys::llama_sampler_init_logit_bias(len_i32(n_vocab), len_i32(biases.len()), biases.as_ptr())
+                }
+                Link::Penalties { n_vocab, last_n, repeat, frequency, presence } => {
+                    sys::llama_sampler_init_penalties(len_i32(n_vocab), last_n, repeat, frequency, presence)
+                }
+                Link::TopK(k) => sys::llama_sampler_init_top_k(k),
+                Link::Typical(p) => sys::llama_sampler_init_typical(p, 1),
+                Link::TopP(p) => sys::llama_sampler_init_top_p(p, 1),
+                Link::MinP(p) => sys::llama_sampler_init_min_p(p, 1),
+                Link::Temp(t) => sys::llama_sampler_init_temp(t),
+            }
+        }
+    }
+}
+
+/// Samplers one after the other, without a draw at the end.
+pub struct Chain(NonNull<sys::llama_sampler>);
+
+impl Drop for Chain {
+    fn drop(&mut self) {
+        // SAFETY: the only owner frees it once, and with it its links.
+        unsafe { sys::llama_sampler_free(self.0.as_ptr()) }
+    }
+}
+
+impl Chain {
+    pub fn new(links: &[Link<'_>]) -> Self {
+        init();
+        // SAFETY: the chain owns its links from when they are added.
+        unsafe {
+            let chain = sys::llama_sampler_chain_init(sys::llama_sampler_chain_default_params());
+            for link in links {
+                sys::llama_sampler_chain_add(chain, link.init());
+            }
+            Self(NonNull::new(chain).expect("llama.cpp makes a chain"))
+        }
+    }
+
+    /// Tells the chain what was said.
+    pub fn accept(&mut self, token: u32) {
+        // SAFETY: the chain is alive.
+        unsafe { sys::llama_sampler_accept(self.0.as_ptr(), token as i32) }
+    }
+
+    /// The tokens that are left and their logits, which the temperature has divided.
+    pub fn apply(&mut self, logits: &[f32]) -> Vec<(u32, f32)> {
+        let candidate = |(id, &logit): (usize, &f32)| sys::llama_token_data { id: len_i32(id), logit, p: 0.0 };
+        let mut data: Vec<_> = logits.iter().enumerate().map(candidate).collect();
+        let mut array =
+            sys::llama_token_data_array { data: data.as_mut_ptr(), size: data.len(), selected: -1, sorted: false };
+        // SAFETY: the array describes `data`, which outlives the call; samplers only shorten and reorder it.
+        unsafe { sys::llama_sampler_apply(self.0.as_ptr(), &mut array) }
+        assert!(array.data == data.as_mut_ptr() && array.size <= data.len(), "a sampler moved its candidates");
+        data[..array.size].iter().map(|d| (d.id as u32, d.logit)).collect()
     }
 }
 

@@ -1,7 +1,12 @@
 //! What several integration tests share.
 
+pub mod cgroup;
 #[cfg(feature = "llama-cpp")]
 pub mod llama;
+#[cfg(feature = "llama-cpp")]
+pub mod nudge;
+#[cfg(feature = "llama-cpp")]
+pub mod ours;
 pub mod stats;
 pub mod strings;
 pub mod vocab;

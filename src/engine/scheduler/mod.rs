@@ -348,7 +348,7 @@ impl Engine {
         if let Some(queue) = self.0.queue.get() {
             return Ok(&queue.0);
         }
-        let shared = Shared::new(self.limits(self.0.n_sessions));
+        let shared = Shared::new(self.limits(self.0.options.n_sessions));
         let queue = self.0.queue.get_or_init(|| Closes(shared.clone()));
         // Whoever came second finds the first one's queue, and its own is dropped unused.
         if Arc::ptr_eq(&queue.0, &shared) {

@@ -107,6 +107,11 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
+    fn multiply_add(self, sum: Self::I, w: Self::I) -> Self::I {
+        op!(_mm512_dpbusd_epi32(sum, sum, w))
+    }
+
+    #[inline(always)]
     fn to_f32(self, a: Self::I) -> Self::F {
         op!(_mm512_cvtepi32_ps(a))
     }

@@ -33,6 +33,9 @@ pub(crate) trait Block32: Layout {
     }
 }
 
+/// Blocks that are unpacked at once: at most 10 KiB, a third of the L1 cache.
+const DEPTH: usize = 16;
+
 /// The kernels of a [`Block32`].
 pub(super) struct Blocks<L>(PhantomData<L>);
 
@@ -44,6 +47,9 @@ struct Open<V: Vector> {
     min: V::F,
 }
 
+/// The dot products of `N` tokens with `R` groups of rows, so far.
+type Sums<V, const N: usize, const R: usize> = [[<V as Vector>::F; R]; N];
+
 impl<L: Block32> Blocks<L> {
     #[inline(always)]
     fn open<V: Vector>(v: V, b: Block<V, L>) -> Open<V> {
@@ -51,19 +57,39 @@ impl<L: Block32> Blocks<L> {
         Open { codes: L::codes(v, b), scale: L::scale(v, b), min }
     }
 
-    /// Adds a block's part of the dot product with block `i` of a token.
+    /// Adds a block's part of the dot products of some groups of rows with block `i` of some tokens.
     ///
     /// # Safety
-    /// The token has a block `i`.
+    /// The tokens have a block `i`.
     #[inline(always)]
-    unsafe fn step<V: Vector>(v: V, w: &Open<V>, x: &Act, i: usize, acc: V::F) -> V::F {
+    unsafe fn step<V: Vector, const N: usize, const R: usize>(
+        v: V,
+        w: &[Open<V>; R],
+        x: &[Act; N],
+        i: usize,
+        sums: &mut Sums<V, N, R>,
+    ) {
         let zero = if L::BITS == 8 { V::SIGNED_ZERO } else { L::ZERO };
-        // SAFETY: the token has a block `i`, by the caller's promise, of 32 integers.
+        // SAFETY: the tokens have a block `i`, by the caller's promise, of 32 integers.
         unsafe {
-            let isum = v.dot(start(v, x, i, zero), &w.codes, x.q.add(32 * i), L::BITS);
-            let scale = v.mul(w.scale, v.splat_f32(*x.d.add(i)));
-            let acc = v.fma(v.to_f32(isum), scale, acc);
-            if L::MIN { v.fma(v.splat_f32(*x.offset.add(i)), w.min, acc) } else { acc }
+            let mut isums = [[v.splat(0); R]; N];
+            for t in 0..N {
+                isums[t] = [start(v, &x[t], i, zero); R];
+            }
+            let q = std::array::from_fn(|t| x[t].q.add(32 * i));
+            let isums = v.dots(isums, std::array::from_fn(|r| &w[r].codes), q, L::BITS);
+            for t in 0..N {
+                let d = v.splat_f32(*x[t].d.add(i));
+                for r in 0..R {
+                    sums[t][r] = v.fma(v.to_f32(isums[t][r]), v.mul(w[r].scale, d), sums[t][r]);
+                }
+                if L::MIN {
+                    let offset = v.splat_f32(*x[t].offset.add(i));
+                    for r in 0..R {
+                        sums[t][r] = v.fma(offset, w[r].min, sums[t][r]);
+                    }
+                }
+            }
         }
     }
 
@@ -72,26 +98,80 @@ impl<L: Block32> Blocks<L> {
     /// # Safety
     /// The tokens have these blocks.
     #[inline(always)]
-    unsafe fn tile<V: Vector, const N: usize>(
+    unsafe fn tile<V: Vector, const N: usize, const R: usize>(
         v: V,
-        panel: &[Open<V>],
+        panel: &[[Open<V>; R]],
         first: usize,
         x: &[Act; N],
-        acc: &mut [V::F; N],
+        acc: &mut Sums<V, N, R>,
     ) {
-        let mut sum = *acc;
+        let mut sums = *acc;
         for (i, w) in panel.iter().enumerate() {
-            for t in 0..N {
-                // SAFETY: the caller's promise.
-                sum[t] = unsafe { Self::step(v, w, &x[t], first + i, sum[t]) };
+            // SAFETY: the caller's promise.
+            unsafe { Self::step(v, w, x, first + i, &mut sums) };
+        }
+        *acc = sums;
+    }
+
+    /// `gemm` of `R` groups from group `g` on.
+    ///
+    /// # Safety
+    /// The job's promise, and these groups are within it.
+    #[inline(always)]
+    unsafe fn groups<V: Vector, const N: usize, const R: usize>(
+        v: V,
+        job: &Job<'_>,
+        g: usize,
+        panel: &mut [[Open<V>; R]; DEPTH],
+        acc: &mut [[V::F; R]; MAX_TOKENS],
+    ) {
+        let bytes = L::BYTES * V::LANES;
+        let acc = &mut acc[..job.x.len()];
+        acc.fill([v.splat_f32(0.0); R]);
+        for first in (0..job.n_blocks).step_by(DEPTH) {
+            let panel = &mut panel[..DEPTH.min(job.n_blocks - first)];
+            for r in 0..R {
+                for (i, w) in panel.iter_mut().enumerate() {
+                    // SAFETY: the job's promise.
+                    let b = unsafe { Block::new(v, job.w.add(((g + r) * job.n_blocks + first + i) * bytes)) };
+                    w[r] = Self::open(v, b);
+                }
+            }
+            let next: [*const u8; R] =
+                std::array::from_fn(|r| job.w.wrapping_add(((g + r) * job.n_blocks + first + panel.len()) * bytes));
+            let mut ahead = Ahead::new(next, panel.len() * bytes, job.x.len());
+            let (x, rest) = job.x.as_chunks::<N>();
+            let (a, acc) = acc.as_chunks_mut::<N>();
+            for (x, acc) in x.iter().zip(a) {
+                ahead.ask(v, N);
+                // SAFETY: the job's promise.
+                unsafe { Self::tile(v, panel, first, x, acc) };
+            }
+            let (x, rest) = rest.as_chunks::<2>();
+            let (a, acc) = acc.as_chunks_mut::<2>();
+            for (x, acc) in x.iter().zip(a) {
+                ahead.ask(v, 2);
+                // SAFETY: the job's promise.
+                unsafe { Self::tile(v, panel, first, x, acc) };
+            }
+            for (x, acc) in rest.iter().zip(acc) {
+                ahead.ask(v, 1);
+                // SAFETY: the job's promise.
+                unsafe { Self::tile(v, panel, first, &[*x], std::array::from_mut(acc)) };
             }
         }
-        *acc = sum;
+        for (t, acc) in acc.iter().enumerate() {
+            for r in 0..R {
+                // SAFETY: the job's promise.
+                unsafe { v.store_f32(job.out(t, (g + r) * V::LANES), acc[r]) };
+            }
+        }
     }
 }
 
 impl<L: Block32> Kernel for Blocks<L> {
     type Layout = L;
+    const KIND: &'static str = "block32";
     const SUB: usize = 32;
 
     #[inline(always)]
@@ -99,70 +179,38 @@ impl<L: Block32> Kernel for Blocks<L> {
         let x: &[Act; T] = job.x.try_into().expect("as many tokens as the kernel is for");
         let bytes = L::BYTES * V::LANES;
         for g in 0..job.n_groups {
-            let mut acc = [v.splat_f32(0.0); T];
+            let mut acc = [[v.splat_f32(0.0)]; T];
             for i in 0..job.n_blocks {
                 // SAFETY: the job's promise: the groups' blocks and the tokens' blocks are there.
                 unsafe {
                     let at = job.w.add((g * job.n_blocks + i) * bytes);
                     let b = Block::new(v, at);
                     b.prefetch(0, 1);
-                    let w = Self::open(v, b);
-                    for t in 0..T {
-                        acc[t] = Self::step(v, &w, &x[t], i, acc[t]);
-                    }
+                    Self::step(v, &[Self::open(v, b)], x, i, &mut acc);
                 }
             }
             for t in 0..T {
                 // SAFETY: the job's promise: each token's row has room for the groups' rows.
-                unsafe { v.store_f32(job.out(t, g * V::LANES), acc[t]) };
+                unsafe { v.store_f32(job.out(t, g * V::LANES), acc[t][0]) };
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn gemm<V: Vector, const N: usize>(v: V, job: &Job<'_>) {
-        /// Blocks that are unpacked at once: with 16 lanes 8 KiB, a quarter of the L1 cache.
-        const DEPTH: usize = 16;
-        let bytes = L::BYTES * V::LANES;
+    unsafe fn gemm<V: Vector, const N: usize, const R: usize>(v: V, job: &Job<'_>) {
         let zero = v.splat_f32(NO_SCALE);
-        let mut panel = [Open::<V> { codes: [v.splat(0); 8], scale: zero, min: zero }; DEPTH];
-        let mut acc = [zero; MAX_TOKENS];
-        let acc = &mut acc[..job.x.len()];
-        for g in 0..job.n_groups {
-            acc.fill(zero);
-            for first in (0..job.n_blocks).step_by(DEPTH) {
-                let panel = &mut panel[..DEPTH.min(job.n_blocks - first)];
-                for (i, w) in panel.iter_mut().enumerate() {
-                    // SAFETY: the job's promise.
-                    let b = unsafe { Block::new(v, job.w.add((g * job.n_blocks + first + i) * bytes)) };
-                    *w = Self::open(v, b);
-                }
-                // SAFETY: only an address is made, of bytes to ask for.
-                let ahead = unsafe { job.w.add((g * job.n_blocks + first) * bytes) }.wrapping_add(panel.len() * bytes);
-                let mut ahead = Ahead::new(ahead, panel.len() * bytes, job.x.len());
-                let (x, rest) = job.x.as_chunks::<N>();
-                let (a, acc) = acc.as_chunks_mut::<N>();
-                for (x, acc) in x.iter().zip(a) {
-                    ahead.ask(v, N);
-                    // SAFETY: the job's promise.
-                    unsafe { Self::tile(v, panel, first, x, acc) };
-                }
-                let (x, rest) = rest.as_chunks::<2>();
-                let (a, acc) = acc.as_chunks_mut::<2>();
-                for (x, acc) in x.iter().zip(a) {
-                    ahead.ask(v, 2);
-                    // SAFETY: the job's promise.
-                    unsafe { Self::tile(v, panel, first, x, acc) };
-                }
-                for (x, acc) in rest.iter().zip(acc) {
-                    ahead.ask(v, 1);
-                    // SAFETY: the job's promise.
-                    unsafe { Self::tile(v, panel, first, &[*x], std::array::from_mut(acc)) };
-                }
-            }
-            for (t, acc) in acc.iter().enumerate() {
-                // SAFETY: the job's promise.
-                unsafe { v.store_f32(job.out(t, g * V::LANES), *acc) };
+        let nothing = Open::<V> { codes: [v.splat(0); 8], scale: zero, min: zero };
+        let (mut panel, mut acc) = ([[nothing; R]; DEPTH], [[zero; R]; MAX_TOKENS]);
+        let together = job.n_groups / R * R;
+        for g in (0..together).step_by(R) {
+            // SAFETY: the job's promise.
+            unsafe { Self::groups::<V, N, R>(v, job, g, &mut panel, &mut acc) };
+        }
+        if together < job.n_groups {
+            let (mut panel, mut acc) = ([[nothing]; DEPTH], [[zero]; MAX_TOKENS]);
+            for g in together..job.n_groups {
+                // SAFETY: as above.
+                unsafe { Self::groups::<V, N, 1>(v, job, g, &mut panel, &mut acc) };
             }
         }
     }

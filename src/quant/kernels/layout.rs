@@ -120,17 +120,17 @@ impl<V: Vector, L: Layout> Block<V, L> {
 }
 
 /// Weights that will be wanted next, asked for little by little while something else is computed.
-pub(super) struct Ahead {
-    at: *const u8,
+pub(super) struct Ahead<const R: usize> {
+    at: [*const u8; R],
     n_bytes: usize,
     n_steps: usize,
     done: usize,
 }
 
-impl Ahead {
-    /// `n_bytes` from `at`, which may be anything, over `n_steps` steps.
+impl<const R: usize> Ahead<R> {
+    /// `n_bytes` from each `at`, which may be anything, over `n_steps` steps.
     #[inline(always)]
-    pub(super) fn new(at: *const u8, n_bytes: usize, n_steps: usize) -> Self {
+    pub(super) fn new(at: [*const u8; R], n_bytes: usize, n_steps: usize) -> Self {
         Self { at, n_bytes, n_steps, done: 0 }
     }
 
@@ -141,7 +141,7 @@ impl Ahead {
         self.done += n;
         let to = self.n_bytes * self.done / self.n_steps;
         for at in (from..to).step_by(64) {
-            v.prefetch(self.at.wrapping_add(at));
+            self.at.iter().for_each(|start| v.prefetch(start.wrapping_add(at)));
         }
     }
 }

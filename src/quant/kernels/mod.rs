@@ -24,6 +24,7 @@ mod neon;
 mod number;
 mod plain;
 mod quantize;
+mod rate;
 mod run;
 mod scalar;
 mod superblock;
@@ -40,7 +41,8 @@ pub(crate) use block32::Block32;
 use job::{Act, Job};
 pub(crate) use layout::{Block, Field, Layout};
 pub(crate) use number::Number;
-pub use run::{OutRows, Packed, matmul_groups, pack_in_place};
+pub use rate::multiply_rate;
+pub use run::{Chosen, OutRows, Packed, matmul_groups, pack_in_place};
 pub(crate) use superblock::Superblock;
 pub(crate) use vector::Vector;
 
@@ -53,10 +55,13 @@ const MAX_GEMV: usize = 4;
 /// The two kernels of a format, for any instruction set.
 trait Kernel: 'static {
     type Layout: Layout;
+    /// What `show --kernels` calls it.
+    const KIND: &'static str;
     /// Activations whose sums it reads together; 0 if it reads none.
     const SUB: usize;
     /// Up to so many tokens, a matrix that comes from memory is multiplied faster by `gemv` again and again than by `gemm`, which
-    /// has too few tokens to compute with while it waits for weights (Q4_0: 12 tokens 40% faster, 16 tokens 30%).
+    /// has too few tokens to compute with while it waits for weights (Q4_0 on AVX-512: 12 tokens 40% faster, 16 tokens 30%).
+    /// An instruction set that multiplies more slowly never waits: it can have a lower bound for all formats.
     const FEW: usize = 16;
 
     /// `T` tokens, weights unpacked in registers.
@@ -65,17 +70,21 @@ trait Kernel: 'static {
     /// The job's promise, with `T` tokens.
     unsafe fn gemv<V: Vector, const T: usize>(v: V, job: &Job<'_>);
 
-    /// Up to [`MAX_TOKENS`] tokens, `N` at a time; weights unpacked once into the cache.
+    /// Up to [`MAX_TOKENS`] tokens, `N` at a time, and `R` groups of rows; weights unpacked once into the cache.
     ///
     /// # Safety
     /// The job's promise.
-    unsafe fn gemm<V: Vector, const N: usize>(v: V, job: &Job<'_>);
+    unsafe fn gemm<V: Vector, const N: usize, const R: usize>(v: V, job: &Job<'_>);
 }
 
 /// A format's kernels on one instruction set.
 pub(crate) struct Kernels {
+    /// [`Kernel::KIND`].
+    pub kind: &'static str,
     /// Rows of a group.
     pub lanes: usize,
+    /// Tokens, and groups of rows, whose sums `gemm` keeps in registers.
+    pub tile: (usize, usize),
     /// [`Kernel::SUB`].
     pub sub: usize,
     /// [`Kernel::FEW`].
@@ -103,13 +112,12 @@ unsafe fn start<V: Vector>(v: V, x: &Act, i: usize, zero: i32) -> V::I {
     }
     assert!(zero.count_ones() == 1);
     // SAFETY: the caller's promise.
-    let negated = unsafe { *x.negated_sum.add(i) };
-    v.shl(v.splat(negated.cast_unsigned()), zero.trailing_zeros())
+    unsafe { v.splat_sum(x.negated_sum.add(i), zero.trailing_zeros()) }
 }
 
 /// Compiles the kernels for an instruction set: a module of functions with its features.
 macro_rules! instruction_set {
-    ($name:ident, $vector:ty, $features:literal, $tile:literal) => {
+    ($name:ident, $vector:ty, $features:literal, $tokens:literal x $groups:literal, $few:expr) => {
         mod $name {
             use super::*;
 
@@ -122,14 +130,24 @@ macro_rules! instruction_set {
             #[target_feature(enable = $features)]
             unsafe fn gemm<K: Kernel>(job: &Job<'_>) {
                 // SAFETY: as above.
-                unsafe { K::gemm::<$vector, $tile>(<$vector>::new(), job) }
+                unsafe { K::gemm::<$vector, $tokens, $groups>(<$vector>::new(), job) }
             }
+
+            #[target_feature(enable = $features)]
+            unsafe fn multiply(n: usize) -> u64 {
+                // SAFETY: as above.
+                unsafe { rate::multiply(<$vector>::new(), n) }
+            }
+
+            pub(super) const MULTIPLY: unsafe fn(usize) -> u64 = multiply;
 
             pub(super) const fn kernels<K: Kernel>() -> Kernels {
                 Kernels {
+                    kind: K::KIND,
                     lanes: <$vector as Vector>::LANES,
+                    tile: ($tokens, $groups),
                     sub: K::SUB,
-                    few: K::FEW,
+                    few: if K::FEW < $few { K::FEW } else { $few },
                     pack: layout::pack::<K::Layout>,
                     gemv: [gemv::<K, 1>, gemv::<K, 2>, gemv::<K, 3>, gemv::<K, 4>],
                     gemm: gemm::<K>,
@@ -140,14 +158,14 @@ macro_rules! instruction_set {
 }
 
 #[cfg(target_arch = "x86_64")]
-instruction_set!(on_avx2, avx2::Avx2, "avx2,fma,f16c", 4);
+instruction_set!(on_avx2, avx2::Avx2, "avx2,fma,f16c", 4 x 2, MAX_GEMV);
 #[cfg(target_arch = "x86_64")]
-instruction_set!(on_avx512, avx512::Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", 6);
+instruction_set!(on_avx512, avx512::Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", 6 x 1, usize::MAX);
 
 #[cfg(target_arch = "aarch64")]
-instruction_set!(on_neon, neon::Neon<false>, "neon", 6);
+instruction_set!(on_neon, neon::Neon<false>, "neon", 6 x 1, usize::MAX);
 #[cfg(target_arch = "aarch64")]
-instruction_set!(on_neondot, neon::Neon<true>, "neon,dotprod", 6);
+instruction_set!(on_neondot, neon::Neon<true>, "neon,dotprod", 6 x 1, usize::MAX);
 
 /// Plain Rust, which isn't for speed: one small function serves any number of tokens.
 mod on_scalar {
@@ -163,9 +181,18 @@ mod on_scalar {
         }
     }
 
+    unsafe fn multiply(n: usize) -> u64 {
+        // SAFETY: nothing is asked for.
+        unsafe { rate::multiply(scalar::Scalar::new(), n) }
+    }
+
+    pub(super) const MULTIPLY: unsafe fn(usize) -> u64 = multiply;
+
     pub(super) const fn kernels<K: Kernel>() -> Kernels {
         Kernels {
+            kind: K::KIND,
             lanes: scalar::Scalar::LANES,
+            tile: (1, 1),
             sub: K::SUB,
             few: K::FEW,
             pack: layout::pack::<K::Layout>,

@@ -157,6 +157,20 @@ impl<const DOT: bool> Vector for Neon<DOT> {
     }
 
     #[inline(always)]
+    fn multiply_add(self, sum: Self::I, w: Self::I) -> Self::I {
+        if DOT {
+            let (mut sum, factor) = (sum, sum);
+            let w = op!(vreinterpretq_s8_u32(w));
+            sdot!(sum, factor, w, 0);
+            return sum;
+        }
+        // Half the bytes a go: both halves of `sum` are multiplied, into one.
+        let (s, w) = op!((vreinterpretq_s8_u32(sum), vreinterpretq_s8_u32(w)));
+        let low = op!(vmlal_s8(vreinterpretq_s16_u32(sum), vget_low_s8(s), vget_low_s8(w)));
+        op!(vreinterpretq_u32_s16(vmlal_s8(low, vget_high_s8(s), vget_high_s8(w))))
+    }
+
+    #[inline(always)]
     fn to_f32(self, a: Self::I) -> Self::F {
         op!(vcvtq_f32_s32(vreinterpretq_s32_u32(a)))
     }

@@ -51,26 +51,29 @@ impl<L: Number> Numbers<L> {
         x: &[Act; N],
         acc: &mut [Partial<V>; N],
     ) {
-        for part in 0..4 {
-            let mut p = [v.splat_f32(0.0); N];
-            for t in 0..N {
-                p[t] = acc[t][part];
-            }
-            for k in (part..panel.len()).step_by(4) {
+        let mut p = *acc;
+        let (fours, rest) = panel.as_chunks::<4>();
+        for (i, w) in fours.iter().enumerate() {
+            for part in 0..4 {
                 for t in 0..N {
                     // SAFETY: the caller's promise.
-                    p[t] = unsafe { Self::step(v, panel[k], &x[t], first + k, p[t]) };
+                    p[t][part] = unsafe { Self::step(v, w[part], &x[t], first + 4 * i + part, p[t][part]) };
                 }
             }
+        }
+        for (part, w) in rest.iter().enumerate() {
             for t in 0..N {
-                acc[t][part] = p[t];
+                // SAFETY: the caller's promise.
+                p[t][part] = unsafe { Self::step(v, *w, &x[t], first + 4 * fours.len() + part, p[t][part]) };
             }
         }
+        *acc = p;
     }
 }
 
 impl<L: Number> Kernel for Numbers<L> {
     type Layout = L;
+    const KIND: &'static str = "number";
     const SUB: usize = 0;
 
     #[inline(always)]
@@ -102,7 +105,7 @@ impl<L: Number> Kernel for Numbers<L> {
     }
 
     #[inline(always)]
-    unsafe fn gemm<V: Vector, const N: usize>(v: V, job: &Job<'_>) {
+    unsafe fn gemm<V: Vector, const N: usize, const R: usize>(v: V, job: &Job<'_>) {
         /// Columns that are unpacked at once: with 16 lanes 8 KiB, a quarter of the L1 cache.
         const DEPTH: usize = 128;
         let bytes = L::BYTES * V::LANES;
@@ -121,7 +124,7 @@ impl<L: Number> Kernel for Numbers<L> {
                 }
                 // SAFETY: only an address is made, of bytes to ask for.
                 let ahead = unsafe { job.w.add((g * job.n_blocks + first) * bytes) }.wrapping_add(panel.len() * bytes);
-                let mut ahead = Ahead::new(ahead, panel.len() * bytes, job.x.len());
+                let mut ahead = Ahead::new([ahead], panel.len() * bytes, job.x.len());
                 let (x, rest) = job.x.as_chunks::<N>();
                 let (a, acc) = acc.as_chunks_mut::<N>();
                 for (x, acc) in x.iter().zip(a) {

@@ -32,10 +32,11 @@ fn kernels_of(format: &'static Format, isa: Isa, n_cols: usize) -> (&'static Ker
 }
 
 /// Brings the rows of a file into the order that the kernels of an instruction set read, in the same place: a group of rows at a
-/// time through `scratch`, which grows to that size.
+/// time through `scratch`, which grows to that size. `data` ends with the rows; where more comes before them (a direct read's
+/// misalignment), they move to the beginning on the way.
 ///
 /// # Panics
-/// If the processor lacks the instruction set, or the data isn't `n_rows` whole rows.
+/// If the processor lacks the instruction set, or the data has less than `n_rows` whole rows.
 pub fn pack_in_place(
     format: &'static Format,
     isa: Isa,
@@ -45,14 +46,44 @@ pub fn pack_in_place(
     scratch: &mut Vec<u8>,
 ) {
     let (kernels, row_bytes) = kernels_of(format, isa, n_cols);
-    assert_eq!(Some(data.len()), n_rows.checked_mul(row_bytes));
+    let n_bytes = n_rows.checked_mul(row_bytes).expect("rows that are in memory");
+    let before = data.len().checked_sub(n_bytes).expect("data holds the rows");
     let group_bytes = kernels.lanes * row_bytes;
     if group_bytes == 0 {
         return;
     }
     scratch.resize(group_bytes, 0);
-    for group in data.chunks_exact_mut(group_bytes) {
-        (kernels.pack)(kernels.lanes, group, scratch);
+    for at in (0..n_bytes).step_by(group_bytes) {
+        let len = group_bytes.min(n_bytes - at);
+        if before > 0 {
+            data.copy_within(before + at..before + at + len, at);
+        }
+        if len == group_bytes {
+            (kernels.pack)(kernels.lanes, &mut data[at..at + len], scratch);
+        }
+    }
+}
+
+/// How matrices of a format are multiplied on an instruction set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    /// What kind of format the kernels are written for: `block32`, `superblock` or `number`.
+    pub kind: &'static str,
+    /// Rows that lie interleaved, one a lane.
+    pub lanes: usize,
+    /// Up to so many tokens are multiplied by one go of `gemv`,
+    pub gemv: usize,
+    /// up to so many by several of them, and more by `gemm`,
+    pub few: usize,
+    /// which keeps the sums of so many tokens and groups of rows in registers.
+    pub tile: (usize, usize),
+}
+
+impl Chosen {
+    /// `None` if there are no kernels for this instruction set on this machine.
+    pub fn of(format: &Format, isa: Isa) -> Option<Self> {
+        let k = (format.kernels)(isa)?;
+        Some(Self { kind: k.kind, lanes: k.lanes, gemv: MAX_GEMV, few: k.few, tile: k.tile })
     }
 }
 

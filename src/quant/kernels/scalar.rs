@@ -129,6 +129,15 @@ impl Vector for Scalar {
     }
 
     #[inline(always)]
+    fn multiply_add(self, sum: Self::I, w: Self::I) -> Self::I {
+        let product = |a: u32, b: u32| {
+            let (a, b) = (a.to_le_bytes(), b.to_le_bytes());
+            (0..4).fold(0u32, |sum, i| sum.wrapping_add(u32::from(a[i]) * u32::from(b[i])))
+        };
+        lanes!(l => sum[l].wrapping_add(product(sum[l], w[l])))
+    }
+
+    #[inline(always)]
     fn to_f32(self, a: Self::I) -> Self::F {
         lanes!(l => a[l].cast_signed() as f32)
     }

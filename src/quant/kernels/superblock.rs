@@ -46,6 +46,9 @@ pub(crate) trait Superblock: Layout {
     }
 }
 
+/// Superblocks that are unpacked at once: with their scales at most 12 KiB, a third of the L1 cache.
+const DEPTH: usize = 2;
+
 /// The kernels of a [`Superblock`].
 pub(super) struct Superblocks<L>(PhantomData<L>);
 
@@ -64,6 +67,9 @@ impl<V: Vector> Open<V> {
         Self { codes: [v.splat(0); 8], scale: [none; 2], min: [none; 2] }
     }
 }
+
+/// The dot products of `N` tokens with `R` groups of rows, so far.
+type Sums<V, const N: usize, const R: usize> = [[<V as Vector>::F; R]; N];
 
 /// A superblock of a group, taken apart.
 type Panel<V> = [Open<V>; 8];
@@ -168,71 +174,147 @@ impl<L: Superblock> Superblocks<L> {
         }
     }
 
-    /// Adds the part of 32 weights, the `i`-th of the row, to a superblock's inner sum.
+    /// Adds the part of 32 weights, the `i`-th of each row, to superblocks' inner sums.
     ///
     /// # Safety
-    /// The token has an `i`-th 32 activations.
+    /// The tokens have an `i`-th 32 activations.
     #[inline(always)]
-    unsafe fn step<V: Vector>(v: V, w: &Open<V>, x: &Act, i: usize, inner: V::F) -> V::F {
+    unsafe fn step<V: Vector, const N: usize, const R: usize>(
+        v: V,
+        w: &[&Open<V>; R],
+        x: &[Act; N],
+        i: usize,
+        inner: &mut Sums<V, N, R>,
+    ) {
         // SAFETY: the caller's promise.
         unsafe {
             if L::SUB == 32 {
-                Self::sub(v, &w.codes, w.scale[0], w.min[0], x, i, inner)
+                Self::sub(v, w, 0, w.map(|w| &w.codes), x, i, inner);
             } else {
-                let [a, b, c, d, e, f, g, h] = w.codes;
-                let inner = Self::sub(v, &[a, b, c, d], w.scale[0], w.min[0], x, 2 * i, inner);
-                Self::sub(v, &[e, f, g, h], w.scale[1], w.min[1], x, 2 * i + 1, inner)
+                let low = w.map(|w| w.codes.first_chunk::<4>().expect("of 8"));
+                let high = w.map(|w| w.codes.last_chunk::<4>().expect("of 8"));
+                Self::sub(v, w, 0, low, x, 2 * i, inner);
+                Self::sub(v, w, 1, high, x, 2 * i + 1, inner);
             }
         }
     }
 
-    /// Adds the part of sub-block `j` of the row.
+    /// Adds the part of sub-block `j` of each row, `codes`, which is number `k` in `w`.
     ///
     /// # Safety
-    /// The token has a sub-block `j`.
+    /// The tokens have a sub-block `j`.
     #[inline(always)]
-    unsafe fn sub<V: Vector, const N: usize>(
+    unsafe fn sub<V: Vector, const K: usize, const N: usize, const R: usize>(
         v: V,
-        codes: &[V::I; N],
-        scale: V::F,
-        min: V::F,
-        x: &Act,
+        w: &[&Open<V>; R],
+        k: usize,
+        codes: [&[V::I; K]; R],
+        x: &[Act; N],
         j: usize,
-        inner: V::F,
-    ) -> V::F {
+        inner: &mut Sums<V, N, R>,
+    ) {
         let zero = if L::BITS == 8 { V::SIGNED_ZERO } else { L::ZERO };
-        // SAFETY: the token has this sub-block, by the caller's promise.
+        // SAFETY: the tokens have this sub-block, by the caller's promise.
         unsafe {
-            let isum = v.dot(start(v, x, j, zero), codes, x.q.add(4 * N * j), L::BITS);
-            let inner = v.fma(v.to_f32(isum), scale, inner);
-            if L::MIN { v.fnma(v.splat_f32(*x.offset.add(j)), min, inner) } else { inner }
+            let mut isums = [[v.splat(0); R]; N];
+            for t in 0..N {
+                isums[t] = [start(v, &x[t], j, zero); R];
+            }
+            let isums = v.dots(isums, codes, std::array::from_fn(|t| x[t].q.add(4 * K * j)), L::BITS);
+            for t in 0..N {
+                for r in 0..R {
+                    inner[t][r] = v.fma(v.to_f32(isums[t][r]), w[r].scale[k], inner[t][r]);
+                }
+                if L::MIN {
+                    let offset = v.splat_f32(*x[t].offset.add(j));
+                    for r in 0..R {
+                        inner[t][r] = v.fnma(offset, w[r].min[k], inner[t][r]);
+                    }
+                }
+            }
         }
     }
 
-    /// Adds some superblocks' part, from superblock `first` on, to the dot products with some tokens.
+    /// Adds some superblocks' part, from superblock `first` on, to the dot products of some groups of rows with some tokens.
     ///
     /// # Safety
     /// The tokens have these superblocks.
     #[inline(always)]
-    unsafe fn tile<V: Vector, const N: usize>(
+    unsafe fn tile<V: Vector, const N: usize, const R: usize>(
         v: V,
-        panel: &[Panel<V>],
+        panel: &[[Panel<V>; R]],
         first: usize,
         x: &[Act; N],
-        acc: &mut [V::F; N],
+        acc: &mut Sums<V, N, R>,
     ) {
         for (i, w) in panel.iter().enumerate() {
-            let mut inner = [v.splat_f32(0.0); N];
-            for (s, w) in w.iter().enumerate() {
-                for t in 0..N {
-                    // SAFETY: the caller's promise.
-                    inner[t] = unsafe { Self::step(v, w, &x[t], 8 * (first + i) + s, inner[t]) };
-                }
+            let mut inner = [[v.splat_f32(0.0); R]; N];
+            for s in 0..8 {
+                // SAFETY: the caller's promise.
+                unsafe { Self::step(v, &std::array::from_fn(|r| &w[r][s]), x, 8 * (first + i) + s, &mut inner) };
             }
             for t in 0..N {
                 // SAFETY: the caller's promise.
                 let d = unsafe { v.splat_f32(*x[t].d.add(first + i)) };
-                acc[t] = v.fma(inner[t], d, acc[t]);
+                for r in 0..R {
+                    acc[t][r] = v.fma(inner[t][r], d, acc[t][r]);
+                }
+            }
+        }
+    }
+
+    /// `gemm` of `R` groups from group `g` on.
+    ///
+    /// # Safety
+    /// The job's promise, and these groups are within it.
+    #[inline(always)]
+    unsafe fn groups<V: Vector, const N: usize, const R: usize>(
+        v: V,
+        job: &Job<'_>,
+        g: usize,
+        columns: usize,
+        panel: &mut [[Panel<V>; R]; DEPTH],
+        acc: &mut [[V::F; R]; MAX_TOKENS],
+    ) {
+        let bytes = L::BYTES * V::LANES;
+        let acc = &mut acc[..job.x.len()];
+        acc.fill([v.splat_f32(0.0); R]);
+        for first in (0..job.n_blocks).step_by(DEPTH) {
+            let panel = &mut panel[..DEPTH.min(job.n_blocks - first)];
+            for r in 0..R {
+                for (i, w) in panel.iter_mut().enumerate() {
+                    // SAFETY: the job's promise.
+                    let b = unsafe { Block::new(v, job.w.add(((g + r) * job.n_blocks + first + i) * bytes)) };
+                    Self::open(v, b, columns, false, &mut w[r]);
+                }
+            }
+            let next: [*const u8; R] =
+                std::array::from_fn(|r| job.w.wrapping_add(((g + r) * job.n_blocks + first + panel.len()) * bytes));
+            let mut ahead = Ahead::new(next, panel.len() * bytes, job.x.len());
+            let (x, rest) = job.x.as_chunks::<N>();
+            let (a, acc) = acc.as_chunks_mut::<N>();
+            for (x, acc) in x.iter().zip(a) {
+                ahead.ask(v, N);
+                // SAFETY: the job's promise.
+                unsafe { Self::tile(v, panel, first, x, acc) };
+            }
+            let (x, rest) = rest.as_chunks::<2>();
+            let (a, acc) = acc.as_chunks_mut::<2>();
+            for (x, acc) in x.iter().zip(a) {
+                ahead.ask(v, 2);
+                // SAFETY: the job's promise.
+                unsafe { Self::tile(v, panel, first, x, acc) };
+            }
+            for (x, acc) in rest.iter().zip(acc) {
+                ahead.ask(v, 1);
+                // SAFETY: the job's promise.
+                unsafe { Self::tile(v, panel, first, &[*x], std::array::from_mut(acc)) };
+            }
+        }
+        for (t, acc) in acc.iter().enumerate() {
+            for r in 0..R {
+                // SAFETY: the job's promise.
+                unsafe { v.store_f32(job.out(t, (g + r) * V::LANES), acc[r]) };
             }
         }
     }
@@ -240,6 +322,7 @@ impl<L: Superblock> Superblocks<L> {
 
 impl<L: Superblock> Kernel for Superblocks<L> {
     type Layout = L;
+    const KIND: &'static str = "superblock";
     const SUB: usize = L::SUB;
     // Twice the sums make `gemv` dearer (Q6_K: 12 tokens 13% slower than `gemm`).
     const FEW: usize = if L::SUB == 16 { 8 } else { 16 };
@@ -250,7 +333,7 @@ impl<L: Superblock> Kernel for Superblocks<L> {
         let bytes = L::BYTES * V::LANES;
         let columns = four();
         let zero = v.splat_f32(0.0);
-        let mut panel = [Open::nothing(v); 8];
+        let mut panel = [[Open::nothing(v); 8]];
         for g in 0..job.n_groups {
             let mut acc = [zero; T];
             for i in 0..job.n_blocks {
@@ -267,8 +350,10 @@ impl<L: Superblock> Kernel for Superblocks<L> {
                             Self::fused(v, b, columns, &[*x], i, std::array::from_mut(acc));
                         }
                     } else {
-                        Self::open(v, b, columns, true, &mut panel);
-                        Self::tile(v, std::slice::from_ref(&panel), i, x, &mut acc);
+                        Self::open(v, b, columns, true, &mut panel[0]);
+                        let mut sums = acc.map(|sum| [sum]);
+                        Self::tile(v, std::slice::from_ref(&panel), i, x, &mut sums);
+                        acc = sums.map(|[sum]| sum);
                     }
                 }
             }
@@ -280,50 +365,20 @@ impl<L: Superblock> Kernel for Superblocks<L> {
     }
 
     #[inline(always)]
-    unsafe fn gemm<V: Vector, const N: usize>(v: V, job: &Job<'_>) {
-        /// Superblocks that are unpacked at once: with 16 lanes 8 KiB of codes, a quarter of the L1 cache.
-        const DEPTH: usize = 2;
-        let bytes = L::BYTES * V::LANES;
-        let zero = v.splat_f32(NO_SCALE);
-        let columns = four();
-        let mut panel = [[Open::nothing(v); 8]; DEPTH];
-        let mut acc = [zero; MAX_TOKENS];
-        let acc = &mut acc[..job.x.len()];
-        for g in 0..job.n_groups {
-            acc.fill(zero);
-            for first in (0..job.n_blocks).step_by(DEPTH) {
-                let panel = &mut panel[..DEPTH.min(job.n_blocks - first)];
-                for (i, w) in panel.iter_mut().enumerate() {
-                    // SAFETY: the job's promise.
-                    let b = unsafe { Block::new(v, job.w.add((g * job.n_blocks + first + i) * bytes)) };
-                    Self::open(v, b, columns, false, w);
-                }
-                // SAFETY: only an address is made, of bytes to ask for.
-                let ahead = unsafe { job.w.add((g * job.n_blocks + first) * bytes) }.wrapping_add(panel.len() * bytes);
-                let mut ahead = Ahead::new(ahead, panel.len() * bytes, job.x.len());
-                let (x, rest) = job.x.as_chunks::<N>();
-                let (a, acc) = acc.as_chunks_mut::<N>();
-                for (x, acc) in x.iter().zip(a) {
-                    ahead.ask(v, N);
-                    // SAFETY: the job's promise.
-                    unsafe { Self::tile(v, panel, first, x, acc) };
-                }
-                let (x, rest) = rest.as_chunks::<2>();
-                let (a, acc) = acc.as_chunks_mut::<2>();
-                for (x, acc) in x.iter().zip(a) {
-                    ahead.ask(v, 2);
-                    // SAFETY: the job's promise.
-                    unsafe { Self::tile(v, panel, first, x, acc) };
-                }
-                for (x, acc) in rest.iter().zip(acc) {
-                    ahead.ask(v, 1);
-                    // SAFETY: the job's promise.
-                    unsafe { Self::tile(v, panel, first, &[*x], std::array::from_mut(acc)) };
-                }
-            }
-            for (t, acc) in acc.iter().enumerate() {
-                // SAFETY: the job's promise.
-                unsafe { v.store_f32(job.out(t, g * V::LANES), *acc) };
+    unsafe fn gemm<V: Vector, const N: usize, const R: usize>(v: V, job: &Job<'_>) {
+        let (columns, zero) = (four(), v.splat_f32(NO_SCALE));
+        let nothing = [Open::nothing(v); 8];
+        let (mut panel, mut acc) = ([[nothing; R]; DEPTH], [[zero; R]; MAX_TOKENS]);
+        let together = job.n_groups / R * R;
+        for g in (0..together).step_by(R) {
+            // SAFETY: the job's promise.
+            unsafe { Self::groups::<V, N, R>(v, job, g, columns, &mut panel, &mut acc) };
+        }
+        if together < job.n_groups {
+            let (mut panel, mut acc) = ([[nothing]; DEPTH], [[zero]; MAX_TOKENS]);
+            for g in together..job.n_groups {
+                // SAFETY: as above.
+                unsafe { Self::groups::<V, N, 1>(v, job, g, columns, &mut panel, &mut acc) };
             }
         }
     }

@@ -54,6 +54,15 @@ pub(crate) trait Vector: Copy + 'static {
     fn or(self, a: Self::I, b: Self::I) -> Self::I;
     /// Lanes shifted left by `n`.
     fn shl(self, a: Self::I, n: u32) -> Self::I;
+    /// The number at `p`, a sum of 16 or 32 bytes, in every lane, shifted left by `shift`, at most 7.
+    ///
+    /// # Safety
+    /// It can be read.
+    #[inline(always)]
+    unsafe fn splat_sum(self, p: *const i32, shift: u32) -> Self::I {
+        // SAFETY: the caller's promise.
+        self.shl(self.splat(unsafe { p.read() }.cast_unsigned()), shift)
+    }
     /// Lanes shifted right by `n`, zeros coming in.
     fn shr(self, a: Self::I, n: u32) -> Self::I;
     /// Lanes shifted right by `n`, copies of the sign coming in.
@@ -71,6 +80,32 @@ pub(crate) trait Vector: Copy + 'static {
     /// # Safety
     /// `4 * N` bytes at `q` can be read. They are -127..=127.
     unsafe fn dot<const N: usize>(self, start: Self::I, w: &[Self::I; N], q: *const i8, bits: u32) -> Self::I;
+
+    /// [`dot`](Self::dot) of `R` groups of rows with `N` tokens, whose bytes are at `q`, on `start[t][r]`.
+    ///
+    /// # Safety
+    /// As for `dot`, for each token.
+    #[inline(always)]
+    unsafe fn dots<const K: usize, const N: usize, const R: usize>(
+        self,
+        start: [[Self::I; R]; N],
+        w: [&[Self::I; K]; R],
+        q: [*const i8; N],
+        bits: u32,
+    ) -> [[Self::I; R]; N] {
+        let mut sums = start;
+        for t in 0..N {
+            for r in 0..R {
+                // SAFETY: the caller's promise.
+                sums[t][r] = unsafe { self.dot(start[t][r], w[r], q[t], bits) };
+            }
+        }
+        sums
+    }
+
+    /// `sum` and the products of its bytes with those of `w`, added up by the cheapest instructions for that, without regard to
+    /// overflow: a step of the loop that shows how fast a core can multiply.
+    fn multiply_add(self, sum: Self::I, w: Self::I) -> Self::I;
 
     /// Signed integers as f32.
     fn to_f32(self, a: Self::I) -> Self::F;

@@ -1,0 +1,240 @@
+//! Models larger than their memory: oncall against llama.cpp's mapping under the same limit, side by side in one run.
+//!
+//! `cargo bench --features llama-cpp --bench paging -- --model olmoe-1b-7b --budget 25%,50%` (needs clang and cmake; root, for
+//! memory control groups, cold caches and the device's read-ahead). Each engine runs in a process of its own inside a control
+//! group of the budget, from cold caches, in turn; medians of the runs count.
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+mod shared;
+
+use clap::Parser;
+use common::cgroup::MemoryGroup;
+use common::llama::{Kv, Mode, Model, Options};
+use oncall::cpu::probe::{DiskProbe, Mode as DiskMode};
+use oncall::engine::{Engine, EngineOptions, Memory};
+use serde::{Deserialize, Serialize};
+use shared::{median, model};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// oncall against llama.cpp's mapping, in less memory than the model is large.
+#[derive(Parser)]
+struct Args {
+    /// smolmoe, a shape of the synth example (olmoe-1b-7b, qwen3-30b-a3b, ...), or a file
+    #[arg(long, default_values = ["olmoe-1b-7b"], value_delimiter = ',')]
+    model: Vec<String>,
+    /// The mixture of formats of shapes that are made here
+    #[arg(long, default_value = "q4_k_m")]
+    format: String,
+    /// Memory for everything, in percent of the file
+    #[arg(long, default_values = ["25%", "50%"], value_delimiter = ',')]
+    budget: Vec<String>,
+    /// The device's read-ahead in KiB while it runs; Linux's default is 128
+    #[arg(long, default_values_t = [128], value_delimiter = ',')]
+    readahead: Vec<u32>,
+    /// Threads that compute
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Tokens of the prompt
+    #[arg(long, default_value_t = 16)]
+    prompt: usize,
+    /// Tokens that are written
+    #[arg(long, default_value_t = 32)]
+    predict: usize,
+    /// Runs of each
+    #[arg(long, default_value_t = 3)]
+    runs: usize,
+    /// One JSON object a line
+    #[arg(long)]
+    json: bool,
+    /// Runs one engine here: what the parent starts inside the control group
+    #[arg(long, hide = true)]
+    child: Option<String>,
+    /// The child's budget in bytes
+    #[arg(long, hide = true, default_value_t = 0)]
+    bytes: u64,
+    /// cargo gives it
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// What a child says of its run.
+#[derive(Serialize, Deserialize, Default)]
+struct Run {
+    /// Tokens a second.
+    prefill: f64,
+    decode: f64,
+    /// Of decoding; 0 where nobody counts.
+    hit_rate: f64,
+    bytes_per_token: f64,
+    /// Seconds of decoding a token that weren't waiting.
+    compute_s: f64,
+}
+
+#[derive(Serialize)]
+struct Row {
+    model: String,
+    format: String,
+    budget: String,
+    threads: usize,
+    readahead: u32,
+    phase: &'static str,
+    ours: f64,
+    theirs: f64,
+    ratio: f64,
+    /// Of what the longer of computing and reading allows, the share that was reached.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bound: Option<f64>,
+    hit_rate: f64,
+    mb_per_token: f64,
+    peak_mib: u64,
+}
+
+fn main() {
+    let a = Args::parse();
+    if let Some(engine) = &a.child {
+        let run = if engine == "ours" { ours(&a) } else { theirs(&a) };
+        return println!("{}", serde_json::to_string(&run).expect("plain numbers"));
+    }
+    for name in &a.model {
+        let path = model(name, &a.format);
+        for budget in &a.budget {
+            for &readahead in &a.readahead {
+                compare(&a, name, &path, budget, readahead).iter().for_each(|r| report(&a, r));
+            }
+        }
+    }
+}
+
+fn report(a: &Args, r: &Row) {
+    if a.json {
+        return println!("{}", serde_json::to_string(r).expect("plain numbers"));
+    }
+    let bound = r.bound.map_or(String::new(), |b| format!(", {:.0} % of the bound", 100.0 * b));
+    println!(
+        "{} {} {} read-ahead {} KiB: ours {:.2}, llama.cpp {:.2} tokens/s, ratio {:.2}{bound}, {:.1} % at hand, {:.0} MB a token, peak {} MiB",
+        r.model,
+        r.budget,
+        r.phase,
+        r.readahead,
+        r.ours,
+        r.theirs,
+        r.ratio,
+        100.0 * r.hit_rate,
+        r.mb_per_token,
+        r.peak_mib
+    );
+}
+
+fn tokens(n: usize, n_vocab: usize) -> Vec<u32> {
+    (0..n as u64).map(|i| ((i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) % n_vocab as u64) as u32).collect()
+}
+
+fn ours(a: &Args) -> Run {
+    let memory = if a.bytes == 0 { Memory::Auto } else { Memory::Bytes(a.bytes) };
+    let n_ctx = Some(a.prompt + a.predict);
+    let o = EngineOptions { n_ctx, n_threads: Some(a.threads), memory, ..EngineOptions::default() };
+    let engine = Engine::load(Path::new(&a.model[0]), &o, &|_, _| ()).unwrap_or_else(|e| panic!("{e}"));
+    let tokens = tokens(a.prompt + a.predict, engine.config().n_vocab);
+    let mut session = engine.session();
+    let began = Instant::now();
+    session.feed(&tokens[..a.prompt], &mut |_| true).expect("a prompt");
+    let prefill = a.prompt as f64 / began.elapsed().as_secs_f64();
+    let began = Instant::now();
+    tokens[a.prompt..].iter().for_each(|&t| session.feed(&[t], &mut |_| true).expect("a token"));
+    let decode = a.predict as f64 / began.elapsed().as_secs_f64();
+    let phase = engine.account().decode;
+    Run {
+        prefill,
+        decode,
+        hit_rate: phase.store.hit_rate().unwrap_or(1.0),
+        bytes_per_token: phase.bytes_per_token(),
+        compute_s: phase.compute_s / phase.tokens.max(1) as f64,
+    }
+}
+
+fn theirs(a: &Args) -> Run {
+    let n_ctx = (a.prompt + a.predict) as u32;
+    let options = Options { n_ctx, n_batch: 512, n_threads: a.threads as i32, kv: Kv::F16, flash_attn: true, n_seq: 1 };
+    // Repacked it keeps a second copy of the weights: mapped and plain is what fits.
+    let model = Model::load(&a.model[0], Mode::Plain);
+    let tokens = tokens(a.prompt + a.predict, model.n_vocab());
+    let mut context = model.context(options);
+    let began = Instant::now();
+    context.decode(&tokens[..a.prompt]);
+    let prefill = a.prompt as f64 / began.elapsed().as_secs_f64();
+    let began = Instant::now();
+    tokens[a.prompt..].iter().for_each(|&t| drop(context.decode(&[t])));
+    Run { prefill, decode: a.predict as f64 / began.elapsed().as_secs_f64(), ..Run::default() }
+}
+
+/// Runs a child in a group of `limit` bytes from cold caches; with the group's peak.
+fn child(a: &Args, engine: &str, path: &Path, bytes: u64, limit: u64) -> (Run, u64) {
+    let _ = std::fs::write("/proc/sys/vm/drop_caches", "3");
+    let group = MemoryGroup::new("bench", limit).expect("a memory control group (root is needed)");
+    let mut c = Command::new(std::env::current_exe().expect("this program"));
+    c.args(["--child", engine, "--bytes", &bytes.to_string(), "--threads", &a.threads.to_string()]);
+    c.args(["--prompt", &a.prompt.to_string(), "--predict", &a.predict.to_string(), "--model"]).arg(path);
+    let out = group.run(&c).expect("the child runs");
+    assert!(out.status.success(), "{engine}: {:?} {}", out.status, String::from_utf8_lossy(&out.stderr));
+    let run = serde_json::from_slice(&out.stdout).expect("a line of figures");
+    (run, group.peak().unwrap_or(0))
+}
+
+fn compare(a: &Args, name: &str, path: &Path, budget: &str, readahead: u32) -> Vec<Row> {
+    let file = std::fs::metadata(path).expect("the model").len();
+    let percent: f64 = budget.trim_end_matches('%').parse().expect("a budget as 25%");
+    let bytes = (file as f64 * percent / 100.0) as u64;
+    let _restore = ReadAhead::set(readahead);
+    // The disk is asked right before, at the size of an expert's part.
+    let disk = DiskProbe::open(path, DiskMode::Direct).and_then(|p| p.rate(1 << 20, 3, Duration::from_millis(500)));
+    let resident = child(a, "ours", path, 0, 64 << 30).0;
+    let (mut us, mut them, mut peak) = (Vec::new(), Vec::new(), 0);
+    for _ in 0..a.runs {
+        let (run, held) = child(a, "ours", path, bytes, bytes + (32 << 20));
+        us.push(run);
+        peak = peak.max(held);
+        them.push(child(a, "theirs", path, bytes, bytes + (32 << 20)).0);
+    }
+    let of = |f: fn(&Run) -> f64, runs: &[Run]| median(runs.iter().map(f));
+    let row = |phase, f: fn(&Run) -> f64, bound| Row {
+        model: name.into(),
+        format: a.format.clone(),
+        budget: budget.into(),
+        threads: a.threads,
+        readahead,
+        phase,
+        ours: of(f, &us),
+        theirs: of(f, &them),
+        ratio: median(us.iter().zip(&them).map(|(o, t)| f(o) / f(t))),
+        bound,
+        hit_rate: of(|r| r.hit_rate, &us),
+        mb_per_token: of(|r| r.bytes_per_token, &us) / 1e6,
+        peak_mib: peak >> 20,
+    };
+    let longest = disk.ok().map(|rate| (of(|r| r.bytes_per_token, &us) / rate).max(resident.compute_s));
+    let bound = longest.map(|s| of(|r| r.decode, &us) * s);
+    vec![row("prefill", |r| r.prefill, None), row("decode", |r| r.decode, bound)]
+}
+
+/// The read-ahead of every block device, set for a while.
+struct ReadAhead(Vec<(PathBuf, String)>);
+
+impl ReadAhead {
+    fn set(kib: u32) -> Self {
+        let devices = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
+        let files = devices.map(|d| d.path().join("queue/read_ahead_kb"));
+        let before = files.filter_map(|f| Some((f.clone(), std::fs::read_to_string(f).ok()?))).collect();
+        let this = ReadAhead(before);
+        this.0.iter().for_each(|(f, _)| drop(std::fs::write(f, kib.to_string())));
+        this
+    }
+}
+
+impl Drop for ReadAhead {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|(f, before)| drop(std::fs::write(f, before.trim())));
+    }
+}

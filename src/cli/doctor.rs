@@ -1,0 +1,258 @@
+//! `oncall doctor`: what this machine has, what it can do, and what limits it.
+
+use super::{Failure, output};
+use crate::cpu::probe::{self, Cores, DiskProbe, Mode};
+use crate::cpu::{Isa, memory};
+use clap::Args;
+use indicatif::ProgressBar;
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Flags of `doctor`.
+#[derive(Args)]
+#[command(
+    after_help = "It takes a few seconds. Disk figures are random reads, as experts are read: on the model's file if one is given,
+otherwise on a temporary file of 256 MiB in --dir, which is removed. They are as good as the moment: what else the machine
+does meanwhile counts.
+
+Examples:
+  oncall doctor -m model.gguf        the disk that the model lies on
+  oncall doctor --dir /mnt/nvme      another disk, before a model is moved there"
+)]
+pub(super) struct DoctorArgs {
+    /// Measure the disk on this model's file
+    #[arg(short, long, value_name = "FILE", env = "ONCALL_MODEL")]
+    model: Option<PathBuf>,
+    /// Measure the disk of this folder [default: the current one]
+    #[arg(long, value_name = "DIR", conflicts_with = "model")]
+    dir: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+const SIZES: [usize; 3] = [512 << 10, 1 << 20, 4 << 20];
+const IN_FLIGHT: [usize; 4] = [1, 2, 4, 8];
+const DISK_TIME: Duration = Duration::from_millis(150);
+const MEMORY_TIME: Duration = Duration::from_millis(200);
+/// Large enough that a disk's own cache doesn't hold it.
+const FILE_BYTES: usize = 256 << 20;
+
+/// What was found.
+#[derive(Serialize)]
+struct Report {
+    isa: String,
+    isas: Vec<String>,
+    cores: Cores,
+    memory_available: Option<u64>,
+    memory_group_limit: Option<u64>,
+    page_bytes: usize,
+    huge_pages: Option<String>,
+    /// Bytes a second, by one thread and by all.
+    memory_rate: [f64; 2],
+    disk: Vec<DiskRow>,
+    /// Why there are no direct reads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    no_direct: Option<String>,
+    read_ahead: Option<u64>,
+    limits: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct DiskRow {
+    mode: Mode,
+    read_bytes: usize,
+    in_flight: usize,
+    bytes_per_s: f64,
+}
+
+pub(super) fn run(a: DoctorArgs) -> Result<(), Failure> {
+    let temporary = match &a.model {
+        Some(_) => None,
+        None => Some(Temporary::new(a.dir.as_deref().unwrap_or(Path::new(".")))?),
+    };
+    let path = a.model.as_deref().or(temporary.as_ref().map(|t| &*t.0)).unwrap_or(Path::new("."));
+    let bar = output::bar("measuring", "figures");
+    bar.set_length(2 + 2 * (SIZES.len() * IN_FLIGHT.len()) as u64);
+    let report = measure(path, &bar)?;
+    bar.finish_and_clear();
+    if a.json {
+        return output::json(&report);
+    }
+    output::text(&print(&report, a.model.as_deref())?)
+}
+
+/// A file of random bytes that goes away with this value.
+struct Temporary(PathBuf);
+
+impl Temporary {
+    fn new(dir: &Path) -> Result<Self, Failure> {
+        let path = dir.join(format!(".oncall-doctor-{}", std::process::id()));
+        let fail = |e: std::io::Error| {
+            Failure::new(format!("{}: {e}; --dir names another folder, -m a model to read instead", path.display()))
+        };
+        let mut file = std::fs::File::options().write(true).create_new(true).open(&path).map_err(fail)?;
+        let this = Temporary(path.clone());
+        // Different blocks, so that no disk stores them as one.
+        let mut block = vec![0u8; 1 << 20];
+        for i in 0..(FILE_BYTES >> 20) as u64 {
+            for (j, word) in block.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+                *word = ((i << 32 | j as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)).to_le_bytes();
+            }
+            file.write_all(&block).map_err(fail)?;
+        }
+        file.sync_all().map_err(fail)?;
+        Ok(this)
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn measure(path: &Path, bar: &ProgressBar) -> Result<Report, Failure> {
+    let cores = probe::cores();
+    let n_threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let mut memory_rate = [0.0; 2];
+    for (rate, n) in memory_rate.iter_mut().zip([1, n_threads]) {
+        *rate = probe::memory_rate(n, MEMORY_TIME)?;
+        bar.inc(1);
+    }
+    let (mut disk, mut no_direct) = (Vec::new(), None);
+    for mode in [Mode::Direct, Mode::Buffered] {
+        let probe = match DiskProbe::open(path, mode) {
+            Ok(probe) => probe,
+            Err(e) if mode == Mode::Direct => {
+                no_direct = Some(e.to_string());
+                continue;
+            }
+            Err(e) => return Err(Failure::new(format!("{}: {e}", path.display()))),
+        };
+        for read_bytes in SIZES {
+            for in_flight in IN_FLIGHT {
+                let rate = probe.rate(read_bytes, in_flight, DISK_TIME);
+                let bytes_per_s = rate.map_err(|e| Failure::new(format!("{}: {e}", path.display())))?;
+                disk.push(DiskRow { mode, read_bytes, in_flight, bytes_per_s });
+                bar.inc(1);
+            }
+        }
+    }
+    let mut report = Report {
+        isa: Isa::get()?.to_string(),
+        isas: Isa::available().iter().map(Isa::to_string).collect(),
+        cores,
+        memory_available: memory::available(),
+        memory_group_limit: memory::group_limit(),
+        page_bytes: probe::page_size(),
+        huge_pages: probe::huge_pages(),
+        memory_rate,
+        disk,
+        no_direct,
+        read_ahead: probe::read_ahead(path),
+        limits: Vec::new(),
+    };
+    report.limits = limits(&report);
+    Ok(report)
+}
+
+/// `1.25 GB/s`.
+fn rate(bytes_per_s: f64) -> String {
+    format!("{}/s", output::size(bytes_per_s as u64))
+}
+
+fn best(disk: &[DiskRow], mode: Mode) -> Option<&DiskRow> {
+    disk.iter().filter(|r| r.mode == mode).max_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s))
+}
+
+/// What holds this machine back, in words.
+fn limits(r: &Report) -> Vec<String> {
+    let mut out = Vec::new();
+    let (direct, buffered) = (best(&r.disk, Mode::Direct), best(&r.disk, Mode::Buffered));
+    if let Some(b) = [direct, buffered].into_iter().flatten().max_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s)) {
+        out.push(format!(
+            "The disk is {:.0} times slower than memory: a model that fits writes that much faster than one of which every \
+             expert is read. 100 MB read a token allow {:.1} tokens/s.",
+            r.memory_rate[1] / b.bytes_per_s,
+            b.bytes_per_s / 100e6
+        ));
+    }
+    match (direct, buffered) {
+        (Some(d), Some(b)) if b.bytes_per_s > 1.1 * d.bytes_per_s => out.push(format!(
+            "Direct reads are slower here ({}) than reads through the page cache ({}).",
+            rate(d.bytes_per_s),
+            rate(b.bytes_per_s)
+        )),
+        (Some(d), Some(b)) => out.push(format!(
+            "Direct reads are best with {} in flight ({}); through the page cache it's {}.",
+            d.in_flight,
+            rate(d.bytes_per_s),
+            rate(b.bytes_per_s)
+        )),
+        _ => {}
+    }
+    if let Some(why) = &r.no_direct {
+        out.push(format!(
+            "There are no direct reads on this disk ({why}): every read is copied and fills the page cache."
+        ));
+    }
+    if r.read_ahead.is_some_and(|n| n > 128 << 10) {
+        out.push(
+            "The disk's read-ahead is above Linux's default of 128 kB: programs that map a model larger than memory \
+                  read much more than they need. oncall isn't concerned."
+                .into(),
+        );
+    }
+    let c = &r.cores;
+    if let Some(quota) = c.quota.filter(|&q| q < c.allowed as f64) {
+        out.push(format!("A control group limits this process to {quota:.1} of {} cores.", c.allowed));
+    }
+    if c.allowed < c.online {
+        out.push(format!("This process may run on {} of the machine's {} cores.", c.allowed, c.online));
+    }
+    if r.memory_rate[1] < 1.3 * r.memory_rate[0] && c.allowed > 1 {
+        out.push("One thread reads memory about as fast as all: more threads won't make writing faster.".into());
+    }
+    if let Some(limit) = r.memory_group_limit {
+        out.push(format!("A control group limits memory to {}; what is taken beyond is killed.", output::size(limit)));
+    }
+    if r.huge_pages.as_deref() == Some("never") {
+        out.push("Huge pages are off: large models pay for it with a few percent of their speed.".into());
+    }
+    if Isa::best() == Isa::Scalar {
+        out.push("There is no instruction set with fast kernels: expect a tenth of other machines' speed.".into());
+    }
+    out
+}
+
+fn print(r: &Report, model: Option<&Path>) -> Result<String, std::fmt::Error> {
+    let mut out = String::new();
+    let mut line = |name: &str, value: String| writeln!(out, "{name:<16} {value}");
+    line("instructions", format!("{} (there are {})", r.isa, r.isas.join(", ")))?;
+    let quota = r.cores.quota.map_or(String::new(), |q| format!(", limited to {q:.1}"));
+    line("cores", format!("{} of {} usable{quota}", r.cores.allowed, r.cores.online))?;
+    let unknown = || "unknown".to_string();
+    let limit = r.memory_group_limit.map_or(String::new(), |n| format!("; a control group allows {}", output::size(n)));
+    line("memory", format!("{} could be taken now{limit}", r.memory_available.map_or_else(unknown, output::size)))?;
+    line("memory speed", format!("{} by one thread, {} by all", rate(r.memory_rate[0]), rate(r.memory_rate[1])))?;
+    let huge = r.huge_pages.clone().unwrap_or_else(unknown);
+    line("pages", format!("{} bytes; huge ones: {huge}", r.page_bytes))?;
+    line("read-ahead", r.read_ahead.map_or_else(unknown, output::size))?;
+    let on = model.map_or("a temporary file".into(), |m| m.display().to_string());
+    writeln!(out, "\nRandom reads on {on}, in MB/s\n")?;
+    writeln!(out, "{:<10} {:>9}{:>9} in flight:{}", "", "size", "", IN_FLIGHT.map(|n| format!("{n:>8}")).concat())?;
+    for of_size in r.disk.chunk_by(|a, b| (a.mode, a.read_bytes) == (b.mode, b.read_bytes)) {
+        let mode = if of_size[0].mode == Mode::Direct { "direct" } else { "buffered" };
+        let rates: String = of_size.iter().map(|r| format!("{:>8.0}", r.bytes_per_s / 1e6)).collect();
+        writeln!(out, "{mode:<10} {:>5} KiB{:>20}{rates}", of_size[0].read_bytes >> 10, "")?;
+    }
+    writeln!(out, "\nWhat limits")?;
+    for l in &r.limits {
+        writeln!(out, "  - {l}")?;
+    }
+    Ok(out)
+}

@@ -1,0 +1,281 @@
+//! `oncall plan`: what fits where, and how fast it will be, before anything is loaded.
+
+use super::args::{CacheType, parse_memory};
+use super::replay::read_trace;
+use super::{Failure, output};
+use crate::cpu::probe::{self, DiskProbe, Mode};
+use crate::engine::outline::Outline;
+use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, EngineOptions, Memory};
+use crate::gguf::Gguf;
+use crate::moe::planner::{Cost, Forecast, Routing, forecast, typical_trace};
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Flags of `plan`.
+#[derive(Args)]
+#[command(
+    after_help = "Only the file's header is read, so a download that isn't finished will do. The machine is measured for about a second:
+matrices of the model's formats, and random reads of an expert's size on the model's disk (`oncall doctor` shows more).
+A token takes the longer of computing and reading. Which experts find themselves at hand is a forecast: from made-up routing
+that is as unequal as trained models', from a trace of a real run (--trace), or for the worst case (--routing uniform).
+
+Examples:
+  oncall plan -m model.gguf                     a table of budgets
+  oncall plan -m model.gguf --memory 6GiB -c 8192
+  oncall run -m model.gguf --record run.csv \"…\" && oncall plan -m model.gguf --trace run.csv"
+)]
+pub(super) struct PlanArgs {
+    /// A GGUF file, or the first of a split model's files [default: the tiny model that is built in]
+    #[arg(short, long, value_name = "FILE", env = "ONCALL_MODEL")]
+    model: Option<PathBuf>,
+    /// Add this budget to the table, as 4GiB; auto is what the machine can spare
+    #[arg(long, value_name = "SIZE|auto", value_parser = parse_memory, default_value = "auto")]
+    memory: Memory,
+    /// Context in tokens; 0 for the model's own [default: the model's own, up to 4096]
+    #[arg(short, long, value_name = "N")]
+    ctx_size: Option<usize>,
+    /// Threads that compute [default: one for each core]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// How keys are stored (-ctk)
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    cache_type_k: CacheType,
+    /// How values are stored (-ctv)
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    cache_type_v: CacheType,
+    /// A trace of this model's routing, as --record writes it
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Which routing to assume without a trace
+    #[arg(long, value_name = "KIND", default_value = "typical", conflicts_with = "trace")]
+    routing: Assumption,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// What the hit rates are taken from.
+#[derive(Clone, Copy, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Assumption {
+    /// Some experts are popular, and what was used comes again, as in trained models
+    Typical,
+    /// All experts alike: the worst case
+    Uniform,
+    /// A trace
+    #[value(skip)]
+    Trace,
+}
+
+/// The plan.
+#[derive(Serialize)]
+struct Plan {
+    model: String,
+    /// Whether the file is shorter than its header says.
+    incomplete: bool,
+    n_ctx: usize,
+    smallest_bytes: u64,
+    no_reads_bytes: u64,
+    base_bytes: u64,
+    dense_bytes: u64,
+    kv_bytes: u64,
+    kv_bytes_per_1k: u64,
+    activation_bytes: u64,
+    all_slots_bytes: u64,
+    expert_bytes: u64,
+    routing: Assumption,
+    #[serde(flatten)]
+    cost: Cost,
+    /// Bytes a second at which all threads read memory.
+    memory_rate: f64,
+    /// Why the disk's rate isn't known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    no_disk_rate: Option<String>,
+    budgets: Vec<Forecast>,
+}
+
+pub(super) fn run(a: PlanArgs) -> Result<(), Failure> {
+    let gguf = match &a.model {
+        Some(path) => Gguf::open_header(path)?,
+        None => Gguf::from_static(EMBEDDED_NAME, crate::engine::embedded_bytes())?,
+    };
+    let options = EngineOptions {
+        n_ctx: a.ctx_size,
+        n_threads: a.threads.map(usize::from),
+        chunk: DEFAULT_CHUNK,
+        type_k: a.cache_type_k.into(),
+        type_v: a.cache_type_v.into(),
+        ..EngineOptions::default()
+    };
+    let outline = Outline::new(&gguf, &options)?;
+    let (routing, assumption) = routing(&a, &outline)?;
+    let budget = match a.memory {
+        Memory::Bytes(n) if n < outline.needs.smallest() => {
+            return Err(Failure::new(format!(
+                "{} are too little for this model: the least that works with a context of {} is {}; a shorter context (-c) or a \
+                 q8_0 KV cache (-ctk q8_0 -ctv q8_0) would lower it",
+                output::size(n),
+                outline.n_ctx,
+                output::size(outline.needs.smallest())
+            )));
+        }
+        memory => memory.resolve(),
+    };
+    let plan = plan(&a, &gguf, &outline, &routing, assumption, budget)?;
+    if a.json { output::json(&plan) } else { output::text(&print(&plan, &outline, budget)?) }
+}
+
+/// What is assumed about which experts are used.
+fn routing(a: &PlanArgs, o: &Outline) -> Result<(Routing, Assumption), Failure> {
+    let Some(moe) = &o.config.moe else { return Ok((Routing::Uniform, Assumption::Uniform)) };
+    let (n, used) = (moe.router.n_expert, moe.router.n_expert_used);
+    let Some(path) = &a.trace else {
+        return Ok(match a.routing {
+            Assumption::Uniform => (Routing::Uniform, Assumption::Uniform),
+            _ => (Routing::Typical(typical_trace(n, used)), Assumption::Typical),
+        });
+    };
+    let trace = read_trace(path)?;
+    let h = &trace.header;
+    if (h.n_expert, h.n_expert_used) != (n, used) {
+        return Err(Failure::new(format!(
+            "{}: it was recorded with {} of {} experts, but this model uses {used} of {n}",
+            path.display(),
+            h.n_expert_used,
+            h.n_expert
+        )));
+    }
+    Ok((Routing::Recorded(trace), Assumption::Trace))
+}
+
+/// Reads in flight, as when the model runs.
+const IN_FLIGHT: usize = 4;
+const DISK_TIME: Duration = Duration::from_millis(400);
+const MEMORY_TIME: Duration = Duration::from_millis(100);
+
+fn plan(
+    a: &PlanArgs,
+    gguf: &Gguf,
+    o: &Outline,
+    routing: &Routing,
+    assumption: Assumption,
+    budget: Option<u64>,
+) -> Result<Plan, Failure> {
+    let needs = &o.needs;
+    let memory_rate = probe::memory_rate(o.n_threads, MEMORY_TIME)?;
+    // Half of the context is what a token sees on average.
+    let kv_s = (o.kv_per_1k as f64 * o.n_ctx as f64 / 2048.0) / memory_rate;
+    let disk = disk_rate(a.model.as_deref(), o.read_bytes);
+    let cost = Cost {
+        compute_s: o.measure_compute()? + kv_s,
+        expert_bytes: o.used_expert_bytes,
+        disk_rate: disk.as_ref().ok().copied(),
+    };
+    let (smallest, whole) = (needs.smallest(), needs.no_reads());
+    let between = [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
+        .map(|x| smallest + ((whole - smallest) as f64 * x) as u64);
+    let mut budgets: Vec<u64> = between.into_iter().chain(budget.filter(|b| (smallest..whole).contains(b))).collect();
+    budgets.sort_unstable();
+    budgets.dedup();
+    Ok(Plan {
+        model: gguf.name().into(),
+        incomplete: gguf.tensors().iter().any(|t| t.offset + t.n_bytes > gguf.files()[t.file].n_bytes()),
+        n_ctx: o.n_ctx,
+        smallest_bytes: smallest,
+        no_reads_bytes: whole,
+        base_bytes: needs.base,
+        dense_bytes: needs.dense,
+        kv_bytes: needs.kv,
+        kv_bytes_per_1k: o.kv_per_1k,
+        activation_bytes: needs.activations(needs.chunk),
+        all_slots_bytes: needs.all_slots,
+        expert_bytes: o.expert_bytes,
+        routing: assumption,
+        cost,
+        memory_rate,
+        no_disk_rate: disk.err(),
+        budgets: budgets.into_iter().filter_map(|b| forecast(needs, &cost, routing, b)).collect(),
+    })
+}
+
+/// The rate of random reads of an expert's matrix, direct if the disk allows it; or why there's none.
+fn disk_rate(model: Option<&Path>, read_bytes: usize) -> Result<f64, String> {
+    let path = model.ok_or("the model is in the program, not on a disk")?;
+    let probe = DiskProbe::open(path, Mode::Direct).or_else(|_| DiskProbe::open(path, Mode::Buffered));
+    probe
+        .and_then(|p| p.rate(read_bytes.max(4096), IN_FLIGHT, DISK_TIME))
+        .map_err(|e| format!("{}: {e}", path.display()))
+}
+
+fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt::Error> {
+    let mut out = String::new();
+    let size = output::size;
+    let mut line = |name: &str, value: String| writeln!(out, "{name:<16} {value}");
+    line("model", format!("{}{}", p.model, if p.incomplete { " (not all there yet)" } else { "" }))?;
+    line("dense weights", format!("{}, always in memory", size(p.dense_bytes)))?;
+    line(
+        "KV cache",
+        format!("{} for {} tokens, {} for each 1024", size(p.kv_bytes), p.n_ctx, size(p.kv_bytes_per_1k)),
+    )?;
+    line(
+        "buffers",
+        format!("{} where there's room, and {} for the program", size(p.activation_bytes), size(p.base_bytes)),
+    )?;
+    if let Some(moe) = &o.config.moe {
+        let (n, used) = (moe.router.n_expert, moe.router.n_expert_used);
+        line(
+            "experts",
+            format!(
+                "{} in all, {} each, {used} of {n} a layer for each token",
+                size(p.all_slots_bytes),
+                size(p.expert_bytes)
+            ),
+        )?;
+        line("a token uses", format!("{} of experts", size(p.cost.expert_bytes)))?;
+    }
+    line("smallest budget", size(p.smallest_bytes))?;
+    line("no more reads", format!("from {} on", size(p.no_reads_bytes)))?;
+    let spare = budget.map_or("unknown".into(), size);
+    line("this machine", format!("{spare} of memory, {} by {} threads", rate(p.memory_rate), o.n_threads))?;
+    line(
+        "",
+        p.cost.disk_rate.map_or_else(
+            || format!("no disk rate: {}", p.no_disk_rate.as_deref().unwrap_or("")),
+            |r| format!("{} from the disk", rate(r)),
+        ),
+    )?;
+    let assumed = match p.routing {
+        Assumption::Typical => "made-up routing, as unequal as trained models'",
+        Assumption::Uniform => "all experts used alike: the worst case",
+        Assumption::Trace => "the trace",
+    };
+    line("hit rates from", assumed.into())?;
+    writeln!(
+        out,
+        "\n{:>10} {:>10} {:>9} {:>7} {:>10} {:>11} {:>9} {:>10}",
+        "memory", "for slots", "experts", "hits", "read", "compute", "disk", "tokens/s"
+    )?;
+    for f in &p.budgets {
+        let disk = f.disk_s.map_or("?".into(), |s| format!("{:.1} ms", 1e3 * s));
+        let speed = f.tokens_per_s.map_or("?".into(), |t| format!("{t:.1}"));
+        let mark = if Some(f.bytes) == budget { "  <" } else { "" };
+        writeln!(
+            out,
+            "{:>10} {:>10} {:>7.1} % {:>5.1} % {:>10} {:>8.1} ms {disk:>9} {speed:>10}{mark}",
+            size(f.bytes),
+            size(f.slots_bytes),
+            100.0 * f.slot_share,
+            100.0 * f.hit_rate,
+            size(f.bytes_per_token),
+            1e3 * f.compute_s
+        )?;
+    }
+    Ok(out)
+}
+
+fn rate(bytes_per_s: f64) -> String {
+    format!("{}/s", output::size(bytes_per_s as u64))
+}

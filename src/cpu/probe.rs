@@ -1,0 +1,268 @@
+//! What this machine can do, measured: how fast memory and a disk are read, and what limits a process here.
+
+use super::Pages;
+use super::memory::group_folders;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+/// How a file is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// From the disk into our memory, past the page cache.
+    Direct,
+    /// Through the page cache.
+    Buffered,
+}
+
+/// What direct reads are aligned to: no disk's block is larger.
+const ALIGN: u64 = 4096;
+
+/// A file for measuring reads.
+pub struct DiskProbe {
+    file: File,
+    len: u64,
+    mode: Mode,
+}
+
+impl DiskProbe {
+    /// Opens a file of at least a few reads' length.
+    ///
+    /// # Errors
+    /// The system's: where it or the file system has no direct reads, that is what it says.
+    pub fn open(path: &Path, mode: Mode) -> io::Result<Self> {
+        let file = match mode {
+            Mode::Buffered => File::open(path)?,
+            Mode::Direct => open_direct(path)?,
+        };
+        let probe = DiskProbe { len: file.metadata()?.len(), file, mode };
+        // Some file systems accept the flag and refuse the read.
+        let mut one = Pages::new(ALIGN as usize)?;
+        probe.file.read_at(&mut one, 0)?;
+        Ok(probe)
+    }
+
+    /// Bytes a second of random reads of `n_bytes`, `in_flight` at a time, for about `time`. What the page cache holds of the
+    /// file is dropped before, as far as the system does that.
+    ///
+    /// # Errors
+    /// A read's, or that the file is too short for random reads of this size.
+    pub fn rate(&self, n_bytes: usize, in_flight: usize, time: Duration) -> io::Result<f64> {
+        let n_bytes = (n_bytes as u64).next_multiple_of(ALIGN);
+        let places = self.len.saturating_sub(n_bytes) / ALIGN;
+        if self.len < 4 * n_bytes {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the file is too short to measure reads on"));
+        }
+        self.forget();
+        let (done, began) = (AtomicU64::new(0), Instant::now());
+        let failed = std::thread::scope(|s| {
+            let lanes: Vec<_> = (0..in_flight.max(1) as u64)
+                .map(|lane| {
+                    let done = &done;
+                    s.spawn(move || -> io::Result<()> {
+                        let mut buf = Pages::new(n_bytes as usize)?;
+                        let mut random = (lane + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (n_bytes << 17) | 1;
+                        while began.elapsed() < time {
+                            // xorshift64 (Marsaglia 2003)
+                            random ^= random << 13;
+                            random ^= random >> 7;
+                            random ^= random << 17;
+                            let at = ((u128::from(random) * u128::from(places + 1)) >> 64) as u64 * ALIGN;
+                            self.file.read_exact_at(&mut buf, at)?;
+                            done.fetch_add(n_bytes, Relaxed);
+                        }
+                        Ok(())
+                    })
+                })
+                .collect();
+            lanes.into_iter().find_map(|l| l.join().unwrap_or_else(|p| std::panic::resume_unwind(p)).err())
+        });
+        match failed {
+            Some(e) => Err(e),
+            None => Ok(done.load(Relaxed) as f64 / began.elapsed().as_secs_f64()),
+        }
+    }
+
+    /// Asks the system to drop the file's pages.
+    fn forget(&self) {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        if self.mode == Mode::Buffered {
+            // Refusal makes the figure too good, not wrong to use: the page cache would serve the model as well.
+            let _ = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed);
+        }
+    }
+}
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn open_direct(path: &Path) -> io::Result<File> {
+    use rustix::fs::{Mode, OFlags};
+    Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty())?.into())
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+fn open_direct(_: &Path) -> io::Result<File> {
+    Err(io::Error::new(io::ErrorKind::Unsupported, "this system has no O_DIRECT"))
+}
+
+/// Bytes a second at which `n_threads` threads read memory that no cache holds.
+///
+/// # Errors
+/// When the system has no memory for it.
+pub fn memory_rate(n_threads: usize, time: Duration) -> io::Result<f64> {
+    const BYTES: usize = 192 << 20;
+    let mut pages = Pages::new(BYTES)?;
+    // Written once: untouched pages are all the same zero page, which is in the cache.
+    pages.chunks_mut(ALIGN as usize).for_each(|p| p[0] = 1);
+    let part = BYTES / n_threads.max(1) / 64 * 64;
+    let (done, began) = (AtomicU64::new(0), Instant::now());
+    std::thread::scope(|s| {
+        for mine in pages.chunks_exact(part) {
+            let done = &done;
+            s.spawn(move || {
+                while began.elapsed() < time {
+                    std::hint::black_box(sum(mine));
+                    done.fetch_add(part as u64, Relaxed);
+                }
+            });
+        }
+    });
+    Ok(done.load(Relaxed) as f64 / began.elapsed().as_secs_f64())
+}
+
+/// Reads all bytes; independent sums, so that none waits for another.
+fn sum(bytes: &[u8]) -> u64 {
+    let mut sums = [0u64; 16];
+    for line in bytes.as_chunks::<128>().0 {
+        for (s, word) in sums.iter_mut().zip(line.as_chunks::<8>().0) {
+            *s = s.wrapping_add(u64::from_le_bytes(*word));
+        }
+    }
+    sums.iter().fold(0, |a, &b| a.wrapping_add(b))
+}
+
+/// Processors: what the machine has and what this process may use of them.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Cores {
+    /// In the machine.
+    pub online: usize,
+    /// On which the system may run this process.
+    pub allowed: usize,
+    /// The control groups' limit, in processors; `None` if there's none.
+    pub quota: Option<f64>,
+}
+
+/// Counts them.
+pub fn cores() -> Cores {
+    let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let here = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let groups = text("/proc/self/cgroup");
+    let quota = group_folders(&groups, "cpu").iter().filter_map(|f| quota_of_group(f)).min_by(f64::total_cmp);
+    Cores {
+        online: count_list(text("/sys/devices/system/cpu/online").trim()).unwrap_or(here),
+        allowed: affinity().unwrap_or(here),
+        quota,
+    }
+}
+
+/// `0-3,8` are five.
+fn count_list(list: &str) -> Option<usize> {
+    list.split(',')
+        .map(|range| {
+            let (from, to) = range.split_once('-').unwrap_or((range, range));
+            Some((to.parse::<usize>().ok()? + 1).saturating_sub(from.parse::<usize>().ok()?))
+        })
+        .sum()
+}
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn affinity() -> Option<usize> {
+    rustix::thread::sched_getaffinity(None).ok().map(|set| set.count() as usize)
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+fn affinity() -> Option<usize> {
+    None
+}
+
+/// A group's CPU limit in processors, of either version.
+fn quota_of_group(folder: &Path) -> Option<f64> {
+    let text = |name: &str| std::fs::read_to_string(folder.join(name)).ok();
+    let (quota, period) = match text("cpu.max") {
+        Some(max) => max.trim().split_once(' ').map(|(q, p)| (q.to_string(), p.to_string()))?,
+        None => (text("cpu.cfs_quota_us")?, text("cpu.cfs_period_us")?),
+    };
+    let number = |s: &str| s.trim().parse::<f64>().ok().filter(|n| *n > 0.0);
+    // "max" and -1 are no limit.
+    Some(number(&quota)? / number(&period)?)
+}
+
+/// Bytes of a page.
+pub fn page_size() -> usize {
+    rustix::param::page_size()
+}
+
+/// Whether memory comes in huge pages: `always`, `madvise` (when asked for) or `never`; `None` where the system doesn't say.
+pub fn huge_pages() -> Option<String> {
+    let text = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").ok()?;
+    Some(text.split_once('[')?.1.split_once(']')?.0.to_string())
+}
+
+/// Bytes that the system reads ahead on the disk that a file lies on; `None` where it doesn't say.
+pub fn read_ahead(path: &Path) -> Option<u64> {
+    let dev = std::fs::metadata(path).ok()?.dev();
+    let (major, minor) = (rustix::fs::major(dev), rustix::fs::minor(dev));
+    let text = std::fs::read_to_string(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb")).ok()?;
+    Some(text.trim().parse::<u64>().ok()? * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_s_reads_are_timed() {
+        let dir = tempfile::tempdir_in(".").unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, vec![1u8; 1 << 20]).unwrap();
+        let time = Duration::from_millis(20);
+        let probe = DiskProbe::open(&path, Mode::Buffered).unwrap();
+        assert!(probe.rate(64 << 10, 2, time).unwrap() > 1e6);
+        let e = probe.rate(512 << 10, 1, time).unwrap_err();
+        assert!(e.to_string().contains("too short"), "{e}");
+        if let Ok(direct) = DiskProbe::open(&path, Mode::Direct) {
+            assert!(direct.rate(100, 1, time).unwrap() > 1e4, "it is rounded up to what the disk can do");
+        }
+        assert!(DiskProbe::open(&dir.path().join("none"), Mode::Direct).is_err());
+    }
+
+    #[test]
+    fn memory_is_read_at_a_plausible_rate() {
+        let rate = memory_rate(2, Duration::from_millis(30)).unwrap();
+        assert!((1e8..1e13).contains(&rate), "{rate}");
+        assert_eq!(sum(&[1; 256]), u64::from_le_bytes([1; 8]) * 32);
+    }
+
+    #[test]
+    fn lists_and_quotas() {
+        assert_eq!([count_list("0-3,8"), count_list("0"), count_list("")], [Some(5), Some(1), None]);
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        assert_eq!(quota_of_group(dir.path()), None);
+        write("cpu.cfs_quota_us", "-1\n");
+        write("cpu.cfs_period_us", "100000\n");
+        assert_eq!(quota_of_group(dir.path()), None);
+        write("cpu.cfs_quota_us", "150000\n");
+        assert_eq!(quota_of_group(dir.path()), Some(1.5));
+        write("cpu.max", "50000 100000\n");
+        assert_eq!(quota_of_group(dir.path()), Some(0.5));
+        write("cpu.max", "max 100000\n");
+        assert_eq!(quota_of_group(dir.path()), None);
+        let c = cores();
+        assert!(c.allowed >= 1 && c.allowed <= c.online, "{c:?}");
+        assert!(page_size() >= 4096);
+    }
+}

@@ -1,0 +1,267 @@
+//! How hot each expert has been, kept between runs in a small file: what to fill the slots with at start-up.
+//!
+//! The file is a cache: safe to delete, replaced atomically, and refused when it isn't what it should be.
+
+use crate::gguf::Gguf;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+const MAGIC: &[u8; 16] = b"oncall heat v1\r\n";
+/// Magic, identity, layers, experts.
+const HEADER: usize = 16 + 8 + 4 + 4;
+/// As in a model's file: more is damage.
+const MAX_EXPERTS: usize = 1 << 22;
+
+/// The experts' heats.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Heat {
+    /// The model that they belong to, see [`identity`].
+    pub identity: u64,
+    /// Experts in a layer.
+    pub n_expert: usize,
+    /// Finite, not negative. (n_layer x n_expert)
+    pub values: Vec<f32>,
+}
+
+impl Heat {
+    /// No expert was used yet.
+    pub fn cold(identity: u64, n_layer: usize, n_expert: usize) -> Self {
+        Heat { identity, n_expert, values: vec![0.0; n_layer * n_expert] }
+    }
+
+    /// What a former run has left for this model; cold if there's nothing or it can't be trusted.
+    pub fn load(path: &Path, identity: u64, n_layer: usize, n_expert: usize) -> Self {
+        let cold = Heat::cold(identity, n_layer, n_expert);
+        match read(path, cold.values.len()).and_then(|bytes| cold.parse(&bytes)) {
+            Ok(heat) => heat,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => cold,
+            Err(e) => {
+                tracing::warn!(path = %path.display(), "ignoring the experts' heat of former runs: {e}");
+                cold
+            }
+        }
+    }
+
+    /// The file's contents, for a model like this one.
+    fn parse(&self, bytes: &[u8]) -> io::Result<Heat> {
+        let bad = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why.to_string());
+        let (body, sum) = bytes.split_last_chunk::<8>().ok_or_else(|| bad("it is too short"))?;
+        if u64::from_le_bytes(*sum) != hash(HASH_START, body) {
+            return Err(bad("its checksum is wrong"));
+        }
+        let values = body.strip_prefix(&self.header()[..]).ok_or_else(|| bad("it belongs to another model"))?;
+        let (values, rest) = values.as_chunks::<4>();
+        let values: Vec<f32> = values.iter().map(|v| f32::from_le_bytes(*v)).collect();
+        if values.len() != self.values.len() || !rest.is_empty() {
+            return Err(bad("its length is wrong"));
+        }
+        if values.iter().any(|v| !v.is_finite() || *v < 0.0) {
+            return Err(bad("a heat in it isn't a number from 0 on"));
+        }
+        Ok(Heat { values, ..self.clone() })
+    }
+
+    fn header(&self) -> [u8; HEADER] {
+        let mut h = [0; HEADER];
+        h[..16].copy_from_slice(MAGIC);
+        h[16..24].copy_from_slice(&self.identity.to_le_bytes());
+        let n_layer = self.values.len() / self.n_expert.max(1);
+        h[24..28].copy_from_slice(&(n_layer as u32).to_le_bytes());
+        h[28..].copy_from_slice(&(self.n_expert as u32).to_le_bytes());
+        h
+    }
+
+    /// Writes the file under another name, then gives it its own: whoever reads sees the old or the new one, whole.
+    ///
+    /// # Errors
+    /// The system's. The old file is left as it was.
+    pub fn save(&self, path: &Path) -> io::Result<()> {
+        let mut bytes = self.header().to_vec();
+        self.values.iter().for_each(|v| bytes.extend(v.to_le_bytes()));
+        bytes.extend(hash(HASH_START, &bytes).to_le_bytes());
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        // Two processes may end at the same time: each has a name of its own.
+        let part = path.with_added_extension(format!("{}.part", std::process::id()));
+        let write = || {
+            let mut file = std::fs::File::create(&part)?;
+            file.write_all(&bytes)?;
+            file.sync_all()?;
+            std::fs::rename(&part, path)
+        };
+        write().inspect_err(|_| {
+            let _ = std::fs::remove_file(&part);
+        })
+    }
+
+    /// A run has ended that used experts so often, (n_layer x n_expert): each layer's uses as shares of the layer's, half and half
+    /// with what was known.
+    pub fn learn(&mut self, uses: &[u64]) {
+        for (values, uses) in self.values.chunks_mut(self.n_expert.max(1)).zip(uses.chunks(self.n_expert.max(1))) {
+            let all: u64 = uses.iter().sum();
+            if all > 0 {
+                values.iter_mut().zip(uses).for_each(|(v, &n)| *v = (*v + n as f32 / all as f32) / 2.0);
+            }
+        }
+    }
+
+    /// Experts that were used at all as (layer, expert), the hottest first.
+    pub fn hottest(&self) -> Vec<(usize, u32)> {
+        let mut order: Vec<usize> = (0..self.values.len()).filter(|&i| self.values[i] > 0.0).collect();
+        order.sort_by(|&a, &b| self.values[b].total_cmp(&self.values[a]).then(a.cmp(&b)));
+        order.into_iter().map(|i| (i / self.n_expert, (i % self.n_expert) as u32)).collect()
+    }
+}
+
+/// The file's bytes, if there are as many as there should be.
+fn read(path: &Path, n_values: usize) -> io::Result<Vec<u8>> {
+    let n_bytes = HEADER + 4 * n_values.min(MAX_EXPERTS) + 8;
+    let mut bytes = Vec::new();
+    // One byte more than it may have, so that a longer file is seen as one.
+    std::fs::File::open(path)?.take(n_bytes as u64 + 1).read_to_end(&mut bytes)?;
+    if bytes.len() != n_bytes {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("it isn't {n_bytes} bytes long")));
+    }
+    Ok(bytes)
+}
+
+/// Where a model's heat is kept; `None` where the system has no folder for such things.
+pub fn path_for(identity: u64) -> Option<PathBuf> {
+    Some(cache_folder(&|name| std::env::var_os(name).map(PathBuf::from))?.join(format!("heat-{identity:016x}")))
+}
+
+/// The program's folder for what can be made again.
+fn cache_folder(env: &dyn Fn(&str) -> Option<PathBuf>) -> Option<PathBuf> {
+    // The base directory specification: a relative path in the variable is to be ignored.
+    let absolute = |name: &str| env(name).filter(|p| p.is_absolute());
+    let base = if cfg!(windows) {
+        absolute("LOCALAPPDATA")
+    } else if cfg!(target_os = "macos") {
+        absolute("HOME").map(|h| h.join("Library/Caches"))
+    } else {
+        absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|h| h.join(".cache")))
+    };
+    base.map(|b| b.join("oncall"))
+}
+
+/// FNV-1a's offset basis.
+const HASH_START: u64 = 0xcbf2_9ce4_8422_2325;
+
+/// FNV-1a (Fowler, Noll, Vo), 64 bits: tells damage and other models apart, resists nobody.
+fn hash(start: u64, bytes: &[u8]) -> u64 {
+    bytes.iter().fold(start, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// What tells this model from others: its files' sizes, its metadata (of arrays their lengths), and every tensor's name,
+/// shape, format and place.
+pub fn identity(gguf: &Gguf) -> u64 {
+    let mut h = HASH_START;
+    let mut add = |text: &str| h = hash(hash(h, text.as_bytes()), &[0]);
+    for file in gguf.files() {
+        add(&file.n_bytes().to_string());
+    }
+    for (key, value) in gguf.metadata().iter() {
+        add(key);
+        match value.as_array() {
+            Some(a) => add(&a.len().to_string()),
+            None => add(&format!("{value:?}")),
+        }
+    }
+    for t in gguf.tensors() {
+        add(&format!("{} {:?} {} {} {}", t.name, t.shape(), t.format.name, t.file, t.offset));
+    }
+    h
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn some() -> Heat {
+        Heat { identity: 7, n_expert: 3, values: vec![0.0, 2.5, 1.0, 0.0, 4.0, 1.0] }
+    }
+
+    #[test]
+    fn what_was_saved_is_loaded_and_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b/heat");
+        some().save(&path).unwrap();
+        assert_eq!(Heat::load(&path, 7, 2, 3), some());
+        some().save(&path).unwrap();
+        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "nothing is left beside it");
+        assert_eq!(some().hottest(), [(1, 1), (0, 1), (0, 2), (1, 2)]);
+        for (identity, n_layer, n_expert) in [(8, 2, 3), (7, 3, 2), (7, 2, 4), (7, 1, 3)] {
+            let cold = Heat::cold(identity, n_layer, n_expert);
+            assert_eq!(Heat::load(&path, identity, n_layer, n_expert), cold, "another model's");
+        }
+        assert_eq!(Heat::load(&dir.path().join("none"), 7, 2, 3), Heat::cold(7, 2, 3));
+    }
+
+    #[test]
+    fn a_run_is_learned_as_shares_of_each_layer() {
+        let mut heat = Heat::cold(7, 2, 3);
+        heat.learn(&[0, 30, 10, 0, 0, 0]);
+        assert_eq!(heat.hottest(), [(0, 1), (0, 2)]);
+        heat.learn(&[4, 0, 0, 1, 0, 0]);
+        assert_eq!(heat.values, [0.5, 0.1875, 0.0625, 0.5, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn a_heat_that_is_no_number_is_refused_even_with_the_right_checksum() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("heat");
+        for bad in [f32::NAN, f32::INFINITY, -1.0] {
+            let mut heat = some();
+            heat.values[2] = bad;
+            heat.save(&path).unwrap();
+            assert_eq!(Heat::load(&path, 7, 2, 3), Heat::cold(7, 2, 3), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_folder_is_the_system_s() {
+        let env = |pairs: &'static [(&str, &str)]| {
+            move |name: &str| pairs.iter().find(|p| p.0 == name).map(|p| PathBuf::from(p.1))
+        };
+        if cfg!(target_os = "linux") {
+            let folder = |pairs| cache_folder(&env(pairs));
+            assert_eq!(folder(&[("HOME", "/h")]), Some("/h/.cache/oncall".into()));
+            assert_eq!(folder(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/c")]), Some("/c/oncall".into()));
+            assert_eq!(folder(&[("HOME", "/h"), ("XDG_CACHE_HOME", "c")]), Some("/h/.cache/oncall".into()));
+            assert_eq!(folder(&[]), None);
+        }
+    }
+
+    #[test]
+    fn models_are_told_apart() {
+        let bytes = include_bytes!("../../models/tinymoe-stories-Q8_0.gguf");
+        let a = identity(&Gguf::from_static("a", bytes).unwrap());
+        assert_eq!(a, identity(&Gguf::from_static("another name", bytes).unwrap()));
+        let mut other = bytes.to_vec();
+        let at = other.windows(12).position(|w| w == b"general.name").unwrap();
+        other[at + 12 + 4 + 8] ^= 1; // a letter of the name
+        assert_ne!(a, identity(&Gguf::from_static("a", other.leak()).unwrap()));
+    }
+
+    proptest! {
+        #[test]
+        fn damage_is_cold(at in any::<prop::sample::Index>(), bit in 0u8..8, cut in any::<prop::sample::Index>(), grow: bool) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("heat");
+            some().save(&path).unwrap();
+            let good = std::fs::read(&path).unwrap();
+            let mut bytes = good.clone();
+            bytes[at.index(good.len())] ^= 1 << bit;
+            std::fs::write(&path, &bytes).unwrap();
+            prop_assert_eq!(Heat::load(&path, 7, 2, 3), Heat::cold(7, 2, 3));
+            let mut bytes = good[..cut.index(good.len())].to_vec();
+            if grow {
+                bytes = [&good[..], b"x"].concat();
+            }
+            std::fs::write(&path, &bytes).unwrap();
+            prop_assert_eq!(Heat::load(&path, 7, 2, 3), Heat::cold(7, 2, 3));
+        }
+    }
+}

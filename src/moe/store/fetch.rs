@@ -1,0 +1,185 @@
+//! Experts of one layer on their way to being computed.
+
+use super::lanes::parts_of;
+use super::layout::N_PARTS;
+use super::slots::Place;
+use super::{ExpertStore, Shared, State};
+use crate::ops::matmul::Packed;
+use std::sync::MutexGuard;
+use std::time::Instant;
+
+/// Why an expert couldn't be had.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("reading expert {expert} of layer {layer} failed: {why}")]
+pub struct FetchError {
+    /// The layer.
+    pub layer: usize,
+    /// The expert in it.
+    pub expert: u32,
+    /// What the reader said.
+    pub why: String,
+}
+
+/// An expert that is resident and pinned.
+#[derive(Clone, Copy)]
+pub struct Ready<'a> {
+    /// Its index in the layer.
+    pub expert: u32,
+    /// (n_ff_exp, n_embd)
+    pub gate: Packed<'a>,
+    /// (n_ff_exp, n_embd)
+    pub up: Packed<'a>,
+    /// (n_embd, n_ff_exp)
+    pub down: Packed<'a>,
+}
+
+/// Experts of one layer. Those it has handed out stay pinned until the next call.
+pub struct Fetch<'a> {
+    store: &'a ExpertStore,
+    layer: usize,
+    /// Not yet handed out.
+    wanted: Vec<u32>,
+    /// Slots of those that were handed out last.
+    held: Vec<u32>,
+}
+
+impl ExpertStore {
+    /// Asks for experts of a layer, each with the number of tokens that want it, most needed first. Missing ones begin to be read.
+    pub fn fetch(&self, layer: usize, wanted: &[(u32, u32)]) -> Fetch<'_> {
+        let shared = &*self.shared;
+        let mut s = shared.lock();
+        s.likely.clear();
+        for &(expert, n) in wanted {
+            let key = shared.layout.key(layer, expert);
+            let was_ahead = s.slots.want(key, n);
+            let place = s.slots.place(key);
+            s.stats.uses += 1;
+            s.stats.hits += u64::from(place != Place::Absent);
+            s.stats.ahead_hits += u64::from(was_ahead);
+            match place {
+                // What failed before is tried again.
+                Place::Absent => drop(s.failed.remove(&key)),
+                Place::Loading(_) => s.hurry(key),
+                Place::Resident(_) => {}
+            }
+        }
+        // The guesses were about this layer: what wasn't wanted may leave.
+        s.slots.unguard();
+        let fetch = Fetch { store: self, layer, wanted: wanted.iter().map(|w| w.0).collect(), held: Vec::new() };
+        fetch.order_missing(&mut s);
+        drop(s);
+        fetch
+    }
+}
+
+impl State {
+    /// What was read ahead is waited for now: its parts that haven't begun come before all that isn't.
+    fn hurry(&mut self, key: u32) {
+        let jobs: Vec<_> = self.ahead.iter().copied().filter(|j| j.key == key).collect();
+        self.ahead.retain(|j| j.key != key);
+        self.demand.extend(jobs);
+    }
+}
+
+impl<'a> Fetch<'a> {
+    fn keys(&self) -> impl Iterator<Item = u32> + '_ {
+        self.wanted.iter().map(|&e| self.store.shared.layout.key(self.layer, e))
+    }
+
+    /// The next experts that can be computed: first all that are resident, then others as they arrive, in any
+    /// order; `None` when all have been handed out. Unpins those of the call before.
+    ///
+    /// # Errors
+    /// When a read failed. The store stays usable.
+    pub fn next(&mut self, out: &mut Vec<Ready<'a>>) -> Result<bool, FetchError> {
+        out.clear();
+        let shared: &'a Shared = &self.store.shared;
+        let mut s = shared.lock();
+        self.held.drain(..).for_each(|slot| s.slots.unpin(slot));
+        loop {
+            self.collect(&mut s, out);
+            if self.keys().any(|key| s.failed.contains_key(&key)) {
+                return Err(self.give_up(s));
+            }
+            self.order_missing(&mut s);
+            if !out.is_empty() || self.wanted.is_empty() {
+                return Ok(!out.is_empty());
+            }
+            let began = Instant::now();
+            s = shared.arrived.wait(s).unwrap_or_else(|e| e.into_inner());
+            s.stats.stall_ns += began.elapsed().as_nanos() as u64;
+        }
+    }
+
+    /// Pins what is resident and moves it to `out`.
+    fn collect(&mut self, s: &mut State, out: &mut Vec<Ready<'a>>) {
+        let shared: &'a Shared = &self.store.shared;
+        let (layer, held) = (self.layer, &mut self.held);
+        self.wanted.retain(|&expert| {
+            let Place::Resident(slot) = s.slots.place(shared.layout.key(layer, expert)) else { return true };
+            s.slots.pin(slot);
+            held.push(slot);
+            out.extend(shared.ready(layer, expert, slot));
+            false
+        });
+    }
+
+    /// Waits until nothing that was asked for is on its way, so that no trace of the failure meets a later call.
+    fn give_up(&self, mut s: MutexGuard<'_, State>) -> FetchError {
+        let shared = &*self.store.shared;
+        while self.keys().any(|key| matches!(s.slots.place(key), Place::Loading(_))) {
+            s = shared.arrived.wait(s).unwrap_or_else(|e| e.into_inner());
+        }
+        let mut first = None;
+        for key in self.keys() {
+            let (layer, expert) = shared.layout.layer_and_expert(key);
+            let why = s.failed.remove(&key);
+            first = first.or(why.map(|why| FetchError { layer, expert, why }));
+        }
+        first.unwrap_or_else(|| FetchError { layer: self.layer, expert: 0, why: "a read failed".into() })
+    }
+
+    /// Gives slots to missing experts while there are any, and has them read: one whole expert after the other, so that
+    /// the first can be computed while the others are read.
+    fn order_missing(&self, s: &mut State) {
+        let shared = &*self.store.shared;
+        let before = s.demand.len();
+        for key in self.keys() {
+            if s.slots.place(key) != Place::Absent {
+                continue;
+            }
+            let Some((slot, evicted)) = s.slots.take(key) else { break };
+            s.count_evicted(&shared.layout, evicted);
+            s.slots.begin(key, slot, false);
+            s.stats.demand_bytes += shared.layout.expert_bytes(key);
+            s.demand.extend(parts_of(key, slot));
+        }
+        if s.demand.len() > before {
+            shared.work.notify_all();
+        }
+    }
+}
+
+impl Shared {
+    /// A pinned expert's matrices.
+    fn ready(&self, layer: usize, expert: u32, slot: u32) -> Option<Ready<'_>> {
+        let (parts, _) = self.layout.layers[layer].as_ref()?;
+        let packed: [Packed<'_>; N_PARTS] = std::array::from_fn(|i| {
+            let (p, at) = (&parts[i], self.layout.part_of_slot(slot, i).start);
+            assert!(at + p.n_bytes <= self.arena.len());
+            // SAFETY: in bounds (asserted); the slot is resident and pinned, so nobody writes it.
+            let data = unsafe { std::slice::from_raw_parts(self.arena.as_ptr().add(at), p.n_bytes) };
+            Packed::new(p.format, self.isa, p.n_rows, p.n_cols, data)
+        });
+        let [gate, up, down] = packed;
+        Some(Ready { expert, gate, up, down })
+    }
+}
+
+impl Drop for Fetch<'_> {
+    fn drop(&mut self) {
+        let mut s = self.store.shared.lock();
+        self.held.drain(..).for_each(|slot| s.slots.unpin(slot));
+        self.keys().for_each(|key| s.slots.spare(key));
+    }
+}

@@ -1,0 +1,129 @@
+//! The threads that read parts of experts into slots: what a pass waits for first, then what it will probably want, then
+//! what fills free slots. Each read is also packed for the kernels here, while other lanes keep the disk busy.
+
+use super::layout::N_PARTS;
+use super::slots::{PartEnd, Place};
+use super::{Shared, State};
+use crate::ops::matmul::pack_in_place;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// One part of an expert, to be read into a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PartJob {
+    pub key: u32,
+    pub slot: u32,
+    pub part: usize,
+}
+
+/// The parts of an expert that was given a slot, in the order in which they're needed.
+pub(super) fn parts_of(key: u32, slot: u32) -> impl Iterator<Item = PartJob> {
+    (0..N_PARTS).map(move |part| PartJob { key, slot, part })
+}
+
+/// The reading threads.
+pub(super) struct Lanes {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Lanes {
+    pub fn new(shared: &Arc<Shared>, n: usize) -> std::io::Result<Self> {
+        let mut lanes = Lanes { shared: shared.clone(), threads: Vec::new() };
+        for i in 0..n.max(1) {
+            let shared = shared.clone();
+            let thread = std::thread::Builder::new().name(format!("oncall-read-{i}"));
+            lanes.threads.push(thread.spawn(move || serve(&shared))?);
+        }
+        Ok(lanes)
+    }
+}
+
+impl Drop for Lanes {
+    /// Reads that have begun are finished; those that haven't are dropped.
+    fn drop(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.work.notify_all();
+        for t in self.threads.drain(..) {
+            let _ = t.join();
+        }
+    }
+}
+
+fn serve(shared: &Shared) {
+    let mut scratch = Vec::new();
+    let mut s = shared.lock();
+    while !s.stop {
+        let Some(job) = s.next_job(shared) else {
+            s = shared.work.wait(s).unwrap_or_else(|e| e.into_inner());
+            continue;
+        };
+        drop(s);
+        let result = catch_unwind(AssertUnwindSafe(|| shared.load(job, &mut scratch)))
+            .unwrap_or_else(|_| Err("reading it panicked, which is a bug in oncall".into()));
+        s = shared.lock();
+        shared.ended(&mut s, job, result);
+    }
+}
+
+impl State {
+    fn next_job(&mut self, shared: &Shared) -> Option<PartJob> {
+        if let Some(job) = self.demand.pop_front().or_else(|| self.ahead.pop_front()) {
+            return Some(job);
+        }
+        while let Some(key) = self.likely.pop_front() {
+            if self.slots.place(key) == Place::Absent {
+                let (slot, evicted) = self.slots.take_ahead(key)?;
+                self.count_evicted(&shared.layout, evicted);
+                return self.begin_ahead(shared, key, slot);
+            }
+        }
+        while let Some(key) = self.warm.pop_front() {
+            if self.slots.place(key) == Place::Absent {
+                let slot = self.slots.take_free(key)?;
+                return self.begin_ahead(shared, key, slot);
+            }
+        }
+        None
+    }
+
+    fn begin_ahead(&mut self, shared: &Shared, key: u32, slot: u32) -> Option<PartJob> {
+        self.slots.begin(key, slot, true);
+        self.stats.ahead_bytes += shared.layout.expert_bytes(key);
+        self.ahead.extend(parts_of(key, slot));
+        shared.work.notify_all();
+        self.ahead.pop_front()
+    }
+}
+
+impl Shared {
+    /// Reads and packs one part of an expert into its slot.
+    fn load(&self, job: PartJob, scratch: &mut Vec<u8>) -> Result<(), String> {
+        let (layer, expert) = self.layout.layer_and_expert(job.key);
+        let Some((parts, _)) = &self.layout.layers[layer] else { return Err(format!("layer {layer} has no experts")) };
+        let p = &parts[job.part];
+        let range = self.layout.part_of_slot(job.slot, job.part);
+        assert!(range.end <= self.arena.len());
+        // SAFETY: in bounds (asserted); the slot is loading, so nobody reads it, and this part of it has one job.
+        let data = unsafe { std::slice::from_raw_parts_mut(self.arena.as_ptr().add(range.start), range.len()) };
+        let at = self.source.read(p.tensor, p.offset + u64::from(expert) * p.stride, p.n_bytes, data)?;
+        pack_in_place(p.format, self.isa, p.n_rows, p.n_cols, &mut data[..at + p.n_bytes], scratch);
+        Ok(())
+    }
+
+    fn ended(&self, s: &mut State, job: PartJob, result: Result<(), String>) {
+        let ok = result.is_ok();
+        if let Err(why) = result {
+            tracing::warn!(key = job.key, part = job.part, %why, "reading an expert failed");
+            s.failed.insert(job.key, why);
+        }
+        if s.slots.end_part(job.slot, ok) != PartEnd::More {
+            self.arrived.notify_all();
+            // A slot may have become free to read ahead into.
+            if !s.likely.is_empty() || !s.warm.is_empty() {
+                self.work.notify_one();
+            }
+        }
+    }
+}
