@@ -107,7 +107,13 @@ fn quantise(g: &mut BenchmarkGroup<'_, WallTime>) {
 fn region(g: &mut BenchmarkGroup<'_, WallTime>) {
     for n_threads in [1, 2, 4] {
         let team = Team::new(n_threads).expect("threads");
-        g.bench_function(BenchmarkId::new("region", n_threads), |b| b.iter(|| team.run(16, &|i| drop(black_box(i)))));
+        g.bench_function(BenchmarkId::new("region", n_threads), |b| {
+            b.iter(|| {
+                team.run(16, &|i| {
+                    black_box(i);
+                });
+            })
+        });
     }
 }
 
