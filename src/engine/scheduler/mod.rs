@@ -8,7 +8,6 @@ mod run;
 
 use super::generate::{Finish, GenerationParams, Piece, Writer};
 use super::{Engine, EngineError};
-use plan::Limits;
 use run::{Scheduler, Sequence};
 use std::cmp::Reverse;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -133,11 +132,11 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    fn new(limits: Limits) -> Arc<Self> {
+    fn new(max_sequences: usize) -> Arc<Self> {
         Arc::new(Shared {
             inbox: Mutex::default(),
             wake: Condvar::new(),
-            scheduler: Mutex::new(Scheduler::new(limits)),
+            scheduler: Mutex::new(Scheduler::new(max_sequences)),
             stats: Mutex::default(),
         })
     }
@@ -230,7 +229,7 @@ impl Drop for Closes {
 impl Queue {
     /// A queue for this engine that runs up to so many sequences at the same time.
     pub fn new(engine: &Engine, max_sequences: usize) -> Self {
-        Queue { engine: engine.clone(), shared: Shared::new(engine.limits(max_sequences)) }
+        Queue { engine: engine.clone(), shared: Shared::new(max_sequences) }
     }
 
     /// Puts a request in. [`Queue::drive`] works on it.
@@ -310,10 +309,6 @@ impl Drop for Stream {
 }
 
 impl Engine {
-    fn limits(&self, max_sequences: usize) -> Limits {
-        Limits { max_sequences: max_sequences.max(1), max_tokens: self.budget().chunk.max(1) }
-    }
-
     /// Puts a request into the engine's queue, which a thread works on: as many sequences run together as the engine was loaded for
     /// sessions.
     ///
@@ -348,7 +343,7 @@ impl Engine {
         if let Some(queue) = self.0.queue.get() {
             return Ok(&queue.0);
         }
-        let shared = Shared::new(self.limits(self.0.options.n_sessions));
+        let shared = Shared::new(self.0.options.n_sessions);
         let queue = self.0.queue.get_or_init(|| Closes(shared.clone()));
         // Whoever came second finds the first one's queue, and its own is dropped unused.
         if Arc::ptr_eq(&queue.0, &shared) {

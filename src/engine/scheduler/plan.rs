@@ -2,15 +2,6 @@
 
 use crate::ops::kv::KV_BLOCK;
 
-/// What bounds a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Limits {
-    /// Sequences at the same time.
-    pub max_sequences: usize,
-    /// Tokens that go through the layers together.
-    pub max_tokens: usize,
-}
-
 /// A running sequence, as far as the plan has to know it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Running {

@@ -1,6 +1,6 @@
 //! The scheduler: sequences that run, sequences that wait, and one step after the other.
 
-use super::plan::{self, Limits, Running};
+use super::plan::{self, Running};
 use super::prefix::{NodeId, Prefixes};
 use super::{Event, Finished, QueueStats, Sink};
 use crate::engine::generate::{Finish, Piece, Writer};
@@ -67,7 +67,7 @@ impl Sequence {
 
 /// See the [module](self).
 pub(super) struct Scheduler {
-    limits: Limits,
+    max_sequences: usize,
     /// In the order of their rank.
     running: Vec<Sequence>,
     /// In the order of their rank.
@@ -77,9 +77,9 @@ pub(super) struct Scheduler {
 }
 
 impl Scheduler {
-    pub fn new(limits: Limits) -> Self {
+    pub fn new(max_sequences: usize) -> Self {
         let (running, waiting, stats) = Default::default();
-        Scheduler { limits, running, waiting, prefixes: Prefixes::new(), stats }
+        Scheduler { max_sequences: max_sequences.max(1), running, waiting, prefixes: Prefixes::new(), stats }
     }
 
     /// Takes a request up.
@@ -145,7 +145,7 @@ impl Scheduler {
                 i += 1;
                 continue;
             }
-            if self.running.len() >= self.limits.max_sequences {
+            if self.running.len() >= self.max_sequences {
                 match self.running.last() {
                     Some(last) if last.rank.0 > s.rank.0 => self.preempt(),
                     _ => break,
@@ -203,7 +203,9 @@ impl Scheduler {
     fn make_room(&mut self) -> Vec<usize> {
         let pool = self.running[0].session.kv().pool().clone();
         let views: Vec<Running> = self.running.iter().map(Sequence::view).collect();
-        let step = plan::step(&views, pool.n_free() + self.prefixes.n_idle(), self.limits.max_tokens);
+        // The budget, and with it the room for activations, may change between two steps.
+        let max_tokens = self.running[0].session.engine().budget().chunk.max(1);
+        let step = plan::step(&views, pool.n_free() + self.prefixes.n_idle(), max_tokens);
         while self.running.len() > step.n_tokens.len() {
             self.preempt();
         }
