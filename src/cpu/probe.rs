@@ -65,7 +65,7 @@ impl DiskProbe {
                     let done = &done;
                     s.spawn(move || -> io::Result<()> {
                         let mut buf = Pages::new(n_bytes as usize)?;
-                        let mut random = (lane + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ n_bytes << 17 | 1;
+                        let mut random = (lane + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (n_bytes << 17) | 1;
                         while began.elapsed() < time {
                             // xorshift64 (Marsaglia 2003)
                             random ^= random << 13;

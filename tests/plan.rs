@@ -1,0 +1,193 @@
+//! `oncall plan`, `doctor`, `experts` and `--record`, as the real program runs them.
+
+use oncall::gguf::mixture;
+use oncall::synth::{self, PRESETS};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+fn oncall(args: &[&str]) -> Output {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_oncall"));
+    // No test touches the user's own cache folder.
+    c.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
+    c.args(args).stdin(Stdio::null()).env_remove("ONCALL_MODEL").env_remove("ONCALL_LOG").output().unwrap()
+}
+
+fn text(o: &Output) -> String {
+    assert!(o.status.success(), "{}", err(o));
+    String::from_utf8(o.stdout.clone()).unwrap()
+}
+
+fn err(o: &Output) -> String {
+    String::from_utf8_lossy(&o.stderr).into_owned()
+}
+
+fn json(args: &[&str]) -> Value {
+    serde_json::from_str(&text(&oncall(&[args, &["--json"]].concat()))).unwrap()
+}
+
+/// A folder on a real disk with a small model of each size of expert.
+fn model(dir: &Path, quant: &str) -> PathBuf {
+    let preset = PRESETS.iter().find(|p| p.name == "tiny-qwen3moe").unwrap();
+    let options = synth::Options { mixture: mixture::by_name(quant).unwrap(), ..synth::Options::parity(preset) };
+    let path = dir.join("tiny.gguf");
+    std::fs::write(&path, synth::to_bytes(preset, &options).unwrap()).unwrap();
+    path
+}
+
+/// What `plan` calls the smallest works; a little less is refused, with the same number, by `plan` and by `run`.
+#[test]
+fn the_smallest_budget_is_the_one_that_works() {
+    let dir = tempfile::tempdir_in(".").unwrap();
+    let path = model(dir.path(), "q4_k_m");
+    let path = path.to_str().unwrap();
+    let plan = json(&["plan", "-m", path, "-c", "128"]);
+    let smallest = plan["smallest_bytes"].as_u64().unwrap();
+    let run = |bytes: u64| {
+        oncall(&["run", "--raw", "-m", path, "-c", "128", "-n", "2", "hi", "--memory", &bytes.to_string()])
+    };
+    text(&run(smallest));
+    let refused = run(smallest - 1);
+    assert!(refused.status.code() == Some(1) && err(&refused).contains("memory"), "{}", err(&refused));
+    let refused = oncall(&["plan", "-m", path, "-c", "128", "--memory", &(smallest - 1).to_string()]);
+    assert!(refused.status.code() == Some(1) && err(&refused).contains("too little"), "{}", err(&refused));
+    // A longer context needs more, a smaller cache less.
+    let with =
+        |more: &[&str]| json(&[&["plan", "-m", path, "-c", "1024"], more].concat())["smallest_bytes"].as_u64().unwrap();
+    assert!(with(&[]) > smallest && with(&["-ctk", "q8_0", "-ctv", "q8_0"]) < with(&[]));
+}
+
+#[test]
+fn the_table_goes_from_the_smallest_budget_to_no_reads() {
+    let dir = tempfile::tempdir_in(".").unwrap();
+    let path = model(dir.path(), "q8_0");
+    for routing in ["typical", "uniform"] {
+        let plan = json(&["plan", "-m", path.to_str().unwrap(), "--routing", routing]);
+        let rows = plan["budgets"].as_array().unwrap();
+        assert_eq!(rows[0]["bytes"], plan["smallest_bytes"]);
+        let last = rows.last().unwrap();
+        assert_eq!((&last["bytes"], &last["hit_rate"]), (&plan["no_reads_bytes"], &Value::from(1.0)));
+        assert_eq!(last["bytes_per_token"], 0);
+        for row in rows {
+            let (compute, disk) = (row["compute_s"].as_f64().unwrap(), row["disk_s"].as_f64().unwrap());
+            let speed = row["tokens_per_s"].as_f64().unwrap();
+            assert!((speed * compute.max(disk) - 1.0).abs() < 1e-6, "{row}");
+        }
+        assert!(rows[0]["tokens_per_s"].as_f64() <= last["tokens_per_s"].as_f64(), "{plan}");
+    }
+}
+
+/// A download that has just begun: all sizes are in its header. What needs the weights says that they're missing.
+#[test]
+fn the_header_alone_is_enough() {
+    let dir = tempfile::tempdir_in(".").unwrap();
+    let whole = model(dir.path(), "q4_0");
+    let bytes = std::fs::read(&whole).unwrap();
+    let data = oncall::gguf::Gguf::open(&whole).unwrap().tensors().iter().map(|t| t.offset).min().unwrap();
+    let part = dir.path().join("part.gguf");
+    std::fs::write(&part, &bytes[..data as usize + 100]).unwrap();
+    let (a, b) = (json(&["plan", "-m", whole.to_str().unwrap()]), json(&["plan", "-m", part.to_str().unwrap()]));
+    for key in ["smallest_bytes", "no_reads_bytes", "dense_bytes", "kv_bytes", "expert_bytes"] {
+        assert_eq!(a[key], b[key], "{key}");
+    }
+    assert_eq!((&a["incomplete"], &b["incomplete"]), (&Value::from(false), &Value::from(true)));
+    let o = oncall(&["run", "-m", part.to_str().unwrap(), "hi"]);
+    assert_eq!(o.status.code(), Some(1));
+    std::fs::write(&part, &bytes[..data as usize / 2]).unwrap();
+    let o = oncall(&["plan", "-m", part.to_str().unwrap()]);
+    assert!(o.status.code() == Some(1) && err(&o).contains("part.gguf"), "{}", err(&o));
+}
+
+/// What `--record` writes can be replayed, and planned with; it is the same whatever the chunk.
+#[test]
+fn a_recorded_run_can_be_replayed_and_planned_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let record = |name: &str, chunk: &str| {
+        let path = dir.path().join(name);
+        let args = [
+            "run",
+            "--raw",
+            "Once upon a time there was",
+            "-n",
+            "20",
+            "-s",
+            "1",
+            "--ignore-eos",
+            "--ubatch-size",
+            chunk,
+        ];
+        text(&oncall(&[&args[..], &["--record", path.to_str().unwrap()]].concat()));
+        let trace = std::fs::read_to_string(&path).unwrap();
+        assert!(trace.ends_with('\n'));
+        (path, trace)
+    };
+    let ((path, a), (_, b)) = (record("a.csv", "512"), record("b.csv", "2"));
+    let routes = |t: &str| -> Vec<String> {
+        // All but residency and bytes, which depend on what came before within a chunk; and phase: a chunk of one is a token.
+        t.lines()
+            .filter(|l| !l.starts_with('#'))
+            .map(|l| {
+                let f: Vec<&str> = l.split(',').collect();
+                [f[0], f[2], f[3], f[4], f[5], f[6]].join(",")
+            })
+            .collect()
+    };
+    assert_eq!(routes(&a), routes(&b));
+    let steps = |phase: &str| {
+        let mut steps: Vec<&str> =
+            a.lines().filter(|l| l.split(',').nth(1) == Some(phase)).filter_map(|l| l.split(',').nth(2)).collect();
+        steps.dedup();
+        steps.len()
+    };
+    assert!(steps("0") >= 5 && (19..=20).contains(&steps("1")), "{} {}", steps("0"), steps("1"));
+    let path = path.to_str().unwrap();
+    let row = json(&["replay", "--trace", path, "--slots", "8", "--policy", "stay", "--sharing", "global"]);
+    assert!(row["hit_rate"].as_f64().unwrap() > 0.9, "{row}");
+    let plan = json(&["plan", "--trace", path]);
+    assert_eq!(plan["routing"], "trace");
+    let o = oncall(&["plan", "--trace", "tests/traces/gpt-oss-120b.route.csv"]);
+    assert!(o.status.code() == Some(1) && err(&o).contains("2 of 128"), "{}", err(&o));
+    let o = oncall(&["run", "hi", "--record", dir.path().to_str().unwrap()]);
+    assert!(o.status.code() == Some(1) && err(&o).contains("routing trace"), "{}", err(&o));
+}
+
+#[test]
+fn doctor_measures_and_cleans_up() {
+    let dir = tempfile::tempdir_in(".").unwrap();
+    let report = json(&["doctor", "--dir", dir.path().to_str().unwrap()]);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "the temporary file is gone");
+    let disk = report["disk"].as_array().unwrap();
+    let modes = if report.get("no_direct").is_some() { 1 } else { 2 };
+    assert_eq!(disk.len(), modes * 3 * 4);
+    assert!(disk.iter().all(|r| r["bytes_per_s"].as_f64().unwrap() > 0.0));
+    assert!(report["memory_rate"][0].as_f64().unwrap() > 1e8);
+    assert!(!report["limits"].as_array().unwrap().is_empty());
+    let o = oncall(&["doctor", "--dir", "/no/such/folder"]);
+    assert!(o.status.code() == Some(1) && err(&o).contains("--dir"), "{}", err(&o));
+    let o = oncall(&["doctor", "-m", "/no/such/model.gguf"]);
+    assert!(o.status.code() == Some(1) && err(&o).contains("model.gguf"), "{}", err(&o));
+}
+
+#[test]
+fn the_map_of_experts() {
+    let dir = tempfile::tempdir().unwrap();
+    let svg = dir.path().join("map.svg");
+    let map = text(&oncall(&["experts", "-n", "20", "--svg", svg.to_str().unwrap(), "Once upon a time"]));
+    assert!(map.contains("8 experts a layer, 2 used") && !map.contains('\u{1b}'), "{map}");
+    assert_eq!(map.lines().filter(|l| l.contains(" used, ")).count(), 6, "{map}");
+    assert!(std::fs::read_to_string(&svg).unwrap().starts_with("<svg"));
+    let map = json(&["experts", "-n", "20", "Once upon a time"]);
+    let tokens = map["tokens"].as_u64().unwrap();
+    for layer in map["layers"].as_array().unwrap() {
+        let uses: u64 = layer["uses"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).sum();
+        assert_eq!(uses, 2 * tokens, "every token uses two");
+    }
+}
+
+#[test]
+fn help_teaches_with_examples() {
+    for command in ["plan", "doctor", "experts", "replay"] {
+        let help = text(&oncall(&[command, "--help"]));
+        assert!(help.contains("Examples:") && help.contains(&format!("oncall {command}")), "{help}");
+    }
+}
