@@ -8,6 +8,8 @@ use std::process::{Command, Output, Stdio};
 
 fn oncall(args: &[&str]) -> Output {
     let mut c = Command::new(env!("CARGO_BIN_EXE_oncall"));
+    // No test touches the user's own cache folder.
+    c.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
     c.args(args).stdin(Stdio::null()).env_remove("ONCALL_MODEL").env_remove("ONCALL_LOG").output().unwrap()
 }
 

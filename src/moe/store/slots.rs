@@ -340,6 +340,8 @@ impl Slots {
             let owned = usize::from(s.owner.is_some());
             assert_eq!(seen[slot] + owned, 1, "slot {slot} is free, parked or somebody's");
             assert_eq!(s.is_idle(), s.rank.is_some(), "slot {slot} is in the order while it's idle");
+            let now = s.owner.map(|key| sortable(self.policy.rank(key as usize)));
+            assert!(s.rank.is_none() || s.rank == now, "slot {slot} stands where it should have stood before");
             assert!(s.pins == 0 || s.missing == 0, "slot {slot} is computed with while it's loading");
         }
         assert_eq!(
