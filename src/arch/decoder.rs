@@ -5,7 +5,7 @@ use super::config::Config;
 use super::ffn::{DenseFfn, Ffn, MoeFfn, MoeOptions, Next};
 use super::gqa::{Gqa, GqaOptions};
 use super::mla::Mla;
-use super::pass::{Block, Buffers, Machine, resize};
+use super::pass::{Block, Buffers, Machine};
 use super::weights::{Loader, Matrix};
 use super::{ModelError, PassError};
 use crate::gguf::Gguf;
@@ -154,7 +154,7 @@ impl Decoder {
         let t = &gguf.tensors()[self.embedding];
         let row_bytes = n_embd / t.format.block_len * t.format.block_bytes;
         let mut raw = vec![0; row_bytes];
-        resize(&mut b.x, tokens.len() * n_embd);
+        b.x.resize(tokens.len() * n_embd);
         for (token, row) in tokens.iter().zip(b.x.chunks_mut(n_embd)) {
             gguf.read_at(t, u64::from(*token) * row_bytes as u64, &mut raw).map_err(ModelError::from)?;
             (t.format.dequantize_row)(&raw, row);
@@ -168,12 +168,12 @@ impl Decoder {
     fn logits(&self, m: &Machine<'_>, b: &mut Buffers, wanted: &[u32]) {
         let (c, n_embd) = (&self.config, self.config.n_embd);
         let Buffers { x, h, acts, rows, logits, .. } = b;
-        resize(h, wanted.len() * n_embd);
+        h.resize(wanted.len() * n_embd);
         m.each_row(h, n_embd, &|i, row| {
             let t = wanted[i] as usize;
             ops::rms_norm(&x[t * n_embd..(t + 1) * n_embd], &self.output_norm, c.rms_eps, row);
         });
-        resize(logits, wanted.len() * c.n_vocab);
+        logits.resize(wanted.len() * c.n_vocab);
         m.activate(acts, h, n_embd, &[&self.output]);
         m.matmul(acts, &rows[..wanted.len()], &mut [(&self.output, logits)]);
         if c.logit_scale != 1.0 {

@@ -1,7 +1,7 @@
 //! The feed-forward half of a layer: a dense network, or experts.
 
 use super::config::{Config, MoeConfig};
-use super::pass::{Buffers, Guess, Job, Machine, resize};
+use super::pass::{Buffers, Guess, Job, Machine};
 use super::weights::{Loader, Matrix};
 use super::{ModelError, PassError};
 use crate::moe::{Fetch, LayerParts, Pick, Ready};
@@ -100,9 +100,9 @@ impl DenseFfn {
 
     /// Reads `b.acts`, writes `b.o`.
     fn forward(&self, m: &Machine<'_>, b: &mut Buffers, n_tokens: usize) {
-        resize(&mut b.gate, n_tokens * self.n_ff);
-        resize(&mut b.up, n_tokens * self.n_ff);
-        resize(&mut b.o, n_tokens * self.down.n_rows);
+        b.gate.resize(n_tokens * self.n_ff);
+        b.up.resize(n_tokens * self.n_ff);
+        b.o.resize(n_tokens * self.down.n_rows);
         m.matmul(&b.acts, &b.rows[..n_tokens], &mut [(&self.gate, &mut b.gate), (&self.up, &mut b.up)]);
         let (n, up) = (self.n_ff, &b.up);
         m.each_row(&mut b.gate, n, &|t, row| Activation::Swiglu.apply(row, &up[t * n..(t + 1) * n]));
@@ -189,8 +189,7 @@ impl MoeFfn {
                 }
             }
             None => {
-                b.o.clear();
-                b.o.resize(n_tokens * n_embd, 0.0);
+                b.o.zero(n_tokens * n_embd);
             }
         }
         match fetch {
@@ -206,9 +205,9 @@ impl MoeFfn {
         let Buffers { x, guess: Guess { h, acts, scores }, rows, .. } = b;
         let step = n_tokens.div_ceil(GUESS_TOKENS);
         let n = n_tokens.div_ceil(step);
-        resize(h, n * n_embd);
+        h.resize(n * n_embd);
         m.each_row(h, n_embd, &|i, row| ops::rms_norm(&x[i * step * n_embd..][..n_embd], norm, eps, row));
-        resize(scores, n * r.n_expert);
+        scores.resize(n * r.n_expert);
         m.activate(acts, h, n_embd, &[&self.router]);
         m.matmul(acts, &rows[..n], &mut [(&self.router, &mut *scores)]);
         let mut picks = vec![Pick::default(); r.n_expert_used];
@@ -233,7 +232,7 @@ impl MoeFfn {
     /// Each token's experts, (n_tokens, n_expert_used), best first.
     fn route(&self, m: &Machine<'_>, b: &mut Buffers, layer: usize, n_tokens: usize) -> Vec<Pick> {
         let r = &self.config.router;
-        resize(&mut b.scores, n_tokens * r.n_expert);
+        b.scores.resize(n_tokens * r.n_expert);
         m.matmul(&b.acts, &b.rows[..n_tokens], &mut [(&self.router, &mut b.scores)]);
         let mut picks = vec![Pick::default(); n_tokens * r.n_expert_used];
         for (scores, picks) in b.scores.chunks_mut(r.n_expert).zip(picks.chunks_mut(r.n_expert_used)) {
@@ -261,9 +260,9 @@ impl MoeFfn {
     ) -> Result<(), PassError> {
         let used = self.config.router.n_expert_used;
         let (n_ff, n_embd) = (self.config.n_ff_exp, self.router.n_cols);
-        resize(&mut b.gate, picks.len() * n_ff);
-        resize(&mut b.up, picks.len() * n_ff);
-        resize(&mut b.partial, picks.len() * n_embd);
+        b.gate.resize(picks.len() * n_ff);
+        b.up.resize(picks.len() * n_ff);
+        b.partial.resize(picks.len() * n_embd);
         let mut ready = Vec::new();
         while fetch.next(&mut ready)? {
             ready.sort_unstable_by_key(|r| r.expert);

@@ -3,7 +3,7 @@
 
 use super::ModelError;
 use super::config::Config;
-use super::pass::{Block, Buffers, Machine, resize};
+use super::pass::{Block, Buffers, Machine};
 use super::weights::{Loader, Matrix};
 use crate::ops;
 use crate::ops::RopeTable;
@@ -119,9 +119,9 @@ impl Gqa {
     pub fn forward(&self, m: &Machine<'_>, b: &mut Buffers, block: &mut Block<'_>, rope: &RopeTable, layer: usize) {
         let n_tokens = block.tokens.len();
         let Buffers { h, o, q, k, v, attn, acts, rows, .. } = b;
-        resize(q, n_tokens * self.wq.n_rows);
-        resize(k, n_tokens * self.wk.n_rows);
-        resize(v, n_tokens * self.wv.n_rows);
+        q.resize(n_tokens * self.wq.n_rows);
+        k.resize(n_tokens * self.wk.n_rows);
+        v.resize(n_tokens * self.wv.n_rows);
         m.activate(acts, h, self.wq.n_cols, &[&self.wq, &self.wk, &self.wv]);
         m.matmul(acts, rows, &mut [(&self.wq, &mut *q), (&self.wk, &mut *k), (&self.wv, &mut *v)]);
         m.each_row(q, self.wq.n_rows, &|t, row| self.finish_heads(row, &self.bq, 0, rope, t));
@@ -130,11 +130,11 @@ impl Gqa {
             m.each_row(v, self.wv.n_rows, &|_, row| ops::add(row, bias));
         }
         block.kv.write(m.team, layer, k, v);
-        resize(attn, n_tokens * self.wo.n_cols);
+        attn.resize(n_tokens * self.wo.n_cols);
         let sinks = self.sinks.as_deref();
         let params = AttnParams { n_head: self.n_head, scale: self.scale, n_swa: self.window, softcap: None, sinks };
         block.kv.attend(m.team, layer, &params, q, attn);
-        resize(o, n_tokens * self.wo.n_rows);
+        o.resize(n_tokens * self.wo.n_rows);
         m.activate(acts, attn, self.wo.n_cols, &[&self.wo]);
         m.matmul(acts, rows, &mut [(&self.wo, &mut *o)]);
         if let Some(bias) = &self.bo {

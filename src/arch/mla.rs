@@ -3,7 +3,7 @@
 
 use super::ModelError;
 use super::config::{Config, Keys};
-use super::pass::{Block, Buffers, Machine, resize};
+use super::pass::{Block, Buffers, Machine};
 use super::weights::{Loader, Matrix};
 use crate::gguf::Metadata;
 use crate::ops::attention::AttnParams;
@@ -124,7 +124,7 @@ impl Mla {
         self.keys_and_queries(m, b, rope, n_tokens);
         let shape = self.kv_layer();
         block.kv.write(m.team, layer, &b.k, &b.v);
-        resize(&mut b.attn, n_tokens * self.n_head * shape.head_dim_v);
+        b.attn.resize(n_tokens * self.n_head * shape.head_dim_v);
         let (n_head, scale) = (self.n_head, self.config.scale);
         let params = AttnParams { n_head, scale, n_swa: None, softcap: None, sinks: None };
         block.kv.attend(m.team, layer, &params, &b.latent, &mut b.attn);
@@ -134,16 +134,16 @@ impl Mla {
     /// Queries into `b.q` (n_tokens, n_head, n_nope + n_rot), compressed keys and values into `b.gate`.
     fn project(&self, m: &Machine<'_>, b: &mut Buffers, n_tokens: usize) {
         let Buffers { h, q, gate, up, acts, inner, rows, .. } = b;
-        resize(gate, n_tokens * self.wkv_a.n_rows);
+        gate.resize(n_tokens * self.wkv_a.n_rows);
         match &self.query {
             Query::Direct(wq) => {
-                resize(q, n_tokens * wq.n_rows);
+                q.resize(n_tokens * wq.n_rows);
                 m.activate(acts, h, wq.n_cols, &[wq, &self.wkv_a]);
                 m.matmul(acts, rows, &mut [(wq, &mut *q), (&self.wkv_a, &mut *gate)]);
             }
             Query::Compressed { a, norm, b: wq_b } => {
-                resize(up, n_tokens * a.n_rows);
-                resize(q, n_tokens * wq_b.n_rows);
+                up.resize(n_tokens * a.n_rows);
+                q.resize(n_tokens * wq_b.n_rows);
                 m.activate(acts, h, a.n_cols, &[a, &self.wkv_a]);
                 m.matmul(acts, rows, &mut [(a, &mut *up), (&self.wkv_a, &mut *gate)]);
                 m.each_row(up, a.n_rows, &|_, row| ops::rms_norm_in_place(row, norm, self.rms_eps));
@@ -160,8 +160,8 @@ impl Mla {
         let (rank, n_rot, n_nope, heads) = (c.kv_lora_rank, c.n_rot, c.n_nope, self.n_head);
         let (width, head) = (rank + n_rot, n_nope + n_rot);
         let Buffers { q, k, v, gate, up, latent, inner, rows, .. } = b;
-        resize(k, n_tokens * width);
-        resize(v, n_tokens * rank);
+        k.resize(n_tokens * width);
+        v.resize(n_tokens * rank);
         m.each_row(k, width, &|t, row| {
             row.copy_from_slice(&gate[t * width..(t + 1) * width]);
             ops::rms_norm_in_place(&mut row[..rank], &self.kv_norm, self.rms_eps);
@@ -169,14 +169,14 @@ impl Mla {
         });
         m.each_row(v, rank, &|t, row| row.copy_from_slice(&k[t * width..t * width + rank]));
         // The parts that don't rotate, gathered by head: (n_head, n_tokens, n_nope), then into the compressed space.
-        resize(up, heads * n_tokens * n_nope);
+        up.resize(heads * n_tokens * n_nope);
         m.each_row(up, n_nope, &|i, row| {
             let (h, t) = (i / n_tokens, i % n_tokens);
             row.copy_from_slice(&q[(t * heads + h) * head..][..n_nope]);
         });
-        resize(gate, heads * n_tokens * rank);
+        gate.resize(heads * n_tokens * rank);
         self.by_head(m, inner, up, n_nope, &self.wk_b, gate, rows, n_tokens);
-        resize(latent, n_tokens * heads * width);
+        latent.resize(n_tokens * heads * width);
         m.each_row(latent, width, &|i, row| {
             let (t, h) = (i / heads, i % heads);
             row[..rank].copy_from_slice(&gate[(h * n_tokens + t) * rank..][..rank]);
@@ -189,19 +189,19 @@ impl Mla {
     fn output(&self, m: &Machine<'_>, b: &mut Buffers, n_tokens: usize) {
         let (rank, dv, heads) = (self.config.kv_lora_rank, self.config.head_dim_v, self.n_head);
         let Buffers { o, attn, gate, up, latent, acts, inner, rows, .. } = b;
-        resize(up, heads * n_tokens * rank);
+        up.resize(heads * n_tokens * rank);
         m.each_row(up, rank, &|i, row| {
             let (h, t) = (i / n_tokens, i % n_tokens);
             row.copy_from_slice(&attn[(t * heads + h) * rank..][..rank]);
         });
-        resize(gate, heads * n_tokens * dv);
+        gate.resize(heads * n_tokens * dv);
         self.by_head(m, inner, up, rank, &self.wv_b, gate, rows, n_tokens);
-        resize(latent, n_tokens * heads * dv);
+        latent.resize(n_tokens * heads * dv);
         m.each_row(latent, dv, &|i, row| {
             let (t, h) = (i / heads, i % heads);
             row.copy_from_slice(&gate[(h * n_tokens + t) * dv..][..dv]);
         });
-        resize(o, n_tokens * self.wo.n_rows);
+        o.resize(n_tokens * self.wo.n_rows);
         m.activate(acts, latent, self.wo.n_cols, &[&self.wo]);
         m.matmul(acts, rows, &mut [(&self.wo, &mut *o)]);
     }

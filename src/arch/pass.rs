@@ -2,7 +2,7 @@
 //! the thread team. An operation's result for a token depends on that token and its sequence alone.
 
 use super::weights::{Dense, Matrix};
-use crate::cpu::Team;
+use crate::cpu::{Scratch, Team};
 use crate::moe::recorder::Recorder;
 use crate::moe::{ExpertStore, Lossy};
 use crate::ops;
@@ -40,29 +40,29 @@ pub struct Machine<'a> {
 #[derive(Default)]
 pub struct Buffers {
     /// The residual stream. (n_tokens, n_embd)
-    pub x: Vec<f32>,
+    pub x: Scratch,
     /// What a layer's part reads, normalised. (n_tokens, n_embd)
-    pub h: Vec<f32>,
+    pub h: Scratch,
     /// What a layer's part adds. (n_tokens, n_embd)
-    pub o: Vec<f32>,
+    pub o: Scratch,
     /// Queries, keys, values. (n_tokens, heads x head_dim)
-    pub q: Vec<f32>,
+    pub q: Scratch,
     /// Keys.
-    pub k: Vec<f32>,
+    pub k: Scratch,
     /// Values.
-    pub v: Vec<f32>,
+    pub v: Scratch,
     /// Attention's output before its projection. (n_tokens, n_head x head_dim_v)
-    pub attn: Vec<f32>,
+    pub attn: Scratch,
     /// More room for an architecture's own intermediate values.
-    pub latent: Vec<f32>,
+    pub latent: Scratch,
     /// Gate and up of the feed-forward network. (n_tokens or n_pairs, n_ff)
-    pub gate: Vec<f32>,
+    pub gate: Scratch,
     /// Up.
-    pub up: Vec<f32>,
+    pub up: Scratch,
     /// The router's scores. (n_tokens, n_expert)
-    pub scores: Vec<f32>,
+    pub scores: Scratch,
     /// The experts' partial results. (n_pairs, n_embd)
-    pub partial: Vec<f32>,
+    pub partial: Scratch,
     /// Quantised inputs of matrices: of the layer's parts, and of their second matrices.
     pub acts: Acts,
     /// As `acts`, for what comes in between.
@@ -70,7 +70,7 @@ pub struct Buffers {
     /// For guessing the next layer's experts: its input, quantised, and its scores.
     pub guess: Guess,
     /// (n_wanted, n_vocab)
-    pub logits: Vec<f32>,
+    pub logits: Scratch,
     /// 0, 1, 2 …: every row of a block.
     pub rows: Vec<u32>,
 }
@@ -79,16 +79,11 @@ pub struct Buffers {
 #[derive(Default)]
 pub struct Guess {
     /// (n_sample, n_embd)
-    pub h: Vec<f32>,
+    pub h: Scratch,
     /// The same, quantised.
     pub acts: Acts,
     /// (n_sample, n_expert)
-    pub scores: Vec<f32>,
-}
-
-/// Makes `buf` hold `n` values; what they were doesn't matter.
-pub fn resize(buf: &mut Vec<f32>, n: usize) {
-    buf.resize(n, 0.0);
+    pub scores: Scratch,
 }
 
 /// A matrix and the place of its results.
@@ -154,8 +149,8 @@ impl Machine<'_> {
     }
 
     /// RMSNorm of each row of `x` into `out`.
-    pub fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut Vec<f32>) {
-        resize(out, x.len());
+    pub fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut Scratch) {
+        out.resize(x.len());
         let n = weight.len();
         self.each_row(out, n, &|t, row| ops::rms_norm(&x[t * n..(t + 1) * n], weight, eps, row));
     }

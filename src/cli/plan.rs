@@ -8,6 +8,7 @@ use crate::engine::outline::Outline;
 use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, EngineOptions, Memory};
 use crate::gguf::Gguf;
 use crate::moe::planner::{Cost, Forecast, Routing, forecast, typical_trace};
+use crate::ops::kv::KV_BLOCK;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -154,6 +155,8 @@ fn routing(a: &PlanArgs, o: &Outline) -> Result<(Routing, Assumption), Failure> 
 /// Reads in flight, as when the model runs.
 const IN_FLIGHT: usize = 4;
 const DISK_TIME: Duration = Duration::from_millis(400);
+/// Tokens in the context for which speeds are told: a question and half of its answer.
+const SEEN: usize = 512;
 const MEMORY_TIME: Duration = Duration::from_millis(100);
 
 fn plan(
@@ -166,8 +169,9 @@ fn plan(
 ) -> Result<Plan, Failure> {
     let needs = &o.needs;
     let memory_rate = probe::memory_rate(o.n_threads, MEMORY_TIME)?;
-    // Half of the context is what a token sees on average.
-    let kv_s = (o.kv_per_1k as f64 * o.n_ctx as f64 / 2048.0) / memory_rate;
+    let n_seen = o.n_ctx.min(SEEN);
+    let kv_s = (o.kv_per_1k as f64 * n_seen as f64 / 1024.0) / memory_rate;
+    let n_kv_blocks = n_seen.div_ceil(KV_BLOCK) as u64;
     let disk = disk_rate(a.model.as_deref(), o.read_bytes);
     let cost = Cost {
         compute_s: o.measure_compute()? + kv_s,
@@ -197,7 +201,7 @@ fn plan(
         cost,
         memory_rate,
         no_disk_rate: disk.err(),
-        budgets: budgets.into_iter().filter_map(|b| forecast(needs, &cost, routing, b)).collect(),
+        budgets: budgets.into_iter().filter_map(|b| forecast(needs, &cost, routing, b, n_kv_blocks)).collect(),
     })
 }
 
@@ -253,6 +257,11 @@ fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt:
         Assumption::Trace => "the trace",
     };
     line("hit rates from", assumed.into())?;
+    let seen = p.n_ctx.min(SEEN);
+    line(
+        "table",
+        format!("for writing with {seen} tokens in the context; memory that more of them need comes from the slots"),
+    )?;
     writeln!(
         out,
         "\n{:>10} {:>10} {:>9} {:>7} {:>10} {:>11} {:>9} {:>10}",

@@ -4,8 +4,10 @@ pub mod isa;
 pub mod memory;
 mod pages;
 pub mod probe;
+mod scratch;
 mod team;
 
 pub use isa::{Isa, IsaError};
 pub use pages::Pages;
+pub use scratch::Scratch;
 pub use team::Team;

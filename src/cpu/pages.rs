@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
+use std::num::NonZero;
 use std::ptr::NonNull;
 
 /// An anonymous mapping that this value owns. Pages that were never written cost nothing.
@@ -17,6 +18,12 @@ unsafe impl Send for Pages {}
 unsafe impl Sync for Pages {}
 
 impl Pages {
+    /// No pages.
+    pub const fn empty() -> Self {
+        // Aligned as pages are, for those who see the bytes as something else.
+        Pages { ptr: NonNull::without_provenance(NonZero::new(4096).unwrap()), len: 0 }
+    }
+
     /// A mapping of `len` zero bytes. Huge pages are asked for when it's worth it: a 4 GB arena has a million
     /// small pages, and faulting each in costs a quarter of a second for every GB.
     ///
@@ -69,7 +76,7 @@ impl Pages {
     fn map(len: usize, flags: rustix::mm::MapFlags) -> std::io::Result<Self> {
         use rustix::mm::{ProtFlags, mmap_anonymous};
         if len == 0 {
-            return Ok(Pages { ptr: NonNull::dangling(), len });
+            return Ok(Pages::empty());
         }
         // SAFETY: a new private mapping at an address of the system's choice touches no memory of ours.
         let ptr = unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags)? };

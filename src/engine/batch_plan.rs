@@ -1,6 +1,7 @@
 //! How many sequences a batch should run together: more of them share each read of an expert, but their KV cache takes the
 //! memory that slots for experts could have. Pure arithmetic over the header and the budget.
 
+use super::budget::needs;
 use super::{Budget, EngineError, EngineOptions};
 use crate::arch;
 use crate::cpu::Isa;
@@ -88,7 +89,7 @@ pub fn plan_batch(
     let n_ctx = o.n_ctx_of(&model.config);
     let budget = |n: usize| {
         let o = EngineOptions { n_sessions: n, kv_positions: Some(kv_positions(shape, n, n_ctx)), ..o.clone() };
-        Budget::new(&o, &model, dense, n_ctx)
+        Budget::new(&needs(&o, &model, dense, n_ctx), o.memory)
     };
     if let Some(n) = given {
         budget(n)?;

@@ -35,7 +35,7 @@ pub struct Budget {
     pub activations: u64,
     /// The program, its tokeniser, and small things.
     pub base: u64,
-    /// Slots for experts.
+    /// Slots for experts when the KV cache is full and the longest block of tokens is in the buffers; until then they have more.
     pub slots: u64,
     /// Tokens of a prompt that go through the layers together.
     pub chunk: usize,
@@ -55,6 +55,7 @@ pub(super) fn needs(o: &EngineOptions, model: &Decoder, dense: u64, n_ctx: usize
         base: BASE_BYTES,
         dense,
         kv: block.saturating_mul(o.n_kv_blocks(n_ctx) as u64),
+        kv_block: block,
         logits: 8 * (model.config.n_vocab * o.n_sessions.max(1)) as u64,
         per_token: model.bytes_per_token(),
         least_slots,
@@ -76,14 +77,13 @@ impl Memory {
 
 impl Budget {
     /// Divides the memory. Where it's short, blocks of tokens are made shorter before slots are taken away.
-    pub(super) fn new(o: &EngineOptions, model: &Decoder, dense: u64, n_ctx: usize) -> Result<Self, EngineError> {
-        let needs = needs(o, model, dense, n_ctx);
-        let bytes = o.memory.resolve();
+    pub(super) fn new(needs: &Needs, memory: Memory) -> Result<Self, EngineError> {
+        let bytes = memory.resolve();
         let budget = bytes.unwrap_or(u64::MAX);
         let shares = needs.divide(budget).ok_or(EngineError::Budget { budget, smallest: needs.smallest() })?;
         Ok(Budget {
             bytes,
-            dense,
+            dense: needs.dense,
             kv: needs.kv,
             activations: shares.activations,
             base: needs.base,
@@ -91,5 +91,119 @@ impl Budget {
             chunk: shares.chunk,
             least: needs.smallest(),
         })
+    }
+}
+
+/// Blocks of the KV cache by which it is given room: slots leave some at a time, not one with every few tokens.
+const KV_STEP: usize = 4;
+/// Passes in a row that needed a quarter of the buffers before these are given up. A prompt's last, short block isn't the
+/// beginning of an answer's end.
+const CALM_PASSES: usize = 8;
+
+/// How the memory is shared out from pass to pass: what the KV cache and the buffers don't need yet, slots can have. A context of 4096
+/// that holds 300 tokens, and buffers for 512 tokens while one at a time is written, would be the larger part of a tight budget.
+pub(super) struct Room {
+    needs: Needs,
+    /// Blocks that the KV cache has room for.
+    kv_blocks: usize,
+    /// Tokens that the buffers have room for.
+    n_tokens: usize,
+    /// The largest of the last passes that needed far less, and how many they were.
+    calm: (usize, usize),
+}
+
+/// What changes before a pass.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Moves {
+    /// Bytes of slots from now on.
+    pub slots: u64,
+    /// The buffers are to be given back first.
+    pub drop_buffers: bool,
+}
+
+impl Room {
+    /// For an empty KV cache and blocks of one token.
+    pub fn new(needs: Needs) -> Self {
+        Room { needs, kv_blocks: 0, n_tokens: 1, calm: (0, 0) }
+    }
+
+    /// What the engine needs.
+    pub fn needs(&self) -> &Needs {
+        &self.needs
+    }
+
+    /// Bytes of slots as things are.
+    pub fn slots(&self, budget: &Budget) -> u64 {
+        let now = self.needs.slots_now(budget.bytes.unwrap_or(u64::MAX), self.kv_blocks as u64, self.n_tokens);
+        now.unwrap_or(budget.slots)
+    }
+
+    /// A pass of `n_tokens` comes, for which the KV cache will hold `kv_blocks`. `None` if everything can stay.
+    pub fn before_pass(&mut self, budget: &Budget, n_tokens: usize, kv_blocks: usize) -> Option<Moves> {
+        let before = self.slots(budget);
+        self.kv_blocks = self.kv_blocks.max(kv_blocks.next_multiple_of(KV_STEP));
+        let mut drop_buffers = false;
+        if n_tokens > self.n_tokens {
+            (self.n_tokens, self.calm) = (n_tokens.next_power_of_two().min(budget.chunk.max(n_tokens)), (0, 0));
+        } else if n_tokens > self.n_tokens / 4 {
+            self.calm = (0, 0);
+        } else {
+            self.calm = (self.calm.0.max(n_tokens), self.calm.1 + 1);
+            // Where everything has a slot, nobody needs the buffers' memory.
+            if self.calm.1 >= CALM_PASSES && before < self.needs.all_slots {
+                (self.n_tokens, drop_buffers, self.calm) = (self.calm.0.next_power_of_two(), true, (0, 0));
+            }
+        }
+        let slots = self.slots(budget);
+        (slots != before || drop_buffers).then_some(Moves { slots, drop_buffers })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NEEDS: Needs = Needs {
+        base: 100,
+        dense: 1000,
+        kv: 6400,
+        kv_block: 100,
+        logits: 10,
+        per_token: 10,
+        least_slots: 200,
+        all_slots: 20_000,
+        chunk: 64,
+    };
+
+    #[test]
+    fn slots_have_what_nobody_needs_yet() {
+        let budget = Budget::new(&NEEDS, Memory::Bytes(10_000)).unwrap();
+        assert_eq!((budget.chunk, budget.slots), (64, 10_000 - 100 - 1000 - 6400 - 650));
+        let mut room = Room::new(NEEDS);
+        let slots = |kv: u64, tokens: u64| 10_000 - 1100 - kv - 10 - 10 * tokens;
+        assert_eq!(room.slots(&budget), slots(0, 1));
+        // A prompt of 100 tokens in two blocks, then an answer.
+        let moves = |slots, drop_buffers| Some(Moves { slots, drop_buffers });
+        assert_eq!(room.before_pass(&budget, 64, 1), moves(slots(400, 64), false));
+        assert_eq!(room.before_pass(&budget, 36, 2), None);
+        for _ in 1..CALM_PASSES {
+            assert_eq!(room.before_pass(&budget, 1, 2), None);
+        }
+        assert_eq!(room.before_pass(&budget, 1, 2), moves(slots(400, 1), true));
+        assert_eq!(room.before_pass(&budget, 1, 4), None);
+        assert_eq!(room.before_pass(&budget, 1, 5), moves(slots(800, 1), false));
+        // What was touched stays touched; and full, nothing is left but what was promised.
+        assert_eq!(room.before_pass(&budget, 1, 1), None);
+        assert_eq!(room.before_pass(&budget, 64, 64), moves(budget.slots, false));
+    }
+
+    #[test]
+    fn with_enough_memory_nothing_moves() {
+        let budget = Budget::new(&NEEDS, Memory::Bytes(NEEDS.no_reads())).unwrap();
+        let mut room = Room::new(NEEDS);
+        for (n_tokens, kv) in [(1, 1), (64, 9), (1, 64), (1, 64), (3, 64)].into_iter().cycle().take(100) {
+            assert_eq!(room.before_pass(&budget, n_tokens, kv), None);
+        }
+        assert_eq!(room.slots(&budget), NEEDS.all_slots);
     }
 }

@@ -13,6 +13,7 @@ mod timeline;
 
 pub use account::{Account, Histogram, Phase};
 pub use batch_plan::{BatchPlan, BatchShape, plan_batch};
+use budget::Room;
 pub use budget::{Budget, Memory};
 pub use error::EngineError;
 pub use generate::{Finish, Generation, GenerationParams, Piece};
@@ -186,6 +187,7 @@ struct Inner {
     n_ctx: usize,
     options: EngineOptions,
     budget: Mutex<Budget>,
+    room: Mutex<Room>,
     account: Mutex<Account>,
     /// One pass at a time; its buffers stay.
     buffers: Mutex<Buffers>,
@@ -254,7 +256,8 @@ impl Engine {
         let n_ctx = o.n_ctx_of(&model.config);
         let n_blocks = o.n_kv_blocks(n_ctx);
         let total = loader.declared_bytes();
-        let budget = Budget::new(o, &model, total, n_ctx)?;
+        let room = Room::new(budget::needs(o, &model, total, n_ctx));
+        let budget = Budget::new(room.needs(), o.memory)?;
         let kv = KvPool::new(&model.kv_layers(), o.type_k, o.type_v, n_blocks)?;
         let done = std::sync::atomic::AtomicU64::new(0);
         let dense = loader
@@ -263,7 +266,7 @@ impl Engine {
         let store = match model.store_layout() {
             None => None,
             Some(layout) => {
-                let bytes = o.expert_bytes.unwrap_or(budget.slots);
+                let bytes = o.expert_bytes.unwrap_or_else(|| room.slots(&budget));
                 let source = Arc::new(DiskSource::new(gguf.clone(), o.io));
                 let options = StoreOptions { bytes, isa, policy: o.policy, lanes: READ_LANES, lookahead: o.lookahead };
                 let store = ExpertStore::new(layout, &options, source);
@@ -292,6 +295,7 @@ impl Engine {
             n_ctx,
             options: o.clone(),
             budget: Mutex::new(budget),
+            room: Mutex::new(room),
             account: Mutex::default(),
             buffers: Mutex::default(),
             queue: OnceLock::new(),
@@ -360,14 +364,27 @@ impl Engine {
     pub fn set_memory_budget(&self, memory: Memory) -> Result<Budget, EngineError> {
         let e = &*self.0;
         let mut buffers = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
-        let options = EngineOptions { memory, ..e.options.clone() };
-        let budget = Budget::new(&options, &e.model, self.budget().dense, e.n_ctx)?;
+        let room = e.room.lock().unwrap_or_else(|e| e.into_inner());
+        let budget = Budget::new(room.needs(), memory)?;
         *self.0.budget.lock().unwrap_or_else(|e| e.into_inner()) = budget;
         *buffers = Buffers::default();
         if let Some(store) = &e.store {
-            store.resize(e.options.expert_bytes.unwrap_or(budget.slots));
+            store.resize(e.options.expert_bytes.unwrap_or_else(|| room.slots(&budget)));
         }
         Ok(budget)
+    }
+
+    /// Shares the memory out anew for a pass of `n_tokens` whose places in the KV cache are reserved.
+    fn make_room(&self, buffers: &mut Buffers, n_tokens: usize) {
+        let e = &*self.0;
+        let Some(store) = e.store.as_ref().filter(|_| e.options.expert_bytes.is_none()) else { return };
+        let mut room = e.room.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(moves) = room.before_pass(&self.budget(), n_tokens, e.kv.n_touched()) {
+            if moves.drop_buffers {
+                *buffers = Buffers::default();
+            }
+            store.resize(moves.slots);
+        }
     }
 
     /// Threads that compute.
@@ -425,6 +442,7 @@ impl Engine {
         }
         let n_inputs = inputs.len();
         let kv = KvBatch::new(inputs.iter_mut().map(|i| (i.session.kv_mut(), i.tokens.len())))?;
+        self.make_room(&mut buffers, tokens.len());
         let mut block = Block { tokens: &tokens, kv, wanted: &wanted };
         let machine = Machine {
             team: &e.team,

@@ -15,6 +15,8 @@ pub struct Needs {
     pub dense: u64,
     /// The KV cache, full.
     pub kv: u64,
+    /// The KV cache of one block of positions.
+    pub kv_block: u64,
     /// Buffers, however short the block of tokens is.
     pub logits: u64,
     /// Buffers for each token of a block.
@@ -72,6 +74,13 @@ impl Needs {
             activations: self.activations(chunk),
             slots: left.min(self.all_slots),
         })
+    }
+
+    /// Bytes of slots at a moment when the KV cache holds so many blocks and a pass has so many tokens: what these don't
+    /// need yet is the slots'. `None` if the budget is too small for it.
+    pub fn slots_now(&self, budget: u64, n_kv_blocks: u64, n_tokens: usize) -> Option<u64> {
+        let now = Needs { kv: self.kv.min(self.kv_block.saturating_mul(n_kv_blocks)), ..*self };
+        Some(budget.checked_sub(now.fixed(n_tokens))?.min(self.all_slots)).filter(|&slots| slots >= self.least_slots)
     }
 
     /// The share of all experts that have a slot with this many bytes of slots.
@@ -139,16 +148,18 @@ pub struct Forecast {
     pub tokens_per_s: Option<f64>,
 }
 
-/// The forecast for a budget; `None` if it's too small.
-pub fn forecast(needs: &Needs, cost: &Cost, routing: &Routing, budget: u64) -> Option<Forecast> {
+/// The forecast for a budget, for writing while the KV cache holds so many blocks; `None` if the budget is too small for the
+/// whole context.
+pub fn forecast(needs: &Needs, cost: &Cost, routing: &Routing, budget: u64, n_kv_blocks: u64) -> Option<Forecast> {
     let shares = needs.divide(budget)?;
-    let slot_share = needs.share(shares.slots);
+    let slots = needs.slots_now(budget, n_kv_blocks, 1)?;
+    let slot_share = needs.share(slots);
     let hit_rate = routing.hit_rate(slot_share);
     let bytes_per_token = (cost.expert_bytes as f64 * (1.0 - hit_rate)) as u64;
     let disk_s = if bytes_per_token == 0 { Some(0.0) } else { cost.disk_rate.map(|r| bytes_per_token as f64 / r) };
     Some(Forecast {
         bytes: budget,
-        slots_bytes: shares.slots,
+        slots_bytes: slots,
         slot_share,
         chunk: shares.chunk,
         hit_rate,
@@ -208,8 +219,17 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const NEEDS: Needs =
-        Needs { base: 64, dense: 1000, kv: 300, logits: 8, per_token: 10, least_slots: 80, all_slots: 4000, chunk: 16 };
+    const NEEDS: Needs = Needs {
+        base: 64,
+        dense: 1000,
+        kv: 300,
+        kv_block: 30,
+        logits: 8,
+        per_token: 10,
+        least_slots: 80,
+        all_slots: 4000,
+        chunk: 16,
+    };
 
     #[test]
     fn a_budget_is_divided_to_the_byte() {
@@ -224,14 +244,15 @@ mod tests {
     #[test]
     fn a_token_costs_the_larger_of_computing_and_reading() {
         let cost = Cost { compute_s: 0.01, expert_bytes: 1000, disk_rate: Some(10_000.0) };
-        let f = |budget| forecast(&NEEDS, &cost, &Routing::Uniform, budget).unwrap();
-        let half = f(NEEDS.no_reads() - 2000);
+        let f = |budget| forecast(&NEEDS, &cost, &Routing::Uniform, budget, 10).unwrap();
+        // A short block leaves fifteen tokens' buffers to the slots.
+        let half = f(NEEDS.no_reads() - 2000 - 150);
         assert_eq!((half.hit_rate, half.bytes_per_token), (0.5, 500));
         assert!((half.tokens_per_s.unwrap() - 20.0).abs() < 1e-9);
         assert!((f(NEEDS.no_reads()).tokens_per_s.unwrap() - 100.0).abs() < 1e-9);
         let blind = Cost { disk_rate: None, ..cost };
-        assert_eq!(forecast(&NEEDS, &blind, &Routing::Uniform, NEEDS.smallest()).unwrap().tokens_per_s, None);
-        assert!(forecast(&NEEDS, &blind, &Routing::Uniform, NEEDS.no_reads()).unwrap().tokens_per_s.is_some());
+        assert_eq!(forecast(&NEEDS, &blind, &Routing::Uniform, NEEDS.smallest(), 10).unwrap().tokens_per_s, None);
+        assert!(forecast(&NEEDS, &blind, &Routing::Uniform, NEEDS.no_reads(), 10).unwrap().tokens_per_s.is_some());
     }
 
     /// Against the recorded trace, whose default policy gives 49.7, 57.3, 76.3 and 93.4.

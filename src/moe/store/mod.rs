@@ -265,7 +265,7 @@ impl ExpertStore {
     pub fn resize(&self, bytes: u64) {
         let shared = &*self.shared;
         let mut s = shared.lock();
-        (s.likely, s.warm) = (VecDeque::new(), VecDeque::new());
+        s.likely.clear();
         s.slots.unguard();
         for (class, n) in shared.layout.divide(bytes).into_iter().enumerate() {
             while let Some(slot) = s.slots.grow(class, n) {
@@ -283,6 +283,11 @@ impl ExpertStore {
                     Err(()) => s = shared.arrived.wait(s).unwrap_or_else(|e| e.into_inner()),
                 }
             }
+        }
+        let more_to_warm = !s.warm.is_empty();
+        drop(s);
+        if more_to_warm {
+            shared.work.notify_all();
         }
     }
 }

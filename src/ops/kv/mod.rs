@@ -140,6 +140,11 @@ impl KvPool {
         self.lock().n_free(self.n_blocks)
     }
 
+    /// Blocks that were ever used: the memory that the pool really takes.
+    pub fn n_touched(&self) -> usize {
+        self.lock().refs.len()
+    }
+
     /// Bytes of a saved sequence of `len` positions.
     pub fn saved_bytes(&self, len: usize) -> usize {
         len * self.layout.position_bytes()
