@@ -87,6 +87,16 @@ fn gemm(g: &mut BenchmarkGroup<'_, WallTime>, format: &'static Format) {
     }
 }
 
+/// Interleaving an expert's matrix after it was read, in bytes a second.
+fn pack(g: &mut BenchmarkGroup<'_, WallTime>, format: &'static Format) {
+    let mut w = Matrix::new(format, N_ROWS, N_COLS);
+    g.throughput(Throughput::Bytes(w.pages.len() as u64));
+    let mut scratch = Vec::new();
+    g.bench_function(format.name, |b| {
+        b.iter(|| pack_in_place(format, isa(), N_ROWS, N_COLS, black_box(&mut w.pages), &mut scratch));
+    });
+}
+
 /// Quantising a row of activations, in activations a second.
 fn quantise(g: &mut BenchmarkGroup<'_, WallTime>) {
     for name in ["q4_0", "q4_k"] {
@@ -145,6 +155,9 @@ fn main() {
     g.finish();
     let mut g = c.benchmark_group("gemm");
     FORMATS.iter().for_each(|format| gemm(&mut g, format));
+    g.finish();
+    let mut g = c.benchmark_group("pack");
+    FORMATS.iter().for_each(|format| pack(&mut g, format));
     g.finish();
     let mut g = c.benchmark_group("quantise");
     quantise(&mut g);

@@ -89,8 +89,8 @@ pub(crate) struct Kernels {
     pub sub: usize,
     /// [`Kernel::FEW`].
     pub few: usize,
-    /// Interleaves a group in place: `(lanes, group, scratch of the same size)`.
-    pub pack: fn(usize, &mut [u8], &mut [u8]),
+    /// Interleaves a group in place: `(group, scratch of the same size)`.
+    pub pack: fn(&mut [u8], &mut [u8]),
     /// For 1 to 4 tokens.
     pub gemv: [unsafe fn(&Job<'_>); MAX_GEMV],
     /// For up to [`MAX_TOKENS`].
@@ -148,7 +148,7 @@ macro_rules! instruction_set {
                     tile: ($tokens, $groups),
                     sub: K::SUB,
                     few: if K::FEW < $few { K::FEW } else { $few },
-                    pack: layout::pack::<K::Layout>,
+                    pack: layout::pack::<K::Layout, { <$vector as Vector>::LANES }>,
                     gemv: [gemv::<K, 1>, gemv::<K, 2>, gemv::<K, 3>, gemv::<K, 4>],
                     gemm: gemm::<K>,
                 }
@@ -195,7 +195,7 @@ mod on_scalar {
             tile: (1, 1),
             sub: K::SUB,
             few: K::FEW,
-            pack: layout::pack::<K::Layout>,
+            pack: layout::pack::<K::Layout, { scalar::Scalar::LANES }>,
             gemv: [each_token::<K>; MAX_GEMV],
             gemm: each_token::<K>,
         }

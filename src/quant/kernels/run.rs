@@ -59,7 +59,7 @@ pub fn pack_in_place(
             data.copy_within(before + at..before + at + len, at);
         }
         if len == group_bytes {
-            (kernels.pack)(kernels.lanes, &mut data[at..at + len], scratch);
+            (kernels.pack)(&mut data[at..at + len], scratch);
         }
     }
 }
