@@ -2,13 +2,14 @@
 //! norm, feed-forward network, residual; norm; logits.
 
 use super::config::Config;
-use super::ffn::{DenseFfn, Ffn, MoeFfn, MoeOptions, Next};
+use super::ffn::{DenseFfn, Ffn, MoeFfn, MoeOptions, Next, SOME_PAIRS};
 use super::gqa::{Gqa, GqaOptions};
 use super::mla::Mla;
 use super::pass::{Block, Buffers, Machine};
 use super::weights::{Loader, Matrix};
 use super::{ModelError, PassError};
 use crate::gguf::Gguf;
+use crate::moe::planner::BufferBytes;
 use crate::moe::{LayerParts, StoreLayout};
 use crate::ops;
 use crate::ops::kv::KvLayer;
@@ -105,15 +106,20 @@ impl Decoder {
         Some(StoreLayout::new(parts, moe.router.n_expert))
     }
 
-    /// Bytes of buffers for each token of a block, roughly: what the planner counts for activations.
-    pub fn bytes_per_token(&self) -> u64 {
+    /// Bytes of buffers for a block of tokens, roughly; `fixed` is for the caller to fill in.
+    pub fn buffer_bytes(&self) -> BufferBytes {
         let c = &self.config;
-        let ffn = match &c.moe {
-            Some(m) => m.router.n_expert_used * (2 * m.n_ff_exp + m.n_ff_exp * 2 + c.n_embd),
-            None => 4 * c.n_ff,
-        };
         let attn = c.n_head * (c.head_dim_k + 2 * c.head_dim_v) + 2 * c.n_head_kv * (c.head_dim_k + c.head_dim_v);
-        (4 * (5 * c.n_embd + attn + ffn)) as u64
+        // Gate and up, and as much for what is quantised of them.
+        let dense = self.layers.iter().map(|l| 4 * l.ffn.dense_width()).max().unwrap_or(0);
+        let (used, n_ff_exp) = c.moe.as_ref().map_or((0, 0), |m| (m.router.n_expert_used, m.n_ff_exp));
+        BufferBytes {
+            fixed: 0,
+            per_token: (4 * (5 * c.n_embd + attn + dense + used * c.n_embd)) as u64,
+            pairs_per_token: used,
+            most_pairs: SOME_PAIRS,
+            per_pair: (4 * 4 * n_ff_exp) as u64,
+        }
     }
 
     /// Runs a block through the layers; the logits of the wanted tokens are in `b.logits` (n_wanted, n_vocab).

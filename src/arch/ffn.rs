@@ -9,6 +9,10 @@ use crate::ops;
 use crate::ops::matmul::OutRows;
 use std::ops::Range;
 
+/// Pairs of a token and an expert whose gate and up are computed together: a block of 512 tokens with 8 experts each has 4096, whose
+/// gate and up would take 32 MiB of the OLMoE shape's budget.
+pub(super) const SOME_PAIRS: usize = 1024;
+
 /// What the next layer's experts are guessed from.
 #[derive(Clone, Copy)]
 pub struct Next<'a> {
@@ -259,14 +263,17 @@ impl MoeFfn {
         picks: &[Pick],
     ) -> Result<(), PassError> {
         let used = self.config.router.n_expert_used;
-        let (n_ff, n_embd) = (self.config.n_ff_exp, self.router.n_cols);
-        b.gate.resize(picks.len() * n_ff);
-        b.up.resize(picks.len() * n_ff);
+        let n_embd = self.router.n_cols;
         b.partial.resize(picks.len() * n_embd);
         let mut ready = Vec::new();
         while fetch.next(&mut ready)? {
             ready.sort_unstable_by_key(|r| r.expert);
-            self.compute(m, b, groups, &ready);
+            let mut rest = &ready[..];
+            while !rest.is_empty() {
+                let (now, later) = rest.split_at(groups.some_of(rest));
+                self.compute(m, b, groups, now);
+                rest = later;
+            }
         }
         let partial = &b.partial;
         m.each_row(&mut b.o, n_embd, &|t, row| {
@@ -287,34 +294,43 @@ impl MoeFfn {
         Ok(())
     }
 
-    /// Computes the experts that are at hand, for all tokens that want them, into their rows of `b.partial`.
+    /// Computes experts that are at hand, for all tokens that want them, into their rows of `b.partial`.
     fn compute(&self, m: &Machine<'_>, b: &mut Buffers, groups: &Groups, ready: &[Ready<'_>]) {
         let (n_ff, n_embd) = (self.config.n_ff_exp, self.router.n_cols);
         let Buffers { gate, up, partial, acts, inner, .. } = b;
-        // Gate and up of every expert, over the tokens that want it.
-        let ranges: Vec<Range<usize>> = ready.iter().map(|r| groups.pairs(r.expert)).collect();
-        let outs = split_rows(gate, n_ff, &ranges).into_iter().zip(split_rows(up, n_ff, &ranges));
+        // Each expert's pairs, and their rows of gate and up, which are in use here only.
+        let pairs: Vec<Range<usize>> = ready.iter().map(|r| groups.pairs(r.expert)).collect();
+        let mut n_rows = 0;
+        let rows: Vec<Range<usize>> = pairs
+            .iter()
+            .map(|p| {
+                n_rows += p.len();
+                n_rows - p.len()..n_rows
+            })
+            .collect();
+        gate.resize(n_rows * n_ff);
+        up.resize(n_rows * n_ff);
+        let outs = split_rows(gate, n_ff, &rows).into_iter().zip(split_rows(up, n_ff, &rows));
         let jobs: Vec<Job<'_>> = ready
             .iter()
             .zip(outs)
             .flat_map(|(r, (gate, up))| [(r.gate, OutRows::new(gate, n_ff)), (r.up, OutRows::new(up, n_ff))])
             .collect();
-        m.matmul_jobs(&jobs, |i| (&*acts, &groups.token_of[ranges[i / 2].clone()]));
+        m.matmul_jobs(&jobs, |i| (&*acts, &groups.token_of[pairs[i / 2].clone()]));
         // Biases, activation, and the quantised input of down, row by row.
-        let pairs: Vec<u32> = ranges.iter().flat_map(|r| r.start as u32..r.end as u32).collect();
-        inner.reset(groups.token_of.len(), n_ff, &[self.parts[2].format.act]);
-        m.team.each_row_of(&pairs, (gate, n_ff), (up, n_ff), &|pair, gate, up| {
+        inner.reset(n_rows, n_ff, &[self.parts[2].format.act]);
+        m.team.each_row_of_two((gate, n_ff), (up, n_ff), &|row, gate, up| {
             if let Some([bias_gate, bias_up, _]) = &self.biases {
-                let e = groups.expert_of(pair);
+                let e = ready[rows.partition_point(|r| r.end <= row)].expert as usize;
                 ops::add(gate, &bias_gate[e * n_ff..(e + 1) * n_ff]);
                 ops::add(up, &bias_up[e * n_ff..(e + 1) * n_ff]);
             }
             self.activation.apply(gate, up);
-            inner.put(pair, gate);
+            inner.put(row, gate);
         });
-        let outs = split_rows(partial, n_embd, &ranges);
+        let outs = split_rows(partial, n_embd, &pairs);
         let jobs: Vec<Job<'_>> = ready.iter().zip(outs).map(|(r, out)| (r.down, OutRows::new(out, n_embd))).collect();
-        m.matmul_jobs(&jobs, |i| (&*inner, &groups.each_pair[ranges[i].clone()]));
+        m.matmul_jobs(&jobs, |i| (&*inner, &groups.row[rows[i].clone()]));
     }
 }
 
@@ -362,7 +378,7 @@ struct Groups {
     /// Each pair's token.
     token_of: Vec<u32>,
     /// 0, 1, 2 …
-    each_pair: Vec<u32>,
+    row: Vec<u32>,
     /// Where each expert's pairs begin. (n_expert + 1)
     starts: Vec<u32>,
     /// The pair of each (token, rank), but for those that were dropped.
@@ -396,11 +412,17 @@ impl Groups {
                 pair
             })
             .collect();
-        Groups { token_of, each_pair: (0..picks.len() as u32).collect(), starts, pair_of, wanted }
+        Groups { token_of, row: (0..picks.len() as u32).collect(), starts, pair_of, wanted }
     }
 
-    fn expert_of(&self, pair: usize) -> usize {
-        self.starts.partition_point(|&s| s as usize <= pair) - 1
+    /// How many of these experts should be computed together: those of [`SOME_PAIRS`], or one.
+    fn some_of(&self, ready: &[Ready<'_>]) -> usize {
+        let mut pairs = 0;
+        let fit = ready.iter().take_while(|r| {
+            pairs += self.pairs(r.expert).len();
+            pairs <= SOME_PAIRS
+        });
+        fit.count().max(1)
     }
 
     fn pairs(&self, expert: u32) -> Range<usize> {
@@ -409,6 +431,14 @@ impl Groups {
 }
 
 impl Ffn {
+    /// The width of what it computes for every token: all of a dense network, shared experts; 0 for none.
+    pub fn dense_width(&self) -> usize {
+        match self {
+            Ffn::Dense(f) => f.n_ff,
+            Ffn::Moe(f) => f.shared.as_ref().map_or(0, |s| s.ffn.n_ff),
+        }
+    }
+
     /// Reads `b.h` (n_tokens, n_embd), writes `b.o`. The experts of `next` are read ahead.
     pub fn forward(
         &self,

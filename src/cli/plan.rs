@@ -194,7 +194,7 @@ fn plan(
         dense_bytes: needs.dense,
         kv_bytes: needs.kv,
         kv_bytes_per_1k: o.kv_per_1k,
-        activation_bytes: needs.activations(needs.chunk),
+        activation_bytes: needs.buffers.of(needs.chunk),
         all_slots_bytes: needs.all_slots,
         expert_bytes: o.expert_bytes,
         routing: assumption,

@@ -127,21 +127,20 @@ impl Team {
         self.run(rows.len, &|i| f(i, unsafe { rows.take(i) }));
     }
 
-    /// Calls `f` with the rows of `a` and of `b` whose indices are in `which`, strictly rising.
-    pub fn each_row_of<T: Send>(
+    /// Calls `f` with each row of `a` and the same row of `b`; each comes with the width of its rows.
+    ///
+    /// # Panics
+    /// If they haven't as many rows.
+    pub fn each_row_of_two<T: Send>(
         &self,
-        which: &[u32],
         a: (&mut [T], usize),
         b: (&mut [T], usize),
         f: &(dyn Fn(usize, &mut [T], &mut [T]) + Sync),
     ) {
-        assert!(which.is_sorted_by(|x, y| x < y), "each row once");
         let (a, b) = (Rows::new(a.0, a.1), Rows::new(b.0, b.1));
-        self.run(which.len(), &|i| {
-            let i = which[i] as usize;
-            // SAFETY: the indices differ (asserted), so each item takes rows of its own.
-            unsafe { f(i, a.take(i), b.take(i)) }
-        });
+        assert_eq!(a.len, b.len, "as many rows");
+        // SAFETY: each item takes another row of each.
+        self.run(a.len, &|i| unsafe { f(i, a.take(i), b.take(i)) });
     }
 
     /// Splits `0..n` into ranges of at most `grain` and calls `f` with each.
@@ -298,18 +297,12 @@ mod tests {
         team.each_row(&mut x, 5, &|i, row| row.iter_mut().for_each(|v| *v += i as u32 + 1));
         assert!(x.chunks(5).enumerate().all(|(i, r)| r.iter().all(|&v| v == i as u32 + 1)));
         let mut y = vec![0u32; 7 * 2];
-        team.each_row_of(&[1, 4], (&mut x, 5), (&mut y, 2), &|i, a, b| {
-            a[0] = 100;
-            b[1] = i as u32;
+        team.each_row_of_two((&mut x, 5), (&mut y, 2), &|i, a, b| {
+            a[0] += 100;
+            b[1] = i as u32 + 1;
         });
-        assert_eq!([x[5], x[20], y[3], y[9]], [100, 100, 1, 4]);
-        assert_eq!(y.iter().filter(|&&v| v != 0).count(), 2);
-    }
-
-    #[test]
-    #[should_panic(expected = "each row once")]
-    fn a_row_twice_is_refused() {
-        Team::new(1).unwrap().each_row_of(&[2, 2], (&mut [0; 4], 1), (&mut [0; 4], 1), &|_, _: &mut [i32], _| {});
+        assert!(x.chunks(5).enumerate().all(|(i, r)| r[0] == i as u32 + 101 && r[1] == i as u32 + 1));
+        assert!(y.chunks(2).enumerate().all(|(i, r)| r == [0, i as u32 + 1]));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::{EngineError, EngineOptions};
 use crate::arch::Decoder;
 use crate::cpu;
 use crate::moe::StoreLayout;
-use crate::moe::planner::Needs;
+use crate::moe::planner::{BufferBytes, Needs};
 use crate::ops::kv::KvPool;
 
 /// The program, its threads' stacks and allocator, the file's header and the tokeniser of a large vocabulary.
@@ -56,8 +56,7 @@ pub(super) fn needs(o: &EngineOptions, model: &Decoder, dense: u64, n_ctx: usize
         dense,
         kv: block.saturating_mul(o.n_kv_blocks(n_ctx) as u64),
         kv_block: block,
-        logits: 8 * (model.config.n_vocab * o.n_sessions.max(1)) as u64,
-        per_token: model.bytes_per_token(),
+        buffers: BufferBytes { fixed: 8 * (model.config.n_vocab * o.n_sessions.max(1)) as u64, ..model.buffer_bytes() },
         least_slots,
         all_slots,
         chunk: o.chunk,
@@ -168,8 +167,7 @@ mod tests {
         dense: 1000,
         kv: 6400,
         kv_block: 100,
-        logits: 10,
-        per_token: 10,
+        buffers: BufferBytes { fixed: 10, per_token: 10, pairs_per_token: 0, most_pairs: 0, per_pair: 0 },
         least_slots: 200,
         all_slots: 20_000,
         chunk: 64,

@@ -6,6 +6,31 @@ use super::trace::{Trace, TraceHeader, TraceWriter};
 use super::{Pick, trace};
 use crate::synth::rng::Rng;
 
+/// Buffers for a block of tokens, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct BufferBytes {
+    /// However short the block is.
+    pub fixed: u64,
+    /// For each token.
+    pub per_token: u64,
+    /// Pairs of a token and an expert for each token.
+    pub pairs_per_token: usize,
+    /// Pairs that are computed together, unless one expert has more: it can have one for each token.
+    pub most_pairs: usize,
+    /// For each pair that is computed together with others.
+    pub per_pair: u64,
+}
+
+impl BufferBytes {
+    /// Those of a block of `n_tokens`.
+    pub fn of(&self, n_tokens: usize) -> u64 {
+        let pairs = n_tokens.saturating_mul(self.pairs_per_token).min(self.most_pairs.max(n_tokens));
+        let (tokens, pairs) =
+            ((n_tokens as u64).saturating_mul(self.per_token), (pairs as u64).saturating_mul(self.per_pair));
+        self.fixed.saturating_add(tokens).saturating_add(pairs)
+    }
+}
+
 /// What a model needs of memory; all in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Needs {
@@ -17,10 +42,8 @@ pub struct Needs {
     pub kv: u64,
     /// The KV cache of one block of positions.
     pub kv_block: u64,
-    /// Buffers, however short the block of tokens is.
-    pub logits: u64,
-    /// Buffers for each token of a block.
-    pub per_token: u64,
+    /// Buffers for a block of tokens.
+    pub buffers: BufferBytes,
     /// The fewest slots that work.
     pub least_slots: u64,
     /// Slots for every expert.
@@ -41,14 +64,9 @@ pub struct Shares {
 }
 
 impl Needs {
-    /// Buffers for blocks of `chunk` tokens.
-    pub fn activations(&self, chunk: usize) -> u64 {
-        (chunk as u64).saturating_mul(self.per_token).saturating_add(self.logits)
-    }
-
     /// Everything but slots.
     fn fixed(&self, chunk: usize) -> u64 {
-        [self.dense, self.kv, self.activations(chunk)].into_iter().fold(self.base, u64::saturating_add)
+        [self.dense, self.kv, self.buffers.of(chunk)].into_iter().fold(self.base, u64::saturating_add)
     }
 
     /// The smallest budget that works.
@@ -71,7 +89,7 @@ impl Needs {
         let left = budget.checked_sub(self.fixed(chunk))?;
         (left >= self.least_slots).then(|| Shares {
             chunk,
-            activations: self.activations(chunk),
+            activations: self.buffers.of(chunk),
             slots: left.min(self.all_slots),
         })
     }
@@ -219,13 +237,14 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const BUFFERS: BufferBytes =
+        BufferBytes { fixed: 8, per_token: 8, pairs_per_token: 1, most_pairs: 100, per_pair: 2 };
     const NEEDS: Needs = Needs {
         base: 64,
         dense: 1000,
         kv: 300,
         kv_block: 30,
-        logits: 8,
-        per_token: 10,
+        buffers: BUFFERS,
         least_slots: 80,
         all_slots: 4000,
         chunk: 16,
@@ -239,6 +258,12 @@ mod tests {
         assert_eq!(NEEDS.divide(NEEDS.no_reads()), Some(Shares { chunk: 16, activations: 168, slots: 4000 }));
         assert!(NEEDS.divide(NEEDS.no_reads() - 1).unwrap().slots < 4000);
         assert_eq!(NEEDS.divide(u64::MAX).unwrap().slots, 4000);
+    }
+
+    #[test]
+    fn pairs_of_a_long_block_are_computed_some_at_a_time() {
+        let buffers = BufferBytes { fixed: 1, per_token: 10, pairs_per_token: 8, most_pairs: 100, per_pair: 1000 };
+        assert_eq!([1, 12, 13, 100, 150].map(|n| buffers.of(n)), [8_011, 96_121, 100_131, 101_001, 151_501]);
     }
 
     #[test]

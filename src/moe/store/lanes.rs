@@ -59,10 +59,14 @@ fn serve(shared: &Shared) {
             s = shared.work.wait(s).unwrap_or_else(|e| e.into_inner());
             continue;
         };
+        s.count_busy();
+        s.reading.0 += 1;
         drop(s);
         let result = catch_unwind(AssertUnwindSafe(|| shared.load(job, &mut scratch)))
             .unwrap_or_else(|_| Err("reading it panicked, which is a bug in oncall".into()));
         s = shared.lock();
+        s.count_busy();
+        s.reading.0 -= 1;
         shared.ended(&mut s, job, result);
     }
 }

@@ -29,7 +29,7 @@ use lanes::{Lanes, PartJob};
 use slots::{Place, Slots};
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A pass of more tokens than this wants nearly every expert of a layer: reading ahead is safe then.
 const MANY_TOKENS: usize = 32;
@@ -57,6 +57,8 @@ pub struct StoreStats {
     pub replaced: u64,
     /// Nanoseconds that computing waited for reads.
     pub stall_ns: u64,
+    /// Nanoseconds in which at least one lane was reading.
+    pub busy_ns: u64,
 }
 
 impl StoreStats {
@@ -82,6 +84,7 @@ impl StoreStats {
             dropped: f(self.dropped, other.dropped),
             replaced: f(self.replaced, other.replaced),
             stall_ns: f(self.stall_ns, other.stall_ns),
+            busy_ns: f(self.busy_ns, other.busy_ns),
         }
     }
 
@@ -110,6 +113,8 @@ struct State {
     failed: HashMap<u32, String>,
     lookahead: Lookahead,
     stats: StoreStats,
+    /// Lanes that are reading, and since when there is at least one.
+    reading: (usize, Instant),
     stop: bool,
 }
 
@@ -169,6 +174,7 @@ impl ExpertStore {
             failed: HashMap::new(),
             lookahead: Lookahead::new(o.lookahead),
             stats: StoreStats::default(),
+            reading: (0, Instant::now()),
             stop: false,
         };
         let shared = Arc::new(Shared {
@@ -198,7 +204,9 @@ impl ExpertStore {
 
     /// What was done so far.
     pub fn stats(&self) -> StoreStats {
-        self.shared.lock().stats
+        let mut s = self.shared.lock();
+        s.count_busy();
+        s.stats
     }
 
     /// Slots, and experts in all.
@@ -293,6 +301,15 @@ impl ExpertStore {
 }
 
 impl State {
+    /// Counts the time up to now in which lanes were reading.
+    fn count_busy(&mut self) {
+        let now = Instant::now();
+        if self.reading.0 > 0 {
+            self.stats.busy_ns += (now - self.reading.1).as_nanos() as u64;
+        }
+        self.reading.1 = now;
+    }
+
     fn count_evicted(&mut self, layout: &StoreLayout, evicted: Option<slots::Evicted>) {
         let Some(e) = evicted else { return };
         self.stats.evictions += 1;
