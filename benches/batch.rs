@@ -1,31 +1,48 @@
 //! Many sequences against one, in the same budget; and against llama.cpp's parallel sequences.
 //!
-//! `cargo bench --bench batch -- --model smolmoe --sequences 32`; with `--features llama-cpp` (clang, cmake) beside llama.cpp's
-//! own batched decoding. `--budget 25%` pages: of the file's size, for everything. Runs alternate and medians count, since
-//! machines are shared and noisy.
+//! `cargo bench --bench batch -- --model smolmoe --format q4_0 --sequences 32`; with `--features llama-cpp` (clang, cmake) beside
+//! llama.cpp's own batched decoding. Runs alternate and medians count, since machines are shared and noisy.
+//!
+//! `--budget 25%` pages: of the file's size, for everything. Then one sequence and many run in turn, each in a process of its own
+//! inside a control group of the budget (root is needed) from cold caches, each with the memory divided as is best for it.
+//!
+//! `--measure schema` compares writing JSON after a schema with writing freely; `--measure prefix` sequences that begin alike
+//! for a thousand tokens with others that don't.
 
+#[path = "../tests/common/cgroup.rs"]
+mod cgroup;
 #[cfg(feature = "llama-cpp")]
 #[path = "../tests/common/mod.rs"]
 mod common;
 mod shared;
 
-use clap::Parser;
-use oncall::engine::{Engine, EngineOptions, GenerationParams, Memory, Queue, Request};
+use cgroup::MemoryGroup;
+use clap::{Parser, ValueEnum};
+use oncall::cpu::probe::{DiskProbe, Mode};
+use oncall::engine::{Engine, EngineOptions, GenerationParams, Memory, Queue, QueueStats, Request};
+use oncall::ops::kv::KV_BLOCK;
+use oncall::session::grammar::Grammar;
 use oncall::session::sampler::SamplingParams;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use shared::{median, model};
 use std::path::Path;
-use std::time::Instant;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 /// Many sequences against one, and against llama.cpp's.
-#[derive(Parser)]
+#[derive(Parser, Clone)]
 struct Args {
-    /// smolmoe, smollm2, a shape of the synth example, or a file; may be given several times
+    /// smolmoe, smollm2, embedded, a shape of the synth example, or a file; may be given several times
     #[arg(long, default_values = ["smolmoe"], value_delimiter = ',')]
     model: Vec<String>,
-    /// The mixture of formats of shapes that are made here
+    /// The mixture of formats of models that are made here
     #[arg(long, default_value = "q4_k_m")]
     format: String,
+    /// What is compared
+    #[arg(long, value_enum, default_value = "together")]
+    measure: Measure,
     /// Memory for everything, in percent of the file, or `all` for as much as it takes
     #[arg(long, default_values = ["all"], value_delimiter = ',')]
     budget: Vec<String>,
@@ -44,9 +61,25 @@ struct Args {
     /// One JSON object a line
     #[arg(long)]
     json: bool,
+    /// Runs so many sequences here: what the parent starts inside the control group
+    #[arg(long, hide = true)]
+    child: Option<usize>,
+    /// The child's budget in bytes
+    #[arg(long, hide = true, default_value_t = 0)]
+    bytes: u64,
     /// cargo gives it
     #[arg(long, hide = true)]
     bench: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Measure {
+    /// Many sequences with one
+    Together,
+    /// Texts after a JSON schema with free ones
+    Schema,
+    /// Texts with a common beginning of a thousand tokens with others
+    Prefix,
 }
 
 #[derive(Serialize)]
@@ -63,124 +96,267 @@ struct Row {
     theirs: Option<f64>,
     /// The median of `ours` over `single`.
     ratio: f64,
-    /// The share of max(compute, disk) that was reached: compute as in the same run with everything in memory, disk as the missed
-    /// bytes over the rate of direct reads. Only for a budget that pages.
+    /// The share of max(compute, disk) that was reached: compute as with everything in memory, disk as the bytes read
+    /// over the rate of direct reads. Only for a budget that pages.
     bound: Option<f64>,
     hit_rate: Option<f64>,
     mb_per_token: Option<f64>,
-    /// The most memory that the process has held up to here.
+    /// The most memory that the sequences together held: of their control group, or else of this process up to here.
     peak_mib: u64,
 }
 
 /// Tokens of a prompt: few, since decoding is what's measured.
 const N_PROMPT: usize = 16;
+/// A single sequence writes so many times more, to be measured for long enough.
+const SINGLE_LONGER: usize = 4;
+
+/// What decoding was like.
+#[derive(Serialize, Deserialize, Clone, Copy, Default)]
+struct Run {
+    /// Tokens a second of all sequences together.
+    rate: f64,
+    /// Seconds of computing a token.
+    compute_s: f64,
+    /// The share of expert uses that were at hand.
+    hit_rate: Option<f64>,
+    bytes_per_token: f64,
+}
 
 fn main() {
     let a = Args::parse();
+    if let Some(n) = a.child {
+        let engine = load(Path::new(&a.model[0]), &a, n, a.predict, Memory::Bytes(a.bytes));
+        let run = decode(&engine, n, a.predict, 1);
+        return println!("{}", serde_json::to_string(&run).expect("plain numbers"));
+    }
     for name in &a.model {
-        let path = model(name, &a.format);
+        let path = (name != "embedded").then(|| model(name, &a.format));
+        let path = path.as_deref().unwrap_or(Path::new("embedded"));
         for &n in &a.sequences {
-            let mut resident = None;
-            for budget in &a.budget {
-                let row = measure(&a, name, &path, budget, n, &mut resident);
-                if a.json {
-                    println!("{}", serde_json::to_string(&row).expect("plain numbers"));
-                } else {
-                    let theirs = row.theirs.map_or(String::new(), |t| format!("  llama.cpp {t:.1}"));
-                    let bound = row.bound.map_or(String::new(), |b| format!("  {:.0} % of the bound", 100.0 * b));
-                    println!(
-                        "{:<16} {:>5} {:>3} sequences  ours {:8.1}  one {:7.1} tokens/s  ratio {:5.2}{theirs}{bound}",
-                        row.model, row.budget, n, row.ours, row.single, row.ratio
-                    );
-                }
+            match a.measure {
+                Measure::Together => a.budget.iter().for_each(|b| together(&a, name, path, b, n)),
+                Measure::Schema => schema(&a, name, path, n),
+                Measure::Prefix => prefix(&a, name, path, n),
             }
         }
     }
 }
 
-fn load(path: &Path, threads: usize, n: usize, memory: Memory) -> Engine {
-    let options =
-        EngineOptions { n_ctx: Some(256), n_sessions: n, n_threads: Some(threads), memory, ..EngineOptions::default() };
-    Engine::load(path, &options, &|_, _| ()).unwrap_or_else(|e| panic!("{e}"))
+/// An engine with room for `n` sequences of this length, and no more.
+fn load(path: &Path, a: &Args, n: usize, predict: usize, memory: Memory) -> Engine {
+    let n_ctx = Some((N_PROMPT + predict).next_multiple_of(KV_BLOCK));
+    let o = EngineOptions { n_ctx, n_sessions: n, n_threads: Some(a.threads), memory, ..EngineOptions::default() };
+    load_with(path, &o)
 }
 
-/// A prompt that differs for each sequence and run, so that nothing is shared and experts are chosen anew.
-fn prompt(engine: &Engine, seed: usize) -> Vec<u32> {
+fn load_with(path: &Path, o: &EngineOptions) -> Engine {
+    let engine = if path == Path::new("embedded") { Engine::embedded(o) } else { Engine::load(path, o, &|_, _| ()) };
+    engine.unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Tokens that differ for each seed, so that nothing is shared and experts are chosen anew.
+fn tokens(engine: &Engine, n: usize, seed: usize) -> Vec<u32> {
     let n_vocab = engine.config().n_vocab as u64;
-    let number = |i: usize| ((seed * 1000 + i) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
-    (0..N_PROMPT).map(|i| (number(i) % n_vocab) as u32).collect()
+    let number = |i: usize| ((seed * 100_003 + i) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
+    (0..n).map(|i| (number(i) % n_vocab) as u32).collect()
 }
 
-/// Tokens a second while `n` sequences write, from when all have begun.
-fn decode(engine: &Engine, n: usize, predict: usize, seed: usize) -> f64 {
-    let queue = Queue::new(engine, n);
+/// `n` sequences write together: from when all have begun until the first has ended.
+fn decode(engine: &Engine, n: usize, predict: usize, seed: usize) -> Run {
+    let sampling = SamplingParams { temp: 0.0, ..SamplingParams::default() };
+    write(engine, n, seed, &GenerationParams { sampling, n_predict: Some(predict), ..GenerationParams::default() })
+}
+
+/// As [`decode`], with these parameters.
+fn write(engine: &Engine, n: usize, seed: usize, params: &GenerationParams) -> Run {
+    let (queue, begun) = (Queue::new(engine, n), Arc::new(AtomicUsize::new(0)));
     for i in 0..n {
-        let sampling = SamplingParams { temp: 0.0, ..SamplingParams::default() };
-        let params =
-            GenerationParams { sampling, n_predict: Some(predict), ignore_eos: true, ..GenerationParams::default() };
-        let request = Request { prompt: prompt(engine, seed * n + i), params, priority: 0 };
-        queue.submit(request, |_| ()).expect("the request fits");
+        let mut params = GenerationParams { ignore_eos: params.grammar.is_none(), ..params.clone() };
+        params.sampling.seed = Some(i as u64);
+        let request = Request { prompt: tokens(engine, N_PROMPT, seed * n + i), params, priority: 0 };
+        let (begun, mut first) = (begun.clone(), true);
+        let on_event = move |_| {
+            if std::mem::take(&mut first) {
+                begun.fetch_add(1, Relaxed);
+            }
+        };
+        queue.submit(request, on_event).expect("the request fits");
     }
-    while queue.stats().n_written < n as u64 {
+    while begun.load(Relaxed) < n {
         queue.step();
     }
-    let (first, began) = (queue.stats().n_written, Instant::now());
-    queue.drive();
-    (queue.stats().n_written - first) as f64 / began.elapsed().as_secs_f64()
+    let (first, before, began) = (queue.stats().n_written, engine.account(), Instant::now());
+    while queue.stats().n_finished == 0 {
+        queue.step();
+    }
+    let seconds = began.elapsed().as_secs_f64();
+    let phase = engine.account().since(&before).decode;
+    Run {
+        rate: (queue.stats().n_written - first) as f64 / seconds,
+        compute_s: phase.compute_s / phase.tokens.max(1) as f64,
+        hit_rate: phase.store.hit_rate(),
+        bytes_per_token: phase.bytes_per_token(),
+    }
 }
 
-fn measure(a: &Args, name: &str, path: &Path, budget: &str, n: usize, resident: &mut Option<f64>) -> Row {
-    let file = std::fs::metadata(path).expect("the model's file").len();
-    let percent: Option<f64> = (budget != "all").then(|| budget.trim_end_matches('%').parse().expect("a percentage"));
-    let memory = Memory::Bytes(percent.map_or(u64::MAX, |p| (p / 100.0 * file as f64) as u64));
-    if percent.is_some() && resident.is_none() {
-        let engine = load(path, a.threads, n, Memory::Bytes(u64::MAX));
-        decode(&engine, n, a.predict, 0);
-        *resident = Some(median((1..=a.runs).map(|i| decode(&engine, n, a.predict, i))));
+fn together(a: &Args, name: &str, path: &Path, budget: &str, n: usize) {
+    let row = match budget {
+        "all" => resident(a, name, path, n),
+        percent => paged(a, name, path, percent, n),
+    };
+    if a.json {
+        return println!("{}", serde_json::to_string(&row).expect("plain numbers"));
     }
-    let engine = load(path, a.threads, n, memory);
+    let theirs = row.theirs.map_or(String::new(), |t| format!(", llama.cpp {t:.1}"));
+    let bound = row.bound.map_or(String::new(), |b| format!(", {:.0} % of the bound", 100.0 * b));
+    let read = row.hit_rate.zip(row.mb_per_token).filter(|_| row.bound.is_some());
+    let read = read.map_or(String::new(), |(h, mb)| format!(", {:.1} % at hand, {mb:.1} MB a token", 100.0 * h));
+    println!(
+        "{} {} {} sequences: {:.1} tokens/s, one {:.2}, ratio {:.2}{theirs}{bound}{read}, peak {} MiB",
+        row.model, row.budget, n, row.ours, row.single, row.ratio, row.peak_mib
+    );
+}
+
+/// With everything in memory.
+fn resident(a: &Args, name: &str, path: &Path, n: usize) -> Row {
+    let engine = load(path, a, n, SINGLE_LONGER * a.predict, Memory::Bytes(u64::MAX));
     decode(&engine, n, a.predict, 0);
-    let mut reference = reference(a, path, n, percent);
+    let mut reference = reference(a, path, n);
     let (mut ours, mut single, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut uses, mut hits, mut bytes) = (0, 0, 0);
     for i in 1..=a.runs {
-        single.push(decode(&engine, 1, a.predict, i));
-        let before = engine.account();
+        single.push(decode(&engine, 1, SINGLE_LONGER * a.predict, i));
         ours.push(decode(&engine, n, a.predict, i));
-        let done = engine.account().since(&before);
-        let store = done.prefill.store.and(&done.decode.store);
-        (uses, hits, bytes) = (uses + store.uses, hits + store.hits, bytes + store.bytes_read());
         theirs.extend(reference());
     }
-    let rate = median(ours.iter().copied());
-    if percent.is_none() {
-        *resident = Some(rate);
+    let theirs = (!theirs.is_empty()).then(|| median(theirs.into_iter()));
+    Row { theirs, peak_mib: peak_mib(), ..row(a, name, "all", n, &ours, &single) }
+}
+
+/// In a share of the file's size.
+fn paged(a: &Args, name: &str, path: &Path, budget: &str, n: usize) -> Row {
+    let file = std::fs::metadata(path).expect("the model's file").len();
+    let percent: f64 = budget.trim_end_matches('%').parse().expect("a budget as 25%");
+    let bytes = (percent / 100.0 * file as f64) as u64;
+    let whole = load(path, a, n, a.predict, Memory::Bytes(u64::MAX));
+    decode(&whole, n, 2, 0);
+    let compute_s = decode(&whole, n, a.predict.min(8), 1).compute_s;
+    drop(whole);
+    let (mut ours, mut single, mut bounds, mut peak) = (Vec::new(), Vec::new(), Vec::new(), 0);
+    for _ in 0..a.runs {
+        single.push(child(a, path, bytes, 1, SINGLE_LONGER * a.predict).0);
+        // The disk is asked right before, at the size of an expert's part.
+        let disk = DiskProbe::open(path, Mode::Direct).and_then(|p| p.rate(1 << 20, 3, Duration::from_millis(500)));
+        let (run, held) = child(a, path, bytes, n, a.predict);
+        peak = peak.max(held);
+        bounds.push(run.rate * (run.bytes_per_token / disk.expect("a disk that can be read")).max(compute_s));
+        ours.push(run);
     }
-    let a_token = bytes as f64 / (a.runs * n * (a.predict + N_PROMPT)) as f64;
-    let bound = percent.zip(*resident).map(|(_, r)| rate * (1.0 / r).max(a_token / disk_rate(path, file)));
+    Row { bound: Some(median(bounds.into_iter())), peak_mib: peak >> 20, ..row(a, name, budget, n, &ours, &single) }
+}
+
+fn row(a: &Args, name: &str, budget: &str, n: usize, ours: &[Run], single: &[Run]) -> Row {
+    let rate = |runs: &[Run]| median(runs.iter().map(|r| r.rate));
+    let hits: Vec<f64> = ours.iter().filter_map(|r| r.hit_rate).collect();
     Row {
         model: name.into(),
-        format: path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default(),
+        format: a.format.clone(),
         budget: budget.into(),
         sequences: n,
-        ours: rate,
-        single: median(single.iter().copied()),
-        theirs: (!theirs.is_empty()).then(|| median(theirs.into_iter())),
-        ratio: median(ours.iter().zip(&single).map(|(o, s)| o / s)),
-        bound,
-        hit_rate: (uses > 0).then(|| hits as f64 / uses as f64),
-        mb_per_token: (uses > 0).then_some(a_token / 1e6),
-        peak_mib: peak_mib(),
+        ours: rate(ours),
+        single: rate(single),
+        theirs: None,
+        ratio: median(ours.iter().zip(single).map(|(o, s)| o.rate / s.rate)),
+        bound: None,
+        mb_per_token: (!hits.is_empty()).then(|| median(ours.iter().map(|r| r.bytes_per_token)) / 1e6),
+        hit_rate: (!hits.is_empty()).then(|| median(hits.into_iter())),
+        peak_mib: 0,
     }
 }
 
-/// llama.cpp's rate for the same work, in the better of its two modes; nothing when it can't be compared with.
-#[cfg(feature = "llama-cpp")]
-fn reference(a: &Args, path: &Path, n: usize, percent: Option<f64>) -> Box<dyn FnMut() -> Option<f64>> {
-    use common::llama::{Kv, Mode, Model, Options};
-    if percent.is_some() {
-        return Box::new(|| None);
+/// Runs a child in a group of the budget and 32 MiB, from cold caches; with the group's peak.
+fn child(a: &Args, path: &Path, bytes: u64, n: usize, predict: usize) -> (Run, u64) {
+    // Direct reads need no dropped caches, buffered ones do.
+    let _ = std::fs::write("/proc/sys/vm/drop_caches", "3");
+    let group = MemoryGroup::new("batch", bytes + (32 << 20)).expect("a memory control group (root is needed)");
+    let mut c = Command::new(std::env::current_exe().expect("this program"));
+    c.args(["--child", &n.to_string(), "--bytes", &bytes.to_string(), "--threads", &a.threads.to_string()]);
+    c.args(["--predict", &predict.to_string(), "--model"]).arg(path);
+    let out = group.run(&c).expect("the child runs");
+    assert!(out.status.success(), "{n}: {:?} {}", out.status, String::from_utf8_lossy(&out.stderr));
+    (serde_json::from_slice(&out.stdout).expect("a line of figures"), group.peak().unwrap_or(0))
+}
+
+/// A schema that a text can follow for as long as it's wanted to.
+const SCHEMA: &str = r#"{"type": "array", "minItems": 1000, "items": {"type": "object", "additionalProperties": false,
+    "required": ["name", "kind", "age", "tags"], "properties": {"name": {"type": "string", "maxLength": 20},
+    "kind": {"enum": ["dragon", "girl", "cat"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99},
+    "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 3}}}}"#;
+
+/// What following a schema costs.
+fn schema(a: &Args, name: &str, path: &Path, n: usize) {
+    let engine = load(path, a, n, a.predict, Memory::Bytes(u64::MAX));
+    let grammar = Grammar::json_schema(SCHEMA).expect("a sound schema");
+    let params = |grammar| GenerationParams { n_predict: Some(a.predict), grammar, ..GenerationParams::default() };
+    let (schema, free) = (params(Some(grammar)), params(None));
+    write(&engine, n, 0, &schema);
+    let (mut with, mut without) = (Vec::new(), Vec::new());
+    for i in 1..=a.runs {
+        without.push(write(&engine, n, i, &free).rate);
+        with.push(write(&engine, n, i, &schema).rate);
     }
+    let cost = median(with.iter().zip(&without).map(|(w, f)| 1.0 - w / f));
+    let (with, without) = (median(with.into_iter()), median(without.into_iter()));
+    if a.json {
+        let row = serde_json::json!({ "model": name, "sequences": n, "schema": with, "free": without, "cost": cost });
+        return println!("{row}");
+    }
+    println!(
+        "{name} {n} sequences: {with:.1} tokens/s after a schema, {without:.1} freely: it costs {:.1} %",
+        100.0 * cost
+    );
+}
+
+/// What a common beginning saves.
+fn prefix(a: &Args, name: &str, path: &Path, n: usize) {
+    const N_COMMON: usize = 1000;
+    const N_OWN: usize = 8;
+    let n_ctx = Some(N_COMMON + N_OWN + a.predict);
+    let memory = Memory::Bytes(u64::MAX);
+    let o = EngineOptions { n_ctx, n_sessions: n, n_threads: Some(a.threads), memory, ..EngineOptions::default() };
+    let engine = load_with(path, &o);
+    let run = |seed: usize, common: bool| -> (f64, QueueStats) {
+        let queue = Queue::new(&engine, n);
+        for i in 0..n {
+            let mut prompt = tokens(&engine, N_COMMON, if common { seed } else { seed + i });
+            prompt.extend(tokens(&engine, N_OWN, seed + n + i));
+            let params = GenerationParams { n_predict: Some(a.predict), ..GenerationParams::default() };
+            queue.submit(Request { prompt, params, priority: 0 }, |_| ()).expect("the request fits");
+        }
+        let began = Instant::now();
+        queue.drive();
+        (began.elapsed().as_secs_f64(), queue.stats())
+    };
+    run(1, true);
+    let (alike, one) = run(1000, true);
+    let (apart, all) = run(2000, false);
+    if a.json {
+        let row = serde_json::json!({ "model": name, "sequences": n, "seconds_alike": alike, "seconds_apart": apart,
+            "queue_alike": one, "queue_apart": all });
+        return println!("{row}");
+    }
+    let computed = |s: &QueueStats| s.n_computed - s.n_written;
+    println!(
+        "{name} {n} sequences of {} tokens: {alike:.2} s with {N_COMMON} in common ({} tokens of prompts computed), {apart:.2} s without ({})",
+        N_COMMON + N_OWN,
+        computed(&one),
+        computed(&all)
+    );
+}
+
+/// llama.cpp's rate for the same work, in the better of its two modes.
+#[cfg(feature = "llama-cpp")]
+fn reference(a: &Args, path: &Path, n: usize) -> Box<dyn FnMut() -> Option<f64>> {
+    use common::llama::{Kv, Mode, Model, Options};
     let (predict, threads) = (a.predict, a.threads as i32);
     let options = Options {
         n_ctx: (n * 256) as u32,
@@ -214,39 +390,8 @@ fn reference(a: &Args, path: &Path, n: usize, percent: Option<f64>) -> Box<dyn F
 }
 
 #[cfg(not(feature = "llama-cpp"))]
-fn reference(_: &Args, _: &Path, _: usize, _: Option<f64>) -> Box<dyn FnMut() -> Option<f64>> {
+fn reference(_: &Args, _: &Path, _: usize) -> Box<dyn FnMut() -> Option<f64>> {
     Box::new(|| None)
-}
-
-/// Bytes a second of direct reads of 2 MiB at places all over the file, four at a time.
-#[cfg(target_os = "linux")]
-fn disk_rate(path: &Path, file: u64) -> f64 {
-    use std::os::unix::fs::{FileExt, OpenOptionsExt};
-    const SIZE: usize = 2 << 20;
-    const READS: u64 = 24;
-    let direct = rustix::fs::OFlags::DIRECT.bits() as i32;
-    let input = std::fs::OpenOptions::new().read(true).custom_flags(direct).open(path).expect("direct reads");
-    let places = (file / SIZE as u64).max(1);
-    let began = Instant::now();
-    std::thread::scope(|s| {
-        for lane in 0..4 {
-            let input = &input;
-            s.spawn(move || {
-                let mut buffer = vec![0u8; SIZE + 4096];
-                let start = buffer.as_ptr().align_offset(4096);
-                for i in 0..READS {
-                    let place = (lane * READS + i).wrapping_mul(0x9e37_79b9_7f4a_7c15) % places;
-                    input.read_at(&mut buffer[start..start + SIZE], place * SIZE as u64).expect("direct reads");
-                }
-            });
-        }
-    });
-    (4 * READS) as f64 * SIZE as f64 / began.elapsed().as_secs_f64()
-}
-
-#[cfg(not(target_os = "linux"))]
-fn disk_rate(_: &Path, _: u64) -> f64 {
-    f64::NAN
 }
 
 fn peak_mib() -> u64 {

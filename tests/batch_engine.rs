@@ -174,26 +174,38 @@ fn neighbours_change_no_byte() {
     assert!(preempted > 10 && shared > 300 && evicted > 20, "the mixes are tame: {preempted} {shared} {evicted}");
 }
 
+/// Fifty requests that begin with the same thousand tokens, which aren't a whole number of blocks.
 #[test]
 fn a_common_beginning_is_computed_once() {
-    let engine = engine(options(50));
-    let text: Vec<u32> = (0..200).map(|i| 300 + i * 7 % 2000).collect();
+    let engine = engine(EngineOptions { n_ctx: Some(1024), ..options(50) });
+    let text: Vec<u32> = (0..1000).map(|i| 300 + i * 7 % 2000).collect();
     let queue = Queue::new(&engine, 50);
-    let logs: Vec<Log> = (0..50)
+    let requests: Vec<Request> = (0..50)
         .map(|i| {
-            let mut prompt = text.clone();
-            prompt.push(400 + i);
-            let params = GenerationParams { n_predict: Some(1), ..GenerationParams::default() };
+            let n_predict = Some(2 + i as usize % 3);
+            let sampling = SamplingParams { seed: Some(u64::from(i)), ..SamplingParams::default() };
+            let params = GenerationParams { sampling, n_predict, ignore_eos: true, ..GenerationParams::default() };
+            Request { prompt: [&text[..], &[400 + i, 700]].concat(), params, priority: 0 }
+        })
+        .collect();
+    let logs: Vec<Log> = requests
+        .iter()
+        .map(|r| {
             let (log, on_event) = log();
-            queue.submit(Request { prompt, params, priority: 0 }, on_event).unwrap();
+            queue.submit(r.clone(), on_event).unwrap();
             log
         })
         .collect();
     queue.drive();
     let s = queue.stats();
-    // 201 tokens are three full blocks and nine more. One computes all, forty-nine their nine.
-    assert_eq!((s.n_prompt, s.n_shared, s.n_computed), (50 * 201, 49 * 192, 192 + 50 * 9));
-    assert_eq!(logs.iter().filter(|l| got(l).1.n_shared == 192).count(), 49);
+    // One computes all, the others the two tokens that are theirs; of what is written all but each one's last goes through the model.
+    let n_written: usize = logs.iter().map(|l| got(l).1.n_written).sum();
+    assert_eq!((s.n_prompt, s.n_shared), (50 * 1002, 49 * 1000));
+    assert_eq!(s.n_computed as usize, 1002 + 49 * 2 + n_written - 50);
+    assert_eq!(logs.iter().filter(|l| got(l).1.n_shared == 1000).count(), 49);
+    for i in [0, 1, 49] {
+        assert_eq!(got(&logs[i]).0, alone(&engine, &requests[i]), "request {i}");
+    }
 }
 
 #[test]

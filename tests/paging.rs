@@ -79,6 +79,48 @@ fn budgets_hold_inside_control_groups_and_change_no_byte() {
     }
 }
 
+/// A job of many sequences, inside a control group of its budget and 32 MiB: it isn't killed, and its lines are those of a job that
+/// has all the memory it can use.
+#[test]
+fn a_batch_holds_its_budget_and_writes_the_same_lines() {
+    let o = EngineOptions { n_ctx: Some(256), n_sessions: 8, memory: Memory::Bytes(1), ..EngineOptions::default() };
+    let Err(EngineError::Budget { smallest, .. }) = Engine::load(model(), &o, &|_, _| ()) else {
+        panic!("a byte is too little");
+    };
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let request = |i: usize| {
+        let prompt = "the quick brown fox ".repeat(1 + i * 7 % 11);
+        let body = serde_json::json!({ "prompt": prompt, "max_tokens": 1 + i % 9, "ignore_eos": true });
+        format!("{}\n", serde_json::json!({ "custom_id": format!("r{i}"), "url": "/v1/completions", "body": body }))
+    };
+    let input = dir.path().join("in.jsonl");
+    std::fs::write(&input, (0..24).map(request).collect::<String>()).unwrap();
+    let job = |memory: u64, name: &str| {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_oncall"));
+        c.args(["batch", "--no-heat", "-c", "256", "--sequences", "8", "--memory", &memory.to_string(), "-m"]);
+        c.arg(model()).arg("-i").arg(&input).arg("-o").arg(dir.path().join(name));
+        c.env_remove("ONCALL_MODEL").env_remove("ONCALL_LOG");
+        c
+    };
+    let lines = |name: &str| {
+        let text = std::fs::read_to_string(dir.path().join(name)).unwrap();
+        let mut lines: Vec<String> = text.lines().map(String::from).collect();
+        lines.sort_unstable();
+        lines
+    };
+    let wide = job(4 << 30, "wide").output().unwrap();
+    assert!(wide.status.success(), "{}", String::from_utf8_lossy(&wide.stderr));
+    let budget = smallest + 20 * MIB;
+    let group = match MemoryGroup::new("batch", budget + 32 * MIB) {
+        Ok(group) => group,
+        Err(e) => return eprintln!("note: no memory control group to be had here ({e}): a batch wasn't held to one"),
+    };
+    let tight = group.run(&job(budget, "tight")).unwrap();
+    assert!(tight.status.success(), "{:?}: {}", tight.status, String::from_utf8_lossy(&tight.stderr));
+    assert_eq!(lines("tight").len(), 24);
+    assert!(lines("tight") == lines("wide"));
+}
+
 #[test]
 fn a_budget_that_cannot_work_names_the_smallest_that_does() {
     let o = run("50MiB", 512, 1).output().unwrap();

@@ -92,6 +92,11 @@ impl Writer {
         self.sampler.seed()
     }
 
+    /// Tokens at most; `None` until the context is full.
+    pub fn n_predict(&self) -> Option<usize> {
+        self.params.n_predict
+    }
+
     /// Chooses the token after `n_before` tokens, of which the last gave these logits (n_vocab). `None` if it is over;
     /// [`Writer::finish`] then says why, as it does with the last token.
     pub fn next(&mut self, engine: &Engine, logits: &[f32], n_before: usize) -> Result<Option<Piece>, EngineError> {

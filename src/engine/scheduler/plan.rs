@@ -13,6 +13,8 @@ pub(super) struct Running {
     pub blocks: usize,
     /// KV blocks that come free when it is preempted.
     pub own: usize,
+    /// KV blocks that it will hold at most.
+    pub most: usize,
 }
 
 /// What a step does.
@@ -34,6 +36,11 @@ impl Running {
     /// its own, so nothing has to be copied.
     fn more(&self, n: usize) -> usize {
         blocks_for(self.len + n).saturating_sub(self.blocks)
+    }
+
+    /// More blocks that it takes for all that is known of it and for a block of its writing, if it may write so much.
+    fn soon(&self) -> usize {
+        (self.more(self.todo) + 1).min(self.most.saturating_sub(self.blocks))
     }
 }
 
@@ -75,14 +82,12 @@ pub(super) fn step(seqs: &[Running], free: usize, max_tokens: usize) -> Step {
     }
 }
 
-/// Whether one more sequence of `len` known tokens, of which the first `cached` blocks are there already, should join. It has to find
-/// room for all that is known of it and for one block of its writing, after what the running ones will take likewise: joining only to
-/// be preempted at once would be computing for nothing.
-pub(super) fn may_join(seqs: &[Running], free: usize, len: usize, cached: usize) -> bool {
-    let promised: usize = seqs.iter().map(|s| s.more(s.todo) + 1).sum();
-    let wanted = blocks_for(len + 1).saturating_sub(cached);
+/// Whether one more sequence should join. It has to find room for all that is known of it and for a block of its writing, after what
+/// the running ones will take likewise: joining only to be preempted at once would be computing for nothing.
+pub(super) fn may_join(seqs: &[Running], free: usize, joins: &Running) -> bool {
     // Alone it needs no reserve: there is nobody whom it could be in the way of.
-    if seqs.is_empty() { wanted <= free } else { promised + wanted < free }
+    let wanted = if seqs.is_empty() { joins.more(joins.todo) } else { joins.soon() };
+    seqs.iter().map(Running::soon).sum::<usize>() + wanted <= free
 }
 
 #[cfg(test)]
@@ -94,7 +99,8 @@ mod tests {
         (0usize..400, prop_oneof![3 => Just(1usize), 2 => 1usize..700], 0usize..4, 0usize..20).prop_map(
             |(len, todo, extra, shared)| {
                 let blocks = blocks_for(len) + extra;
-                Running { len, todo, blocks, own: blocks.saturating_sub(shared) }
+                let most = blocks_for(len + todo).max(blocks) + shared % 3;
+                Running { len, todo, blocks, own: blocks.saturating_sub(shared), most }
             },
         )
     }
@@ -137,11 +143,11 @@ mod tests {
         fn who_joins_finds_room(
             seqs in prop::collection::vec(any_running(), 0..8),
             free in 0usize..60,
-            len in 1usize..900,
+            joins in any_running(),
         ) {
-            if may_join(&seqs, free, len, 0) {
+            if may_join(&seqs, free, &joins) {
                 let mut all = seqs.clone();
-                all.push(Running { len: 0, todo: len, blocks: 0, own: 0 });
+                all.push(joins);
                 // Even if everything known were computed in this very step, nobody would be preempted.
                 prop_assert_eq!(step(&all, free, usize::MAX).n_tokens.len(), all.len());
             }
@@ -150,13 +156,21 @@ mod tests {
 
     #[test]
     fn writers_come_before_prompts_and_the_last_yields() {
-        let write = |len| Running { len, todo: 1, blocks: blocks_for(len), own: blocks_for(len) };
-        let prompt = Running { len: 0, todo: 500, blocks: 0, own: 0 };
+        let write = |len| Running { len, todo: 1, blocks: blocks_for(len), own: blocks_for(len), most: 9 };
+        let prompt = Running { len: 0, todo: 500, blocks: 0, own: 0, most: 9 };
         assert_eq!(step(&[prompt, write(10), write(20)], 100, 102).n_tokens, [100, 1, 1]);
         // Both need a block, one is there: the younger leaves and gives two more.
         let s = step(&[write(64), write(128)], 1, 512);
         assert_eq!(s, Step { n_tokens: vec![1], need: 1 });
         assert_eq!(step(&[write(64)], 0, 512).n_tokens, [0]);
         assert_eq!(step(&[prompt], 2, 512).n_tokens, [128]);
+    }
+    #[test]
+    fn who_is_short_needs_no_room_to_grow() {
+        let short = Running { len: 0, todo: 20, blocks: 0, own: 0, most: 1 };
+        let long = Running { most: 9, ..short };
+        assert!(may_join(&[short; 7], 8, &short) && !may_join(&[short; 8], 8, &short));
+        assert!(may_join(&[short; 6], 8, &long) && !may_join(&[short; 7], 8, &long));
+        assert!(!may_join(&[long; 4], 8, &short) && may_join(&[], 1, &long));
     }
 }

@@ -15,6 +15,9 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 pub(super) type Rank = (Reverse<i32>, u64);
 /// Waiting sequences that are looked at in a step while those before them wait for a common beginning.
 const LOOK_AT: usize = 256;
+/// Tokens of a beginning that isn't whole blocks are taken over from so many on: that copies a block, which takes as long as computing
+/// some tokens.
+const WORTH_COPYING: usize = 16;
 /// From so many sequences on, their tokens are chosen by several threads: a choice costs some 20 to 100 microseconds.
 const PARALLEL_CHOICES: usize = 4;
 
@@ -38,7 +41,20 @@ pub(super) struct Sequence {
 impl Sequence {
     fn view(&self) -> Running {
         let (len, kv) = (self.session.tokens().len(), self.session.kv());
-        Running { len, todo: self.tokens.len() - len, blocks: kv.n_blocks(), own: kv.n_own_blocks() }
+        Running { blocks: kv.n_blocks(), own: kv.n_own_blocks(), ..self.view_with(len) }
+    }
+
+    /// As if it had `len` tokens, in blocks that it shares.
+    fn view_with(&self, len: usize) -> Running {
+        let n_ctx = self.session.engine().n_ctx();
+        let most = self.writer.n_predict().map_or(n_ctx, |n| n.saturating_add(self.n_prompt).min(n_ctx));
+        Running {
+            len,
+            todo: self.tokens.len() - len,
+            blocks: plan::blocks_for(len),
+            own: 0,
+            most: plan::blocks_for(most),
+        }
     }
 
     /// Blocks of its text that could come from the tree: the last token's logits have to be computed.
@@ -46,11 +62,17 @@ impl Sequence {
         (self.tokens.len() - 1) / KV_BLOCK
     }
 
-    /// Whether it is computing the block that follows `path` in `other`.
-    fn is_computing_next(&self, path: &[NodeId], other: &Sequence) -> bool {
-        let i = path.len();
-        let block = i * KV_BLOCK..(i + 1) * KV_BLOCK;
-        self.path == path && i < self.n_prompt / KV_BLOCK && self.tokens.get(block.clone()) == other.tokens.get(block)
+    /// Of the first `n` tokens of this text, those with which the other one begins, too. The last token of that one doesn't count:
+    /// its logits have to be computed.
+    fn n_common(&self, n: usize, other: &Sequence) -> usize {
+        let most = n.min(other.tokens.len() - 1);
+        self.tokens[..n].iter().zip(&other.tokens[..most]).take_while(|(a, b)| a == b).count()
+    }
+
+    /// Whether it's computing more of the other text's beginning than the `n` tokens that are there.
+    fn is_computing_for(&self, other: &Sequence, n: usize) -> bool {
+        let done = self.session.tokens().len();
+        done < self.n_prompt && self.n_common(self.n_prompt, other) >= n.max(done) + WORTH_COPYING
     }
 
     fn finish(mut self, finish: Finish) {
@@ -134,14 +156,14 @@ impl Scheduler {
         cancelled.into_iter().for_each(|s| self.end(s, Finish::Cancelled));
     }
 
-    /// Lets those join who find room, in the order of their rank. One whose next block another is just computing waits for it,
-    /// so that a common beginning is computed once.
+    /// Lets those join who find room, in the order of their rank. One whose beginning another is just computing waits for it, so
+    /// that it is computed once.
     fn admit(&mut self) {
         let mut i = 0;
         while i < self.waiting.len().min(LOOK_AT) {
             let s = &self.waiting[i];
             let path = self.prefixes.path(&s.tokens, s.n_shareable());
-            if path.len() < s.n_shareable() && self.running.iter().any(|r| r.is_computing_next(&path, s)) {
+            if self.running.iter().any(|r| r.is_computing_for(s, path.len() * KV_BLOCK)) {
                 i += 1;
                 continue;
             }
@@ -157,10 +179,10 @@ impl Scheduler {
             let pool = s.session.kv().pool().clone();
             let used_now = self.prefixes.take(&path).filter(|b| !b.is_shared()).count();
             let free = pool.n_free() + self.prefixes.n_idle() - used_now;
-            if !plan::may_join(&views, free, s.tokens.len(), path.len()) {
+            if !plan::may_join(&views, free, &s.view_with(path.len() * KV_BLOCK)) {
                 if self.running.is_empty() {
                     // Nobody will give blocks back: sessions outside of the queue hold them.
-                    let (wanted, total) = (plan::blocks_for(s.tokens.len() + 1), pool.n_blocks());
+                    let (wanted, total) = (plan::blocks_for(s.tokens.len()), pool.n_blocks());
                     let s = self.waiting.remove(i);
                     self.fail(s, Arc::new(KvError::Full { wanted, free, total }.into()));
                     continue;
@@ -173,8 +195,9 @@ impl Scheduler {
     }
 
     fn join(&mut self, mut s: Sequence, path: Vec<NodeId>) {
-        let n = path.len() * KV_BLOCK;
         let kv = SeqKv::beginning(s.session.kv().pool(), self.prefixes.take(&path));
+        let kv = self.copied(&s, kv.len()).unwrap_or(kv);
+        let n = kv.len();
         s.session = Session::with_tokens(s.session.engine().clone(), kv, s.tokens[..n].to_vec());
         match s.n_shared {
             None => {
@@ -186,6 +209,20 @@ impl Scheduler {
         }
         s.path = path;
         insert(&mut self.running, s);
+    }
+
+    /// What a running sequence has computed of this one's beginning, if that is enough more than the `n` tokens in whole blocks.
+    fn copied(&self, s: &Sequence, n: usize) -> Option<SeqKv> {
+        let common = |r: &Sequence| r.n_common(r.session.tokens().len(), s);
+        let (len, from) = self.running.iter().map(|r| (common(r), r)).max_by_key(|c| c.0)?;
+        // One block is copied to go on in, and one in forking, for a moment.
+        if len < n + WORTH_COPYING || s.session.kv().pool().n_free() < 2 {
+            return None;
+        }
+        let mut kv = from.session.kv().fork().ok()?;
+        kv.truncate(len);
+        kv.reserve(1).ok()?;
+        Some(kv)
     }
 
     /// Sends the last one back to wait: its blocks are needed. What it has written stays; its part of the KV cache will be computed

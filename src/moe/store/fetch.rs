@@ -102,6 +102,10 @@ impl<'a> Fetch<'a> {
                 return Err(self.give_up(s));
             }
             self.order_missing(&mut s);
+            if !s.likely.is_empty() {
+                // Slots that came free may be read ahead into.
+                shared.work.notify_one();
+            }
             if !out.is_empty() || self.wanted.is_empty() {
                 return Ok(!out.is_empty());
             }
@@ -144,13 +148,13 @@ impl<'a> Fetch<'a> {
     fn order_missing(&self, s: &mut State) {
         let shared = &*self.store.shared;
         let before = s.demand.len();
-        for key in self.keys() {
-            if s.slots.place(key) != Place::Absent {
-                continue;
-            }
+        let absent: Vec<u32> = self.keys().filter(|&key| s.slots.place(key) == Place::Absent).collect();
+        s.unplaced = absent.len();
+        for key in absent {
             let Some((slot, evicted)) = s.slots.take(key) else { break };
             s.count_evicted(&shared.layout, evicted);
             s.slots.begin(key, slot, false);
+            s.unplaced -= 1;
             s.stats.demand_bytes += shared.layout.expert_bytes(key);
             s.demand.extend(parts_of(key, slot));
         }
@@ -181,5 +185,6 @@ impl Drop for Fetch<'_> {
         let mut s = self.store.shared.lock();
         self.held.drain(..).for_each(|slot| s.slots.unpin(slot));
         self.keys().for_each(|key| s.slots.spare(key));
+        s.unplaced = 0;
     }
 }

@@ -76,9 +76,13 @@ impl State {
         if let Some(job) = self.demand.pop_front().or_else(|| self.ahead.pop_front()) {
             return Some(job);
         }
-        while let Some(key) = self.likely.pop_front() {
-            if self.slots.place(key) == Place::Absent {
-                let (slot, evicted) = self.slots.take_ahead(key)?;
+        // A slot that comes free belongs to who is waited for: read ahead into it, an expert would have to leave again at once.
+        while self.unplaced == 0
+            && let Some(&key) = self.likely.front()
+        {
+            let slot = if self.slots.place(key) == Place::Absent { Some(self.slots.take_ahead(key)?) } else { None };
+            self.likely.pop_front();
+            if let Some((slot, evicted)) = slot {
                 self.count_evicted(&shared.layout, evicted);
                 return self.begin_ahead(shared, key, slot);
             }

@@ -107,6 +107,8 @@ struct State {
     ahead: VecDeque<PartJob>,
     /// Experts of the next layer to read ahead when there is no demand, most certain first.
     likely: VecDeque<u32>,
+    /// Experts that a pass waits for and that have no slot yet: more are wanted than there are slots.
+    unplaced: usize,
     /// Experts for slots that are still free, hottest first.
     warm: VecDeque<u32>,
     /// Why an expert's last read failed.
@@ -170,6 +172,7 @@ impl ExpertStore {
             demand: VecDeque::new(),
             ahead: VecDeque::new(),
             likely: VecDeque::new(),
+            unplaced: 0,
             warm: VecDeque::new(),
             failed: HashMap::new(),
             lookahead: Lookahead::new(o.lookahead),
