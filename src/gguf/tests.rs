@@ -624,9 +624,9 @@ mod writing {
     fn a_disk_that_fills_up_is_said() {
         let (_dir, path) = scratch();
         let part = PartFile::create(&path, false, 1000).unwrap();
-        let full = part.error(10, std::io::ErrorKind::StorageFull.into());
+        let full = part.error(std::io::ErrorKind::StorageFull.into());
         assert!(matches!(full, WriteError::NoSpace { needed: 1000, .. }));
-        let other = part.error(10, std::io::Error::other("EIO"));
+        let other = part.error(std::io::Error::other("EIO"));
         assert!(matches!(other, WriteError::File { .. }));
     }
 

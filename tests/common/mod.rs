@@ -1,6 +1,7 @@
 //! What several integration tests share.
 
 pub mod cgroup;
+pub mod disk;
 #[cfg(feature = "llama-cpp")]
 pub mod llama;
 #[cfg(feature = "llama-cpp")]
