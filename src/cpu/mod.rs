@@ -4,6 +4,7 @@ pub mod isa;
 pub mod memory;
 mod pages;
 pub mod probe;
+pub mod sync;
 mod team;
 
 pub use isa::{Isa, IsaError};
