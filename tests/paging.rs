@@ -152,3 +152,18 @@ fn what_is_given_up_is_counted() {
     let fewer = run(&EngineOptions { n_expert_used: Some(4), ..base.clone() });
     assert_eq!(fewer.uses * 2, exact.uses);
 }
+
+/// No addresses for the arena: an error that says what was refused, and what bounds it.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_process_without_addresses_for_the_experts_says_so() {
+    let experts = Engine::load(model(), &EngineOptions { n_ctx: Some(128), ..EngineOptions::default() }, &|_, _| ());
+    let all_slots = experts.unwrap().budget().slots;
+    let run = run("300MiB", 128, 1);
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -v \"$0\" && exec \"$@\"", &(all_slots >> 10).to_string()]);
+    let o = limited.arg(run.get_program()).args(run.get_args()).env_remove("ONCALL_MODEL").output().unwrap();
+    let text = String::from_utf8_lossy(&o.stderr);
+    assert_eq!(o.status.code(), Some(1), "{:?}: {text}", o.status);
+    assert!(text.contains("slots") && text.contains("ulimit -v") && text.contains("Cannot allocate memory"), "{text}");
+}

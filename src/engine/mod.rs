@@ -271,7 +271,7 @@ impl Engine {
                 let source = Arc::new(DiskSource::new(gguf.clone(), o.io));
                 let options = StoreOptions { bytes, isa, policy: o.policy, lanes: READ_LANES, lookahead: o.lookahead };
                 let store = ExpertStore::new(layout, &options, source);
-                Some(store.map_err(system("memory for expert slots, or threads"))?)
+                Some(store.map_err(system("addresses for slots of all experts (ulimit -v bounds them), or threads"))?)
             }
         };
         let recorder = recorder(&gguf, &model, o)?;

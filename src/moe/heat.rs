@@ -237,6 +237,22 @@ mod tests {
         assert_ne!(a, identity(&Gguf::from_static("a", other.leak()).unwrap()));
     }
 
+    /// Killed at any moment of saving: the unfinished file is as long as it may be, the old one is whole, and the next run saves.
+    #[test]
+    fn a_kill_while_saving_leaves_the_old_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("heat");
+        some().save(&path).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        for n in 0..=whole.len() {
+            std::fs::write(path.with_added_extension("part"), &whole[..n]).unwrap();
+            assert_eq!(Heat::load(&path, 7, 2, 3), some());
+            some().save(&path).unwrap();
+            assert_eq!(Heat::load(&path, 7, 2, 3), some());
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "the unfinished file is gone");
+        }
+    }
+
     proptest! {
         #[test]
         fn damage_is_cold(at in any::<prop::sample::Index>(), bit in 0u8..8, cut in any::<prop::sample::Index>(), grow: bool) {

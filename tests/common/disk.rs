@@ -71,3 +71,75 @@ impl Drop for Mount {
         let _ = sh("umount", &["-l", self.path().to_str().unwrap_or_default()]);
     }
 }
+
+/// A real block device with a file system and one file on it, which can be made to fail and to stall: a loop device over a file
+/// that is cut short (reads behind its end are the device's I/O errors) and made whole again.
+pub struct FailingDisk {
+    mount: Mount,
+    device: Loop,
+    backing: PathBuf,
+    good: Vec<u8>,
+}
+
+/// A loop device; given back when dropped.
+struct Loop(String);
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = sh("losetup", &["-d", &self.0]);
+    }
+}
+
+impl FailingDisk {
+    /// A disk with a copy of a file. An error where this process may not make one.
+    pub fn with(file: &Path, dir: &Path) -> io::Result<Self> {
+        let backing = dir.join("backing");
+        let n = std::fs::metadata(file)?.len() * 2 + (8 << 20);
+        std::fs::File::create(&backing)?.set_len(n)?;
+        let path = backing.to_str().expect("a UTF-8 path");
+        // No journal: it would have to be written to a disk that fails.
+        sh("mkfs.ext4", &["-q", "-F", "-O", "^has_journal", path])?;
+        let device = Loop(sh("losetup", &["-f", "--show", path])?);
+        let mount = Mount::new(&[&device.0])?;
+        std::fs::copy(file, mount.file("model.gguf"))?;
+        sh("mount", &["-o", "remount,ro", mount.path().to_str().unwrap_or_default()])?;
+        let good = std::fs::read(&backing)?;
+        Ok(FailingDisk { mount, device, backing, good })
+    }
+
+    /// The file.
+    pub fn model(&self) -> PathBuf {
+        self.mount.file("model.gguf")
+    }
+
+    /// Takes the file out of the page cache, so that the disk is asked.
+    pub fn forget(&self) {
+        let file = std::fs::File::open(self.model()).expect("it's there");
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("a file's pages can be dropped");
+    }
+
+    /// From now on every read is an I/O error.
+    pub fn fail(&self) {
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open(&self.backing)
+            .and_then(|f| f.set_len(4096))
+            .expect("it can be cut");
+        self.forget();
+    }
+
+    /// Makes it well again.
+    pub fn heal(&self) {
+        // Not made anew: the device holds on to the file itself.
+        let file = std::fs::OpenOptions::new().write(true).open(&self.backing).expect("it's there");
+        std::os::unix::fs::FileExt::write_all_at(&file, &self.good, 0).expect("it can be written");
+    }
+
+    /// Lets next to nothing through, or everything again. An error where there's no control group of version 1 for it.
+    pub fn stall(&self, stalled: bool) -> io::Result<()> {
+        let name = Path::new(&self.device.0).file_name().unwrap_or_default();
+        let number = std::fs::read_to_string(Path::new("/sys/block").join(name).join("dev"))?;
+        let rate = if stalled { 1 } else { 0 };
+        std::fs::write("/sys/fs/cgroup/blkio/blkio.throttle.read_bps_device", format!("{} {rate}", number.trim()))
+    }
+}
