@@ -1,5 +1,6 @@
 //! What fails under a running engine: disks, files, memory, the process itself. Each time: an error that says why or a retry, never
 //! a wrong token, no wait without end, and the engine is usable afterwards.
+#![cfg(target_os = "linux")] // whose block devices and signals they are
 
 mod common;
 
@@ -59,14 +60,23 @@ fn a_disk_that_fails_in_the_middle_of_an_answer_ends_it_with_an_error() {
     let Some(disk) = disk(dir.path()) else { return };
     let want = undisturbed(60);
     for io in [IoMode::Direct, IoMode::Buffered, IoMode::Auto] {
+        disk.forget_all_but(0..0);
+        disk.fail();
+        let error = Engine::load(&disk.model(), &paged(io), &|_, _| ()).err().unwrap().to_string();
+        assert!(error.contains("model.gguf") && error.contains("Input/output error"), "{error}");
+        disk.heal();
         let engine = Engine::load(&disk.model(), &paged(io), &|_, _| ()).unwrap();
         let mut session = engine.session();
         for n in [20, 40, 60] {
+            // A pass begins with the embedding's rows: they are to be had, so that it's the experts that fail.
+            let rows = engine.gguf().tensor("token_embd.weight").unwrap();
+            disk.forget_all_but(rows.offset..rows.offset + rows.n_bytes);
             disk.fail();
             for _ in 0..3 {
                 let before = session.tokens().len();
                 let error = go_on(&mut session, n).unwrap_err().to_string();
                 assert!(error.contains("model.gguf") && error.contains("Input/output error"), "{io:?}: {error}");
+                assert!(error.contains("reading expert"), "{io:?}: {error}");
                 assert_eq!(session.tokens().len(), before, "a failed pass leaves nothing behind");
             }
             disk.heal();
@@ -109,6 +119,7 @@ fn the_program_says_that_the_disk_failed() {
     let want = run(MODEL, 300).output().unwrap().stdout;
     let child = start(run(disk.model().to_str().unwrap(), 300));
     std::thread::sleep(Duration::from_millis(300));
+    disk.forget_all_but(0..0);
     disk.fail();
     let o = finish(child);
     let text = String::from_utf8_lossy(&o.stderr);

@@ -112,20 +112,23 @@ impl FailingDisk {
         self.mount.file("model.gguf")
     }
 
-    /// Takes the file out of the page cache, so that the disk is asked.
-    pub fn forget(&self) {
+    /// Takes the file out of the page cache but for a range of it, so that the disk is asked for the rest.
+    pub fn forget_all_but(&self, kept: std::ops::Range<u64>) {
+        use rustix::fs::{Advice, fadvise};
         let file = std::fs::File::open(self.model()).expect("it's there");
-        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("a file's pages can be dropped");
+        fadvise(&file, 0, None, Advice::DontNeed).expect("a file's pages can be dropped");
+        fadvise(&file, 0, None, Advice::Random).expect("nothing more is read than asked");
+        let mut range = vec![0; (kept.end - kept.start) as usize];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut range, kept.start).expect("the disk is well");
     }
 
-    /// From now on every read is an I/O error.
+    /// From now on every read of the device is an I/O error.
     pub fn fail(&self) {
         std::fs::OpenOptions::new()
             .write(true)
             .open(&self.backing)
             .and_then(|f| f.set_len(4096))
             .expect("it can be cut");
-        self.forget();
     }
 
     /// Makes it well again.

@@ -3,6 +3,7 @@
 use std::io;
 
 use super::*;
+use crate::gguf::file::{HeaderReadError, read_header};
 use crate::gguf::read::{ReadError, read_full_at};
 
 #[test]
@@ -146,5 +147,58 @@ fn a_failing_disk_is_an_error_with_its_cause() {
     match read_full_at(|_, at| Ok(usize::from(at < 12)), &mut [0; 8], 10).unwrap_err() {
         ReadError::Eof(end) => assert_eq!(end, 12),
         e => panic!("{e:?}"),
+    }
+}
+
+/// A file whose header is longer than what is read of it at first.
+fn long_header() -> Vec<u8> {
+    let mut w = small();
+    w.set("long", "x".repeat(3 << 20));
+    let mut out = w.in_memory().unwrap();
+    out.write(&small_data()).unwrap();
+    let mut file = out.finish().unwrap();
+    file.resize(file.len() + (9 << 20), 0);
+    file
+}
+
+#[test]
+fn a_header_is_read_as_far_as_it_goes() {
+    let file = long_header();
+    let len = file.len() as u64;
+    let mut n_read = 0;
+    // Short and interrupted reads, too.
+    let mut calls = 0;
+    let read = |buf: &mut [u8], at: u64| {
+        calls += 1;
+        if calls % 3 == 0 {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let n = buf.len().min(700_000);
+        buf[..n].copy_from_slice(&file[at as usize..][..n]);
+        n_read += n;
+        Ok(n)
+    };
+    let header = read_header(read, len, len).unwrap();
+    assert_eq!(header.metadata.str("long").unwrap().map(str::len), Some(3 << 20));
+    assert!(n_read < 2 * header.n_bytes, "{n_read} bytes read for a header of {}", header.n_bytes);
+    assert!(matches!(read_header(|_, _| Ok(0), 0, 0), Err(HeaderReadError::Header(HeaderError::Empty))));
+}
+
+#[test]
+fn a_disk_that_fails_within_the_header_is_an_error() {
+    let file = long_header();
+    let len = file.len() as u64;
+    for good in [0, 5, 1 << 20, 2 << 20] {
+        let end = |buf: &mut [u8], at: u64| {
+            let n = buf.len().min(good - (at as usize).min(good));
+            buf[..n].copy_from_slice(&file[at as usize..][..n]);
+            Ok(n)
+        };
+        let cut = read_header(end, len, len).err();
+        assert!(matches!(cut, Some(HeaderReadError::Read(ReadError::Eof(at))) if at == good as u64), "{cut:?}");
+        let fail =
+            |buf: &mut [u8], at| end(buf, at).and_then(|n| if n == 0 { Err(io::Error::other("EIO")) } else { Ok(n) });
+        let failed = read_header(fail, len, len).err();
+        assert!(matches!(failed, Some(HeaderReadError::Read(ReadError::Io(_)))), "{failed:?}");
     }
 }
