@@ -8,7 +8,6 @@ const ROOMS: &[&str] = &["cpu", "quant", "gguf", "synth", "ops", "moe", "arch", 
 /// Where `#![allow(unsafe_code)]` may stand: a file, or a folder with everything in it. Each says why it needs to.
 const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("src/cpu/", "threads that borrow, pages from the kernel"),
-    ("src/gguf/map.rs", "the mapping of a file whose bytes are checked before use"),
     ("src/ops/attention/", "SIMD, heads written by several threads"),
     ("src/ops/kv/", "cache blocks written by several threads"),
     ("src/ops/simd/", "SIMD"),

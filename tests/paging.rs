@@ -13,22 +13,32 @@ use std::sync::OnceLock;
 
 const MIB: u64 = 1 << 20;
 
-/// Two layers in OLMoE's shape, 64 experts each: about 0.5 GB, experts as unequal as trained ones. Made once.
-fn model() -> &'static Path {
-    static PATH: OnceLock<PathBuf> = OnceLock::new();
-    PATH.get_or_init(|| {
-        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("paging-olmoe.gguf");
-        let preset = Preset::by_name("olmoe-1b-7b").unwrap();
+/// Two layers of a shape, experts as unequal as trained ones. Made once.
+fn two_layers(of: &str, mix: &str, path: &'static OnceLock<PathBuf>) -> &'static Path {
+    path.get_or_init(|| {
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("paging-{of}.gguf"));
         let options = synth::Options {
-            mixture: mixture::by_name("q4_k_m").unwrap(),
+            mixture: mixture::by_name(mix).unwrap(),
             router_skew: 1.0,
             n_layer: Some(2),
             n_vocab: Some(2000),
             ..synth::Options::default()
         };
-        synth::write_with(preset, &options, &path, true, &mut |_, _| ()).unwrap();
+        synth::write_with(Preset::by_name(of).unwrap(), &options, &path, true, &mut |_, _| ()).unwrap();
         path
     })
+}
+
+/// OLMoE's shape: two layers of 64 experts, about 0.5 GB.
+fn model() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    two_layers("olmoe-1b-7b", "q4_k_m", &PATH)
+}
+
+/// DeepSeek-V2-Lite's: a dense layer and one of 64 experts and two shared ones, a latent KV cache, another format.
+fn latent() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    two_layers("deepseek-v2-lite", "q4_0", &PATH)
 }
 
 fn json(o: &std::process::Output) -> serde_json::Value {
@@ -37,43 +47,50 @@ fn json(o: &std::process::Output) -> serde_json::Value {
 }
 
 fn run(memory: &str, n_ctx: u32, n_predict: u32) -> Command {
+    run_of(model(), memory, n_ctx, n_predict)
+}
+
+fn run_of(model: &Path, memory: &str, n_ctx: u32, n_predict: u32) -> Command {
     let mut c = Command::new(env!("CARGO_BIN_EXE_oncall"));
     let (n_ctx, n_predict) = (n_ctx.to_string(), n_predict.to_string());
     let prompt = "the quick brown fox jumps over the lazy dog ".repeat(4);
     c.args(["run", "--json", "--raw", "--temp", "0", "--ignore-eos", "--no-heat", "-c", &n_ctx, "-n", &n_predict]);
-    c.args(["--memory", memory, "-m", model().to_str().unwrap(), &prompt]);
+    c.args(["--memory", memory, "-m", model.to_str().unwrap(), &prompt]);
     c.env_remove("ONCALL_MODEL").env_remove("ONCALL_LOG");
     c
 }
 
-/// Budgets from the smallest to more than enough, each inside a control group of that size and 32 MiB: nothing is killed, the
-/// process holds no more than it was given, and the text is always the same. ONCALL_TEST_BUDGETS says how many.
+/// Budgets from the smallest to more than enough, for two models and three contexts, each inside a control group of that size and
+/// 32 MiB: nothing is killed, the process holds no more than it was given, and the text is always the same. ONCALL_TEST_BUDGETS says
+/// how many.
 #[test]
 fn budgets_hold_inside_control_groups_and_change_no_byte() {
     let n: u64 = std::env::var("ONCALL_TEST_BUDGETS").ok().and_then(|n| n.parse().ok()).unwrap_or(8);
-    let least = |n_ctx| {
+    let least = |model, n_ctx| {
         let o = EngineOptions { n_ctx: Some(n_ctx), memory: Memory::Bytes(1), ..EngineOptions::default() };
-        match Engine::load(model(), &o, &|_, _| ()) {
+        match Engine::load(model, &o, &|_, _| ()) {
             Err(EngineError::Budget { smallest, .. }) => smallest,
             other => panic!("a byte is too little: {:?}", other.err()),
         }
     };
     let contexts = [256, 512, 1024];
-    let smallest = contexts.map(|c| least(c as usize));
-    let want = json(&run("4GiB", 512, 12).output().unwrap())["text"].clone();
+    let models = [model(), latent()];
+    let wants = models.map(|m| json(&run_of(m, "4GiB", 512, 12).output().unwrap())["text"].clone());
     for i in 0..n {
-        let at = (i % 3) as usize;
+        let (model, want) = (models[i as usize % 2], &wants[i as usize % 2]);
+        let (round, rounds) = (i / 2, n.div_ceil(2));
+        let n_ctx = contexts[(round % 3) as usize];
         // Squares: most budgets are tight ones.
-        let x = (i * 7 % n) as f64 / n as f64;
-        let budget = smallest[at] + (x * x * 600e6) as u64;
+        let x = (round * 7 % rounds) as f64 / rounds as f64;
+        let budget = least(model, n_ctx as usize) + (x * x * 600e6) as u64;
         let group = match MemoryGroup::new(&format!("paging-{i}"), budget + 32 * MIB) {
             Ok(group) => group,
             Err(e) => {
                 return eprintln!("note: no memory control group to be had here ({e}): budgets weren't held to one");
             }
         };
-        let v = json(&group.run(&run(&budget.to_string(), contexts[at], 12)).unwrap());
-        assert_eq!(v["text"], want, "budget {budget}, context {}", contexts[at]);
+        let v = json(&group.run(&run_of(model, &budget.to_string(), n_ctx, 12)).unwrap());
+        assert_eq!(v["text"], *want, "{model:?}, budget {budget}, context {n_ctx}");
         let peak = v["peak_memory"].as_u64().unwrap();
         assert!(peak <= budget + 32 * MIB, "{} MiB held, {} MiB given", peak / MIB, budget / MIB);
     }
@@ -193,4 +210,19 @@ fn what_is_given_up_is_counted() {
     assert!(prefer.bytes_read() < exact.bytes_read(), "{prefer:?} {exact:?}");
     let fewer = run(&EngineOptions { n_expert_used: Some(4), ..base.clone() });
     assert_eq!(fewer.uses * 2, exact.uses);
+}
+
+/// No addresses for the arena: an error that says what was refused, and what bounds it.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_process_without_addresses_for_the_experts_says_so() {
+    let experts = Engine::load(model(), &EngineOptions { n_ctx: Some(128), ..EngineOptions::default() }, &|_, _| ());
+    let all_slots = experts.unwrap().budget().slots;
+    let run = run("300MiB", 128, 1);
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -v \"$0\" && exec \"$@\"", &(all_slots >> 10).to_string()]);
+    let o = limited.arg(run.get_program()).args(run.get_args()).env_remove("ONCALL_MODEL").output().unwrap();
+    let text = String::from_utf8_lossy(&o.stderr);
+    assert_eq!(o.status.code(), Some(1), "{:?}: {text}", o.status);
+    assert!(text.contains("slots") && text.contains("ulimit -v") && text.contains("Cannot allocate memory"), "{text}");
 }

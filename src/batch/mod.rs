@@ -36,6 +36,12 @@ pub enum BatchError {
         /// What the system says.
         source: std::io::Error,
     },
+    /// The results' disk.
+    #[error("the disk of {name} is full: whole results up to here are kept; free some space, then --resume goes on")]
+    Full {
+        /// The file.
+        name: String,
+    },
     /// There are results already.
     #[error("{name} holds something already: --resume goes on with it, another name begins anew")]
     Exists {

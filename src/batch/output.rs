@@ -103,7 +103,11 @@ impl Output {
     }
 
     fn error(&self, source: std::io::Error) -> BatchError {
-        BatchError::Io { name: self.name.clone(), source }
+        let name = self.name.clone();
+        match (source.kind(), &self.to) {
+            (ErrorKind::StorageFull | ErrorKind::QuotaExceeded, To::File(..)) => BatchError::Full { name },
+            _ => BatchError::Io { name, source },
+        }
     }
 }
 

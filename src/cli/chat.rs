@@ -4,11 +4,12 @@ use super::args::{ModelArgs, SamplingArgs};
 use super::run::answer;
 use super::{Failure, output};
 use crate::engine::{Engine, Session};
+use crate::gguf::{PartFile, WriteError};
 use crate::session::template::{ChatTemplate, Message};
 use clap::Args;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
-use std::io::{IsTerminal, Read};
+use std::io::{IsTerminal, Read, Write};
 use std::path::Path;
 
 /// Flags of `chat`.
@@ -180,10 +181,12 @@ impl Chat {
     /// The conversation as JSON, and beside it what the model has computed of it, so that loading costs nothing.
     fn save(&self, path: &Path) -> Result<(), String> {
         let text = serde_json::to_string_pretty(&self.messages).map_err(|e| e.to_string())?;
-        let part = path.with_added_extension("part");
-        std::fs::write(&part, text)
-            .and_then(|()| std::fs::rename(&part, path))
-            .map_err(|e| format!("{}: {e}", path.display()))?;
+        let write = || -> Result<(), WriteError> {
+            let mut file = PartFile::replace(path)?;
+            file.write_all(text.as_bytes()).map_err(|e| file.error(e))?;
+            file.commit()
+        };
+        write().map_err(|e| e.to_string())?;
         self.session.save(&path.with_added_extension("kv")).map_err(|e| e.to_string())
     }
 

@@ -4,11 +4,12 @@ use super::args::ModelArgs;
 use super::run::answer;
 use super::{Failure, output};
 use crate::engine::GenerationParams;
+use crate::gguf::PartFile;
 use crate::session::sampler::SamplingParams;
 use clap::Args;
 use serde::Serialize;
 use std::fmt::Write as _;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write as _};
 use std::path::PathBuf;
 
 /// Flags of `experts`.
@@ -88,7 +89,9 @@ pub(super) fn run(a: ExpertsArgs) -> Result<(), Failure> {
         layers: layers.filter(|l| l.uses.iter().any(|&n| n > 0)).collect(),
     };
     if let Some(path) = &a.svg {
-        std::fs::write(path, svg(&map)?).map_err(|e| Failure::new(format!("{}: {e}", path.display())))?;
+        let mut file = PartFile::replace(path)?;
+        file.write_all(svg(&map)?.as_bytes()).map_err(|e| file.error(e))?;
+        file.commit()?;
     }
     if a.json {
         return output::json(&map);

@@ -2,9 +2,9 @@
 
 use super::args::ModelArgs;
 use super::{Failure, output};
+use crate::gguf::PartFile;
 use clap::Args;
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::PathBuf;
 
 /// Flags of `logits`.
@@ -24,19 +24,15 @@ pub(super) struct LogitsArgs {
 pub(super) fn run(a: LogitsArgs) -> Result<(), Failure> {
     let engine = a.model.load()?;
     let mut session = engine.session();
-    let part = a.output.with_added_extension("part");
-    let fail = |e: std::io::Error| Failure::new(format!("{}: {e}", part.display()));
-    let mut file = BufWriter::new(File::create(&part).map_err(fail)?);
+    let mut file = PartFile::replace(&a.output)?;
     let mut written = Ok(());
     session.feed_all(&a.tokens, &mut |_, logits| {
         if written.is_ok() {
             written = logits.iter().try_for_each(|l| file.write_all(&l.to_le_bytes()));
         }
     })?;
-    written.and_then(|()| file.flush()).and_then(|()| std::fs::rename(&part, &a.output)).map_err(|e| {
-        let _ = std::fs::remove_file(&part);
-        fail(e)
-    })?;
+    written.map_err(|e| file.error(e))?;
+    file.commit()?;
     output::note(&format!("{} x {} logits in {}", a.tokens.len(), engine.config().n_vocab, a.output.display()));
     Ok(())
 }

@@ -88,10 +88,12 @@ impl<E: std::error::Error> From<E> for Failure {
 
 /// Runs the command line and returns its exit code.
 pub fn main() -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::from_env("ONCALL_LOG"))
-        .with_writer(std::io::stderr)
-        .init();
+    // What spoils nothing but should be known, such as a damaged heat file, is a warning.
+    let filter = tracing_subscriber::EnvFilter::builder()
+        .with_default_directive(tracing::level_filters::LevelFilter::WARN.into())
+        .with_env_var("ONCALL_LOG")
+        .from_env_lossy();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let cli = Cli::parse_from(args::rewrite(std::env::args_os()));
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,

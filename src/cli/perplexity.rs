@@ -4,10 +4,11 @@
 use super::args::ModelArgs;
 use super::{Failure, output};
 use crate::engine::Engine;
+use crate::gguf::PartFile;
 use clap::Args;
 use serde::Serialize;
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Read, Write};
+use std::io::{BufReader, Read, Write};
 use std::path::PathBuf;
 
 /// Flags of `perplexity`.
@@ -64,7 +65,7 @@ struct Sums {
 /// Logits that are written, or read to compare with.
 enum Base {
     None,
-    Write(BufWriter<File>),
+    Write(PartFile),
     Read(BufReader<File>),
 }
 
@@ -98,10 +99,11 @@ pub(super) fn run(mut a: PerplexityArgs) -> Result<(), Failure> {
         }
     }
     bar.finish_and_clear();
-    if let Base::Write(w) = &mut base {
-        w.flush()?;
+    let compared = matches!(base, Base::Read(_));
+    if let Base::Write(file) = base {
+        file.commit()?;
     }
-    report(&a, n_chunks, &sums, matches!(base, Base::Read(_)))
+    report(&a, n_chunks, &sums, compared)
 }
 
 fn report(a: &PerplexityArgs, chunks: usize, s: &Sums, compared: bool) -> Result<(), Failure> {
@@ -158,7 +160,9 @@ fn score_token(logits: &[f32], next: u32, base: &mut Base, s: &mut Sums) -> Resu
     (s.n, s.nll, s.nll_squared) = (s.n + 1, s.nll + nll, s.nll_squared + nll * nll);
     match base {
         Base::None => {}
-        Base::Write(w) => logits.iter().try_for_each(|l| w.write_all(&l.to_le_bytes()))?,
+        Base::Write(file) => {
+            logits.iter().try_for_each(|l| file.write_all(&l.to_le_bytes())).map_err(|e| file.error(e))?;
+        }
         Base::Read(r) => {
             let mut raw = vec![0; logits.len() * 4];
             r.read_exact(&mut raw)
@@ -194,10 +198,9 @@ fn open_base(a: &PerplexityArgs, engine: &Engine) -> Result<Base, Failure> {
     head.extend((engine.config().n_vocab as u32).to_le_bytes());
     head.extend((engine.n_ctx() as u32).to_le_bytes());
     if let Some(path) = &a.save_logits {
-        let at = |e: std::io::Error| Failure::new(format!("{}: {e}", path.display()));
-        let mut w = BufWriter::new(File::create(path).map_err(at)?);
-        w.write_all(&head).map_err(at)?;
-        return Ok(Base::Write(w));
+        let mut file = PartFile::replace(path)?;
+        file.write_all(&head).map_err(|e| file.error(e))?;
+        return Ok(Base::Write(file));
     }
     let Some(path) = &a.kl_base else { return Ok(Base::None) };
     let at = |e: std::io::Error| Failure::new(format!("{}: {e}", path.display()));

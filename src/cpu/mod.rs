@@ -5,6 +5,7 @@ pub mod memory;
 mod pages;
 pub mod probe;
 mod scratch;
+pub mod sync;
 mod team;
 
 pub use isa::{Isa, IsaError};

@@ -42,7 +42,7 @@ impl Scratch {
 impl std::ops::Deref for Scratch {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        &bytemuck::cast_slice(&self.pages[..self.len * size_of::<f32>()])
+        bytemuck::cast_slice(&self.pages[..self.len * size_of::<f32>()])
     }
 }
 

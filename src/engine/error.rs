@@ -2,7 +2,7 @@
 
 use crate::arch::{ModelError, PassError};
 use crate::cpu::IsaError;
-use crate::gguf::{GgufError, KeyError};
+use crate::gguf::{GgufError, KeyError, WriteError};
 use crate::ops::kv::KvError;
 use crate::session::grammar::GrammarError;
 use crate::session::sampler::SamplerError;
@@ -112,6 +112,9 @@ pub enum EngineError {
     /// The queue's worker is gone.
     #[error("the engine stopped before this was done: its queue's worker ended; load the model again")]
     Stopped,
+    /// A file that was to be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
     /// A saved session.
     #[error("{path}: {why}")]
     Saved {

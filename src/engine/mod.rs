@@ -146,9 +146,13 @@ fn known_heat(gguf: &Gguf, model: &Decoder) -> Option<(PathBuf, Heat)> {
 }
 
 impl Drop for Inner {
-    /// Keeps what was learned of the experts' heat. That it couldn't be kept spoils nothing but the next start.
+    /// Ends the trace, and keeps what was learned of the experts' heat: that it couldn't be kept spoils nothing but the next start.
     fn drop(&mut self) {
-        let (Some((path, heat)), Some(recorder)) = (&mut self.heat, &self.recorder) else { return };
+        let Some(recorder) = &self.recorder else { return };
+        if let Err(e) = recorder.end() {
+            tracing::warn!("{e}");
+        }
+        let Some((path, heat)) = &mut self.heat else { return };
         heat.learn(&recorder.uses());
         if let Err(e) = heat.save(path) {
             tracing::warn!(path = %path.display(), "the experts' heat isn't kept: {e}");
@@ -270,7 +274,7 @@ impl Engine {
                 let source = Arc::new(DiskSource::new(gguf.clone(), o.io));
                 let options = StoreOptions { bytes, isa, policy: o.policy, lanes: READ_LANES, lookahead: o.lookahead };
                 let store = ExpertStore::new(layout, &options, source);
-                Some(store.map_err(system("memory for expert slots, or threads"))?)
+                Some(store.map_err(system("addresses for slots of all experts (ulimit -v bounds them), or threads"))?)
             }
         };
         let recorder = recorder(&gguf, &model, o)?;

@@ -1,6 +1,7 @@
 //! Saved sessions: tokens and KV cache in a file, bound to the model that they came from.
 
 use super::{Engine, EngineError, Session};
+use crate::gguf::PartFile;
 use crate::ops::kv::SeqKv;
 use std::fs::File;
 use std::hash::Hasher;
@@ -73,19 +74,12 @@ impl Session {
     /// # Errors
     /// When the file can't be written.
     pub fn save(&self, path: &Path) -> Result<(), EngineError> {
-        let bad = |e: std::io::Error| EngineError::Saved { path: path.display().to_string(), why: e.to_string() };
-        let mut part = path.as_os_str().to_owned();
-        part.push(".part");
-        let written = File::create(&part).and_then(|mut file| {
-            let mut head = MAGIC.to_vec();
-            head.extend(self.engine().fingerprint().to_le_bytes());
-            head.extend((self.tokens().len() as u64).to_le_bytes());
-            head.extend(self.tokens().iter().flat_map(|t| t.to_le_bytes()));
-            file.write_all(&head)?;
-            self.kv().save(&mut file)?;
-            file.sync_all()?;
-            std::fs::rename(&part, path)
-        });
-        written.inspect_err(|_| drop(std::fs::remove_file(&part))).map_err(bad)
+        let mut file = PartFile::replace(path)?;
+        let mut head = MAGIC.to_vec();
+        head.extend(self.engine().fingerprint().to_le_bytes());
+        head.extend((self.tokens().len() as u64).to_le_bytes());
+        head.extend(self.tokens().iter().flat_map(|t| t.to_le_bytes()));
+        file.write_all(&head).and_then(|()| self.kv().save(&mut file)).map_err(|e| file.error(e))?;
+        Ok(file.commit()?)
     }
 }

@@ -4,6 +4,7 @@ use super::error::GgufError;
 use super::file::Gguf;
 use super::tensor::Tensor;
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 
 /// Direct reads begin and end at multiples of this, in the file and in memory.
@@ -39,30 +40,40 @@ impl Gguf {
         let from = self.place_of(tensor, offset, n_bytes)?;
         let at = (from % ALIGN) as usize;
         let buf = &mut buf[..(at + n_bytes).next_multiple_of(ALIGN as usize)];
-        // The last block may be cut by the file's end; what is needed must be there.
-        let mut done = 0;
-        while done < at + n_bytes {
-            // A short read of a regular file ends at a block, or at the file's end.
-            match file.0.read_at(&mut buf[done..], from - at as u64 + done as u64) {
-                Ok(n) if n > 0 && (n.is_multiple_of(ALIGN as usize) || done + n >= at + n_bytes) => done += n,
-                // In the middle of a block: go on from there through the page cache, and hear why if that's an end.
-                Ok(n) => {
-                    let have = (done + n).max(at);
-                    self.read_at(tensor, offset + (have - at) as u64, &mut buf[have..at + n_bytes])?;
-                    break;
-                }
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                // Some file systems say only now that they can't.
-                Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => {
-                    self.read_at(tensor, offset, &mut buf[at..at + n_bytes])?;
-                    break;
-                }
-                Err(error) => return Err(self.read_error(tensor, from, n_bytes, error)),
-            }
+        let read = |buf: &mut [u8], from| file.0.read_at(buf, from);
+        let have = read_blocks(read, buf, from - at as u64, at + n_bytes)
+            .map_err(|error| self.read_error(tensor, from, n_bytes, error))?;
+        if have < at + n_bytes {
+            // Through the page cache from there, which also says why if that's an end.
+            let have = have.max(at);
+            self.read_at(tensor, offset + (have - at) as u64, &mut buf[have..at + n_bytes])?;
         }
         self.check_unchanged(tensor)?;
         Ok(at)
     }
+}
+
+/// Reads whole blocks through `read`, a positioned read that may be short or interrupted, until `needed` bytes from `from` on are
+/// there. Fewer if direct reads can't go on: in the middle of a block, at the file's end, or because the file system says only now
+/// that it has none.
+pub(super) fn read_blocks(
+    mut read: impl FnMut(&mut [u8], u64) -> io::Result<usize>,
+    buf: &mut [u8],
+    from: u64,
+    needed: usize,
+) -> io::Result<usize> {
+    let mut done = 0;
+    while done < needed {
+        match read(&mut buf[done..], from + done as u64) {
+            Ok(n) if n > 0 && n.is_multiple_of(ALIGN as usize) => done += n,
+            // The last block may be cut by the file's end; what is needed may be there all the same.
+            Ok(n) => return Ok(done + n),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::InvalidInput => return Ok(done),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(done)
 }
 
 #[cfg(any(target_os = "linux", target_os = "android"))]

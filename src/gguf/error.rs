@@ -1,7 +1,7 @@
 //! What can be wrong with a GGUF file, one enum for each concern.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::value::ValueType;
 use crate::quant;
@@ -431,6 +431,12 @@ pub enum WriteError {
         /// What is free.
         free: u64,
     },
+    /// The disk filled up under a file whose size nobody knew before.
+    #[error("the disk of {path:?} is full: free some space or name another disk; what was written is removed again")]
+    DiskFull {
+        /// The file.
+        path: PathBuf,
+    },
     /// The system refused.
     #[error("writing {path:?} failed: {error}")]
     File {
@@ -464,4 +470,14 @@ pub enum WriteError {
         /// Bytes that weren't written.
         missing: u64,
     },
+}
+
+impl WriteError {
+    /// Why a file couldn't be written, from the system's error.
+    pub fn of(path: &Path, error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => WriteError::DiskFull { path: path.into() },
+            _ => WriteError::File { path: path.into(), error },
+        }
+    }
 }

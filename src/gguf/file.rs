@@ -8,9 +8,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::error::{GgufError, KeyError};
+use super::error::{GgufError, HeaderError, KeyError};
 use super::header::{Header, MAX_HEADER_BYTES};
-use super::map::map_prefix;
 use super::metadata::Metadata;
 use super::read::{ReadError, read_full_at};
 use super::split::ShardName;
@@ -247,25 +246,62 @@ enum Extent {
     Header,
 }
 
-/// Opens one file and parses its header, which is copied out of the mapping before it is checked.
+/// Opens one file and parses its header.
 fn open_one(path: &Path, extent: Extent) -> Result<(ModelFile, Header), GgufError> {
     let io = |error| GgufError::Open { path: path.into(), error };
     let bad = |error| GgufError::Header { path: path.into(), error };
     // Asked before it is opened: opening a pipe would wait for its other end.
     reject_other_kinds(path, &fs::metadata(path).map_err(io)?)?;
     let file = File::open(path).map_err(io)?;
-    let len = file.metadata().map_err(io)?.len();
-    let header = if len == 0 {
-        Header::parse(Cow::Borrowed(&[]), 0).map_err(bad)?
-    } else {
-        let mapped = map_prefix(&file, len.min(MAX_HEADER_BYTES as u64) as usize).map_err(io)?;
-        let data_len = if extent == Extent::Whole { len } else { i64::MAX as u64 };
-        let n_bytes = Header::measure(&mapped, len, data_len).map_err(bad)?;
-        Header::parse_for(Cow::Owned(mapped[..n_bytes].to_vec()), len, data_len).map_err(bad)?
-    };
-    let identity = identity(&file);
     read_no_more_than_asked(&file);
+    let len = file.metadata().map_err(io)?.len();
+    let data_len = if extent == Extent::Whole { len } else { i64::MAX as u64 };
+    let header = read_header(|buf, at| file.read_at(buf, at), len, data_len).map_err(|e| match e {
+        HeaderReadError::Header(e) => bad(e),
+        HeaderReadError::Read(ReadError::Io(e)) => io(e),
+        // Another process has cut it meanwhile.
+        HeaderReadError::Read(ReadError::Eof(end)) => bad(HeaderError::Truncated { len: end, what: "the header" }),
+    })?;
+    let identity = identity(&file);
     Ok((ModelFile { path: path.into(), len, identity, data: Data::File(file) }, header))
+}
+
+/// The first read of a header: more than most have.
+const FIRST_READ: usize = 1 << 20;
+
+/// Why a header wasn't had.
+#[derive(Debug)]
+pub(super) enum HeaderReadError {
+    /// Its bytes.
+    Header(HeaderError),
+    /// The disk, or the file's end where more was promised.
+    Read(ReadError),
+}
+
+/// A header through `read`, a positioned read, of a file of `len` bytes; its tensors must lie within `data_len`. As much is read as
+/// it turns out to be long, twice that at most: never through a mapping, where a failing disk or a cut file would be a signal.
+pub(super) fn read_header(
+    mut read: impl FnMut(&mut [u8], u64) -> io::Result<usize>,
+    len: u64,
+    data_len: u64,
+) -> Result<Header, HeaderReadError> {
+    let most = len.min(MAX_HEADER_BYTES as u64) as usize;
+    let mut bytes = Vec::new();
+    loop {
+        let have = bytes.len();
+        bytes.resize((have * 2).clamp(FIRST_READ.min(most), most), 0);
+        read_full_at(&mut read, &mut bytes[have..], have as u64).map_err(HeaderReadError::Read)?;
+        match Header::measure(&bytes, len, data_len) {
+            Ok(n_bytes) => {
+                bytes.truncate(n_bytes);
+                bytes.shrink_to_fit();
+                return Header::parse_for(Cow::Owned(bytes), len, data_len).map_err(HeaderReadError::Header);
+            }
+            // It's longer than what is here.
+            Err(HeaderError::TooLarge { .. }) if bytes.len() < most => {}
+            Err(e) => return Err(HeaderReadError::Header(e)),
+        }
+    }
 }
 
 fn reject_other_kinds(path: &Path, metadata: &fs::Metadata) -> Result<(), GgufError> {

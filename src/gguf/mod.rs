@@ -5,8 +5,8 @@
 //! tensor lies inside its file, aligned, apart from the others, with a format that [`crate::quant`] knows.
 //! `docs/hostile-files.md` lists what is promised.
 //!
-//! Only the header is looked at through a mapping, while the file is opened. The tensors' data is read
-//! by positioned reads, so a file that shrinks or a disk that fails later is an error and not a signal.
+//! Everything is read by positioned reads and nothing through a mapping, so a file that shrinks or a disk that fails is an error
+//! and not a signal.
 //!
 //! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
 
@@ -16,7 +16,6 @@ mod encode;
 mod error;
 mod file;
 mod header;
-mod map;
 mod metadata;
 pub mod mixture;
 mod part;

@@ -9,73 +9,88 @@ use rustix::fs::OFlags;
 
 use super::error::WriteError;
 
-/// A file being written as `NAME.part`. `commit` renames it; dropped before that, it is removed.
+/// A file being written as `NAME.part`. [`PartFile::commit`] renames it; dropped before that, it is removed.
 #[derive(Debug)]
 pub struct PartFile {
     out: BufWriter<File>,
-    part: PathBuf,
+    /// `None` for a pipe or a device, which is written to as it stands.
+    part: Option<PathBuf>,
     path: PathBuf,
     overwrite: bool,
-    /// Bytes of the whole file.
-    needed: u64,
-    committed: bool,
+    /// Bytes of the whole file, where they are known before it's written.
+    needed: Option<u64>,
 }
 
 impl PartFile {
+    /// Begins a file that replaces what has its name. A pipe or a device is written to as it stands.
+    ///
+    /// # Errors
+    /// When the system refuses, or another process is writing the same file.
+    pub fn replace(path: &Path) -> Result<Self, WriteError> {
+        let fail = |error| WriteError::of(path, error);
+        if fs::metadata(path).is_ok_and(|m| !m.is_file() && !m.is_dir()) {
+            let file = OpenOptions::new().write(true).open(path).map_err(fail)?;
+            let out = BufWriter::new(file);
+            return Ok(Self { out, part: None, path: path.into(), overwrite: true, needed: None });
+        }
+        // A link stays one: what it points to is replaced.
+        if fs::symlink_metadata(path).is_ok_and(|m| m.is_symlink()) {
+            return Self::begin(&path.canonicalize().map_err(fail)?, true, None);
+        }
+        Self::begin(path, true, None)
+    }
+
     /// Begins a file of `needed` bytes, if there is room for it.
     pub(super) fn create(path: &Path, overwrite: bool, needed: u64) -> Result<Self, WriteError> {
-        let fail = |error| WriteError::File { path: path.into(), error };
-        reject_existing(path, overwrite)?;
-        let Some(name) = path.file_name() else {
-            return Err(fail(io::ErrorKind::InvalidFilename.into()));
-        };
-        let mut name = name.to_os_string();
-        name.push(".part");
-        let part = path.with_file_name(name);
-        let file = open_locked(&part)?;
-        let this = Self {
-            out: BufWriter::with_capacity(1 << 20, file),
-            part,
-            path: path.into(),
-            overwrite,
-            needed,
-            committed: false,
-        };
+        let this = Self::begin(path, overwrite, Some(needed))?;
         // Said now and not after an hour of quantising.
-        let free = free_bytes(&this.part).map_err(fail)?;
+        let free = free_bytes(parent(path)).map_err(|e| WriteError::of(path, e))?;
         if needed > free {
             return Err(WriteError::NoSpace { path: path.into(), needed, free });
         }
         Ok(this)
     }
 
+    fn begin(path: &Path, overwrite: bool, needed: Option<u64>) -> Result<Self, WriteError> {
+        reject_existing(path, overwrite)?;
+        let Some(name) = path.file_name() else {
+            return Err(WriteError::of(path, io::ErrorKind::InvalidFilename.into()));
+        };
+        let mut name = name.to_os_string();
+        name.push(".part");
+        let part = path.with_file_name(name);
+        let capacity = if needed.is_some() { 1 << 20 } else { 1 << 16 };
+        let out = BufWriter::with_capacity(capacity, open_locked(&part)?);
+        Ok(Self { out, part: Some(part), path: path.into(), overwrite, needed })
+    }
+
     /// The error for a write that failed.
-    pub(super) fn error(&self, _at: u64, error: io::Error) -> WriteError {
-        let path = self.path.clone();
-        match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                WriteError::NoSpace { path, needed: self.needed, free: free_bytes(&self.part).unwrap_or(0) }
+    pub fn error(&self, error: io::Error) -> WriteError {
+        match (WriteError::of(&self.path, error), self.needed) {
+            (WriteError::DiskFull { path }, Some(needed)) => {
+                let free = free_bytes(parent(&path)).unwrap_or(0);
+                WriteError::NoSpace { path, needed, free }
             }
-            _ => WriteError::File { path, error },
+            (error, _) => error,
         }
     }
 
     /// Brings it to the disk, then gives it its name.
-    pub(super) fn commit(mut self) -> Result<(), WriteError> {
-        self.finish().map_err(|e| self.error(self.needed, e))?;
+    ///
+    /// # Errors
+    /// The system's; what had the name still has it then.
+    pub fn commit(mut self) -> Result<(), WriteError> {
+        self.out.flush().map_err(|e| self.error(e))?;
+        let Some(part) = &self.part else { return Ok(()) };
+        self.out.get_ref().sync_all().map_err(|e| self.error(e))?;
         reject_existing(&self.path, self.overwrite)?;
-        fs::rename(&self.part, &self.path).map_err(|e| self.error(self.needed, e))?;
-        self.committed = true;
+        fs::rename(part, &self.path).map_err(|e| self.error(e))?;
+        self.part = None;
         // Without this the name may be lost with the power; some file systems can't, and that's no failure.
         if let Ok(dir) = File::open(parent(&self.path)) {
             let _ = dir.sync_all();
         }
         Ok(())
-    }
-
-    fn finish(&mut self) -> io::Result<()> {
-        self.out.flush()?;
-        self.out.get_ref().sync_all()
     }
 }
 
@@ -91,9 +106,9 @@ impl Write for PartFile {
 
 impl Drop for PartFile {
     fn drop(&mut self) {
-        if !self.committed {
+        if let Some(part) = &self.part {
             // There is nobody left to tell; the next writer of this name clears it.
-            let _ = fs::remove_file(&self.part);
+            let _ = fs::remove_file(part);
         }
     }
 }
@@ -111,7 +126,7 @@ fn reject_existing(path: &Path, overwrite: bool) -> Result<(), WriteError> {
 /// Opens the unfinished file empty and locked, so that two processes don't write into one.
 /// One that an interrupted process left behind is used again.
 fn open_locked(part: &Path) -> Result<File, WriteError> {
-    let fail = |error| WriteError::File { path: part.into(), error };
+    let fail = |error| WriteError::of(part, error);
     loop {
         let file = OpenOptions::new()
             .write(true)

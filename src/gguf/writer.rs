@@ -92,7 +92,7 @@ impl GgufWriter {
     pub fn create(&self, path: &Path, overwrite: bool) -> Result<DataWriter<PartFile>, WriteError> {
         let layout = self.layout()?;
         let out = PartFile::create(path, overwrite, layout.n_bytes)?;
-        DataWriter::begin(out, layout, PartFile::error)
+        DataWriter::begin(out, layout, |file, _, error| file.error(error))
     }
 
     /// Begins to write into memory.

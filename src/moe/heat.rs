@@ -2,7 +2,7 @@
 //!
 //! The file is a cache: safe to delete, replaced atomically, and refused when it isn't what it should be.
 
-use crate::gguf::Gguf;
+use crate::gguf::{Gguf, PartFile, WriteError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -71,28 +71,20 @@ impl Heat {
         h
     }
 
-    /// Writes the file under another name, then gives it its own: whoever reads sees the old or the new one, whole.
+    /// Replaces the file: whoever reads sees the old or the new one, whole.
     ///
     /// # Errors
-    /// The system's. The old file is left as it was.
-    pub fn save(&self, path: &Path) -> io::Result<()> {
+    /// The system's, or that another process is just doing the same. The old file is left as it was.
+    pub fn save(&self, path: &Path) -> Result<(), WriteError> {
         let mut bytes = self.header().to_vec();
         self.values.iter().for_each(|v| bytes.extend(v.to_le_bytes()));
         bytes.extend(hash(HASH_START, &bytes).to_le_bytes());
         if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder)?;
+            std::fs::create_dir_all(folder).map_err(|e| WriteError::of(folder, e))?;
         }
-        // Two processes may end at the same time: each has a name of its own.
-        let part = path.with_added_extension(format!("{}.part", std::process::id()));
-        let write = || {
-            let mut file = std::fs::File::create(&part)?;
-            file.write_all(&bytes)?;
-            file.sync_all()?;
-            std::fs::rename(&part, path)
-        };
-        write().inspect_err(|_| {
-            let _ = std::fs::remove_file(&part);
-        })
+        let mut file = PartFile::replace(path)?;
+        file.write_all(&bytes).map_err(|e| file.error(e))?;
+        file.commit()
     }
 
     /// A run has ended that used experts so often, (n_layer x n_expert): each layer's uses as shares of the layer's, half and half
@@ -243,6 +235,22 @@ mod tests {
         let at = other.windows(12).position(|w| w == b"general.name").unwrap();
         other[at + 12 + 4 + 8] ^= 1; // a letter of the name
         assert_ne!(a, identity(&Gguf::from_static("a", other.leak()).unwrap()));
+    }
+
+    /// Killed at any moment of saving: the unfinished file is as long as it may be, the old one is whole, and the next run saves.
+    #[test]
+    fn a_kill_while_saving_leaves_the_old_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("heat");
+        some().save(&path).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        for n in 0..=whole.len() {
+            std::fs::write(path.with_added_extension("part"), &whole[..n]).unwrap();
+            assert_eq!(Heat::load(&path, 7, 2, 3), some());
+            some().save(&path).unwrap();
+            assert_eq!(Heat::load(&path, 7, 2, 3), some());
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "the unfinished file is gone");
+        }
     }
 
     proptest! {

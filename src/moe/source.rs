@@ -41,11 +41,6 @@ impl DiskSource {
         let direct = (0..gguf.files().len()).map(open).collect();
         DiskSource { gguf, direct, mode, rates: Rates::default() }
     }
-
-    /// Whether most reads go past the page cache at present.
-    pub fn is_direct(&self) -> bool {
-        self.direct.iter().any(Option::is_some) && (self.mode == IoMode::Direct || self.rates.prefers_direct())
-    }
 }
 
 impl Source for DiskSource {
@@ -61,7 +56,10 @@ impl Source for DiskSource {
             }
             None => self.gguf.read_at(t, offset, &mut buf[..n_bytes]).map(|()| 0),
         };
-        self.rates.took(direct.is_some(), n_bytes, began.elapsed());
+        // How fast a disk fails says nothing.
+        if at.is_ok() {
+            self.rates.took(direct.is_some(), n_bytes, began.elapsed());
+        }
         at.map_err(|e| e.to_string())
     }
 }

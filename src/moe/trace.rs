@@ -314,6 +314,16 @@ impl<W: Write> TraceWriter<W> {
         Ok(())
     }
 
+    /// What it writes to.
+    pub fn out(&self) -> &W {
+        &self.out
+    }
+
+    /// As [`TraceWriter::out`], at the trace's end.
+    pub fn into_out(self) -> W {
+        self.out
+    }
+
     /// Hands what is buffered on.
     ///
     /// # Errors

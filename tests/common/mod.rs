@@ -1,6 +1,8 @@
 //! What several integration tests share.
 
 pub mod cgroup;
+#[cfg(target_os = "linux")]
+pub mod disk;
 #[cfg(feature = "llama-cpp")]
 pub mod llama;
 #[cfg(feature = "llama-cpp")]

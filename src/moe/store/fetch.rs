@@ -4,8 +4,8 @@ use super::lanes::parts_of;
 use super::layout::N_PARTS;
 use super::slots::Place;
 use super::{ExpertStore, Shared, State};
+use crate::cpu::sync::MutexGuard;
 use crate::ops::matmul::Packed;
-use std::sync::MutexGuard;
 use std::time::Instant;
 
 /// Why an expert couldn't be had.

@@ -4,10 +4,10 @@
 use super::layout::N_PARTS;
 use super::slots::{PartEnd, Place};
 use super::{Shared, State};
+use crate::cpu::sync::thread;
 use crate::ops::matmul::pack_in_place;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 /// One part of an expert, to be read into a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,7 +25,7 @@ pub(super) fn parts_of(key: u32, slot: u32) -> impl Iterator<Item = PartJob> {
 /// The reading threads.
 pub(super) struct Lanes {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<thread::JoinHandle<()>>,
 }
 
 impl Lanes {
@@ -33,7 +33,7 @@ impl Lanes {
         let mut lanes = Lanes { shared: shared.clone(), threads: Vec::new() };
         for i in 0..n.max(1) {
             let shared = shared.clone();
-            let thread = std::thread::Builder::new().name(format!("oncall-read-{i}"));
+            let thread = thread::Builder::new().name(format!("oncall-read-{i}"));
             lanes.threads.push(thread.spawn(move || serve(&shared))?);
         }
         Ok(lanes)
@@ -123,7 +123,7 @@ impl Shared {
     fn ended(&self, s: &mut State, job: PartJob, result: Result<(), String>) {
         let ok = result.is_ok();
         if let Err(why) = result {
-            tracing::warn!(key = job.key, part = job.part, %why, "reading an expert failed");
+            tracing::debug!(key = job.key, part = job.part, %why, "reading an expert failed");
             s.failed.insert(job.key, why);
         }
         if s.slots.end_part(job.slot, ok) != PartEnd::More {

@@ -24,11 +24,12 @@ use super::lookahead::Lookahead;
 use super::lossy::Losses;
 use super::policy::MakePolicy;
 use super::source::Source;
+use crate::cpu::sync::{Condvar, Mutex, MutexGuard};
 use crate::cpu::{Isa, Pages};
 use lanes::{Lanes, PartJob};
 use slots::{Place, Slots};
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A pass of more tokens than this wants nearly every expert of a layer: reading ahead is safe then.

@@ -14,13 +14,25 @@ const N_EXPERT: usize = 6;
 struct Fake {
     seed: u64,
     n_reads: AtomicU64,
+    /// So many more reads fail.
     failing: AtomicU64,
+    /// One read in so many fails, as the seed says; 0 for none.
+    one_in: AtomicU64,
+    /// Reads wait while this is held.
+    gate: std::sync::Mutex<()>,
     panics: AtomicBool,
 }
 
 impl Fake {
     fn new(seed: u64) -> Arc<Self> {
-        Arc::new(Fake { seed, n_reads: AtomicU64::new(0), failing: AtomicU64::new(0), panics: AtomicBool::new(false) })
+        Arc::new(Fake {
+            seed,
+            n_reads: AtomicU64::new(0),
+            failing: AtomicU64::new(0),
+            one_in: AtomicU64::new(0),
+            gate: std::sync::Mutex::new(()),
+            panics: AtomicBool::new(false),
+        })
     }
 }
 
@@ -34,9 +46,13 @@ impl Source for Fake {
         assert!(buf.len() >= room_for(n_bytes) && (buf.as_ptr() as usize).is_multiple_of(4096));
         let n = self.n_reads.fetch_add(1, Relaxed);
         let random = self.seed.wrapping_add(n).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        drop(self.gate.lock());
         std::thread::sleep(Duration::from_micros((random >> 60) * 20));
         assert!(!self.panics.swap(false, Relaxed), "a bug");
         if self.failing.try_update(Relaxed, Relaxed, |f| f.checked_sub(1)).is_ok() {
+            return Err("the disk said no".into());
+        }
+        if (random >> 20).checked_rem(self.one_in.load(Relaxed)) == Some(0) {
             return Err("the disk said no".into());
         }
         let expert = (offset as usize / n_bytes) as u32;
@@ -151,6 +167,37 @@ proptest! {
         prop_assert!(s.hits <= s.uses && s.wasted_bytes <= s.ahead_bytes && s.ahead_hits <= s.hits);
     }
 
+    /// Reads fail anywhere, waited for or ahead: an error or the right weights, never anything else, and all is well when the disk is.
+    #[test]
+    fn faults_in_any_schedule_are_errors_and_pass(
+        seed: u64,
+        n_slots in 1usize..13,
+        lanes in 1usize..5,
+        one_in in 2u64..12,
+        steps in proptest::collection::vec(step(), 1..12),
+    ) {
+        let source = Fake::new(seed);
+        source.one_in.store(one_in, Relaxed);
+        let store = store(2, n_slots, lanes, source.clone());
+        store.warm_up([(1, 3), (0, 2), (1, 0)]);
+        for (layer, want, guess, resize) in steps {
+            store.begin_pass(1);
+            if let Err(e) = fetch(&store, layer, &want, Some((1 - layer, &guess))) {
+                prop_assert!(e.layer == layer && want.contains(&e.expert) && e.why == "the disk said no", "{}", e);
+            }
+            if let Some(n) = resize {
+                store.resize(bytes(2, n));
+            }
+            store.shared.lock().slots.check();
+        }
+        source.one_in.store(0, Relaxed);
+        for layer in 0..2 {
+            // What was on its way when the disk got well may still be an error, once.
+            let all = [0, 1, 2, 3, 4, 5];
+            fetch(&store, layer, &all, None).or_else(|_| fetch(&store, layer, &all, None)).unwrap();
+        }
+    }
+
     #[test]
     fn slots_never_contradict_themselves(
         n_slots in 1usize..13,
@@ -238,6 +285,25 @@ fn a_failed_read_is_an_error_and_the_next_try_succeeds() {
             fetch(&store, layer, &[0, 1, 2, 3, 4, 5], None).unwrap();
         }
     }
+}
+
+/// A disk that doesn't answer for a while: the pass waits, and goes on when it does.
+#[test]
+fn a_stalled_disk_is_waited_for() {
+    let source = Fake::new(4);
+    let store = store(2, 6, 2, source.clone());
+    fetch(&store, 0, &[0], None).unwrap();
+    let before = store.stats().stall_ns;
+    let stall = Duration::from_millis(300);
+    let gate = source.gate.lock().unwrap();
+    std::thread::scope(|s| {
+        let pass = s.spawn(|| fetch(&store, 0, &[0, 1, 2], Some((1, &[0, 1]))));
+        std::thread::sleep(stall);
+        assert!(!pass.is_finished(), "nothing could be read yet");
+        drop(gate);
+        pass.join().unwrap().unwrap();
+    });
+    assert!(store.stats().stall_ns - before > stall.as_nanos() as u64 / 2);
 }
 
 #[test]
