@@ -84,7 +84,8 @@ struct Row {
     ours: f64,
     theirs: f64,
     ratio: f64,
-    /// Of what the longer of computing and reading allows, the share that was reached.
+    /// Of what the longer of computing and reading allows, the share that was reached: computing as with everything resident, reading
+    /// as long as at least one lane read.
     #[serde(skip_serializing_if = "Option::is_none")]
     bound: Option<f64>,
     hit_rate: f64,
@@ -190,12 +191,8 @@ fn compare(a: &Args, name: &str, path: &Path, budget: &str, readahead: u32) -> V
     let bytes = (file as f64 * percent / 100.0) as u64;
     let _restore = ReadAhead::set(readahead);
     let resident = child(a, "ours", path, 0, 64 << 30).0;
-    let (mut us, mut them, mut disk, mut peak) = (Vec::new(), Vec::new(), Vec::new(), 0);
+    let (mut us, mut them, mut peak) = (Vec::new(), Vec::new(), 0);
     for _ in 0..a.runs {
-        // The disk is asked right before, at the size of an expert's part.
-        disk.extend(
-            DiskProbe::open(path, DiskMode::Direct).and_then(|p| p.rate(1 << 20, 3, Duration::from_millis(500))),
-        );
         let (run, held) = child(a, "ours", path, bytes, bytes + (32 << 20));
         us.push(run);
         peak = peak.max(held);
