@@ -9,15 +9,12 @@
 //! `--measure schema` compares writing JSON after a schema with writing freely; `--measure prefix` sequences that begin alike
 //! for a thousand tokens with others that don't.
 
-#[path = "../tests/common/cgroup.rs"]
-mod cgroup;
-#[cfg(feature = "llama-cpp")]
 #[path = "../tests/common/mod.rs"]
 mod common;
 mod shared;
 
-use cgroup::MemoryGroup;
 use clap::{Parser, ValueEnum};
+use common::cgroup::MemoryGroup;
 use oncall::cpu::probe::{DiskProbe, Mode};
 use oncall::engine::{Engine, EngineOptions, GenerationParams, Memory, Queue, QueueStats, Request};
 use oncall::ops::kv::KV_BLOCK;
