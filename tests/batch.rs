@@ -293,7 +293,7 @@ fn files_that_are_not_ours_or_full() {
     assert_eq!(std::fs::read_to_string(&out).unwrap(), "something\n");
     if Path::new("/dev/full").exists() {
         let o = files.run(Path::new("/dev/full"), &[]);
-        assert!(o.status.code() == Some(1) && err(&o).contains("/dev/full: No space left"), "{}", err(&o));
+        assert!(o.status.code() == Some(1) && err(&o).contains("the disk of /dev/full is full"), "{}", err(&o));
     }
 }
 
