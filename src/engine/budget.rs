@@ -126,6 +126,18 @@ impl Room {
         Room { needs, kv_blocks: 0, n_tokens: 1, calm: (0, 0) }
     }
 
+    /// Tokens of a block all of whose logits are wanted: so many that these, here and in their session, take no more room than
+    /// the buffers of the longest block, and what nobody needs.
+    pub fn chunk_of_all_logits(&self, budget: &Budget, n_vocab: usize) -> usize {
+        let buffers = &self.needs.buffers;
+        let spare = budget.bytes.unwrap_or(u64::MAX).saturating_sub(self.needs.no_reads());
+        let most = buffers.of(budget.chunk).saturating_add(spare);
+        let bytes = |n: usize| buffers.of(n).saturating_add(8 * (n_vocab * (n - 1)) as u64);
+        std::iter::successors(Some(budget.chunk.max(1)), |n| Some(n / 2))
+            .find(|&n| n <= 1 || bytes(n) <= most)
+            .unwrap_or(1)
+    }
+
     /// What the engine needs.
     pub fn needs(&self) -> &Needs {
         &self.needs
@@ -193,6 +205,18 @@ mod tests {
         // What was touched stays touched; and full, nothing is left but what was promised.
         assert_eq!(room.before_pass(&budget, 1, 1), None);
         assert_eq!(room.before_pass(&budget, 64, 64), moves(budget.slots, false));
+    }
+
+    #[test]
+    fn all_logits_take_no_more_than_the_longest_block() {
+        let budget = Budget::new(&NEEDS, Memory::Bytes(10_000)).unwrap();
+        let room = Room::new(NEEDS);
+        // 650 bytes: 64 tokens without logits, 16 with 24 bytes of them each, 1 with any.
+        for (n_vocab, n) in [(0, 64), (3, 16), (1000, 1)] {
+            assert_eq!(room.chunk_of_all_logits(&budget, n_vocab), n);
+        }
+        let plenty = Budget::new(&NEEDS, Memory::Bytes(NEEDS.no_reads() + 8000 * 64)).unwrap();
+        assert_eq!(room.chunk_of_all_logits(&plenty, 1000), 64);
     }
 
     #[test]

@@ -378,6 +378,12 @@ impl Engine {
         Ok(budget)
     }
 
+    /// Tokens of a block all of whose logits are wanted.
+    fn chunk_of_all_logits(&self) -> usize {
+        let room = self.0.room.lock().unwrap_or_else(|e| e.into_inner());
+        room.chunk_of_all_logits(&self.budget(), self.config().n_vocab)
+    }
+
     /// Shares the memory out anew for a pass of `n_tokens` whose places in the KV cache are reserved.
     fn make_room(&self, buffers: &mut Buffers, n_tokens: usize) {
         let e = &*self.0;
@@ -446,7 +452,9 @@ impl Engine {
         }
         let n_inputs = inputs.len();
         let kv = KvBatch::new(inputs.iter_mut().map(|i| (i.session.kv_mut(), i.tokens.len())))?;
-        self.make_room(&mut buffers, tokens.len());
+        // Many logits are as large as the buffers of a long block.
+        let n_tokens = if wanted.len() > self.n_sessions() { self.budget().chunk } else { 0 }.max(tokens.len());
+        self.make_room(&mut buffers, n_tokens);
         let mut block = Block { tokens: &tokens, kv, wanted: &wanted };
         let machine = Machine {
             team: &e.team,

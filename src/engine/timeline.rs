@@ -43,6 +43,10 @@ impl Session {
 
     pub(super) fn took(&mut self, tokens: &[u32], logits: &[f32]) {
         self.tokens.extend_from_slice(tokens);
+        // A long block's logits aren't kept room for.
+        if self.logits.capacity() / 4 > logits.len() {
+            self.logits = Vec::new();
+        }
         self.logits.clear();
         self.logits.extend_from_slice(logits);
     }
@@ -88,7 +92,7 @@ impl Session {
     /// As [`Engine::forward`].
     pub fn feed_all(&mut self, tokens: &[u32], each: &mut dyn FnMut(usize, &[f32])) -> Result<(), EngineError> {
         self.check_room(tokens.len())?;
-        let chunk = self.engine.budget().chunk;
+        let chunk = self.engine.chunk_of_all_logits();
         for (i, part) in tokens.chunks(chunk).enumerate() {
             self.forward(part, Want::All)?;
             each(i * chunk, &self.logits);
