@@ -14,16 +14,14 @@ mod common;
 mod shared;
 
 use clap::{Parser, ValueEnum};
-use common::cgroup::MemoryGroup;
 use oncall::cpu::probe::{DiskProbe, Mode};
 use oncall::engine::{Engine, EngineOptions, GenerationParams, Memory, Queue, QueueStats, Request};
 use oncall::ops::kv::KV_BLOCK;
 use oncall::session::grammar::Grammar;
 use oncall::session::sampler::SamplingParams;
 use serde::{Deserialize, Serialize};
-use shared::{median, model};
+use shared::{in_group, median, model};
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -270,17 +268,12 @@ fn row(a: &Args, name: &str, budget: &str, n: usize, ours: &[Run], single: &[Run
     }
 }
 
-/// Runs a child in a group of the budget and 32 MiB, from cold caches; with the group's peak.
+/// Runs `n` sequences in a group of the budget and 32 MiB; with the group's peak.
 fn child(a: &Args, path: &Path, bytes: u64, n: usize, predict: usize) -> (Run, u64) {
-    // Direct reads need no dropped caches, buffered ones do.
-    let _ = std::fs::write("/proc/sys/vm/drop_caches", "3");
-    let group = MemoryGroup::new("batch", bytes + (32 << 20)).expect("a memory control group (root is needed)");
-    let mut c = Command::new(std::env::current_exe().expect("this program"));
-    c.args(["--child", &n.to_string(), "--bytes", &bytes.to_string(), "--threads", &a.threads.to_string()]);
-    c.args(["--predict", &predict.to_string(), "--model"]).arg(path);
-    let out = group.run(&c).expect("the child runs");
-    assert!(out.status.success(), "{n}: {:?} {}", out.status, String::from_utf8_lossy(&out.stderr));
-    (serde_json::from_slice(&out.stdout).expect("a line of figures"), group.peak().unwrap_or(0))
+    in_group(bytes + (32 << 20), |c| {
+        c.args(["--child", &n.to_string(), "--bytes", &bytes.to_string(), "--threads", &a.threads.to_string()]);
+        c.args(["--predict", &predict.to_string(), "--model"]).arg(path);
+    })
 }
 
 /// A schema that a text can follow for as long as it's wanted to.

@@ -9,13 +9,11 @@ mod common;
 mod shared;
 
 use clap::Parser;
-use common::cgroup::MemoryGroup;
 use common::llama::{Kv, Mode, Model, Options};
 use oncall::engine::{Engine, EngineOptions, Memory};
 use serde::{Deserialize, Serialize};
-use shared::{median, model};
+use shared::{in_group, median, model};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Instant;
 
 /// oncall against llama.cpp's mapping, in less memory than the model is large.
@@ -68,7 +66,7 @@ struct Run {
     /// Of decoding; 0 where nobody counts.
     hit_rate: f64,
     bytes_per_token: f64,
-    /// Seconds of decoding a token that weren't waiting, and in which the disk was being read.
+    /// Seconds of decoding a token that weren't waiting, and in which a lane read or packed.
     compute_s: f64,
     disk_s: f64,
 }
@@ -85,7 +83,7 @@ struct Row {
     theirs: f64,
     ratio: f64,
     /// Of what the longer of computing and reading allows, the share that was reached: computing as with everything resident, reading
-    /// as long as at least one lane read.
+    /// as long as at least one lane read or packed what it had read.
     #[serde(skip_serializing_if = "Option::is_none")]
     bound: Option<f64>,
     hit_rate: f64,
@@ -172,17 +170,12 @@ fn theirs(a: &Args) -> Run {
     Run { prefill, decode: a.predict as f64 / began.elapsed().as_secs_f64(), ..Run::default() }
 }
 
-/// Runs a child in a group of `limit` bytes from cold caches; with the group's peak.
+/// Runs an engine in a group of `limit` bytes; with the group's peak.
 fn child(a: &Args, engine: &str, path: &Path, bytes: u64, limit: u64) -> (Run, u64) {
-    let _ = std::fs::write("/proc/sys/vm/drop_caches", "3");
-    let group = MemoryGroup::new("bench", limit).expect("a memory control group (root is needed)");
-    let mut c = Command::new(std::env::current_exe().expect("this program"));
-    c.args(["--child", engine, "--bytes", &bytes.to_string(), "--threads", &a.threads.to_string()]);
-    c.args(["--prompt", &a.prompt.to_string(), "--predict", &a.predict.to_string(), "--model"]).arg(path);
-    let out = group.run(&c).expect("the child runs");
-    assert!(out.status.success(), "{engine}: {:?} {}", out.status, String::from_utf8_lossy(&out.stderr));
-    let run = serde_json::from_slice(&out.stdout).expect("a line of figures");
-    (run, group.peak().unwrap_or(0))
+    in_group(limit, |c| {
+        c.args(["--child", engine, "--bytes", &bytes.to_string(), "--threads", &a.threads.to_string()]);
+        c.args(["--prompt", &a.prompt.to_string(), "--predict", &a.predict.to_string(), "--model"]).arg(path);
+    })
 }
 
 fn compare(a: &Args, name: &str, path: &Path, budget: &str, readahead: u32) -> Vec<Row> {
@@ -214,7 +207,7 @@ fn compare(a: &Args, name: &str, path: &Path, budget: &str, readahead: u32) -> V
         mb_per_token: of(|r| r.bytes_per_token, &us) / 1e6,
         peak_mib: peak >> 20,
     };
-    // The time in which the disk was being read, not bytes over a probe's rate: what lies below a virtual disk caches what is read
+    // The time in which a lane was at work, not bytes over a probe's rate: what lies below a virtual disk caches what is read
     // again, and a probe of other places was five times slower than the run itself.
     let bound = of(|r| r.decode, &us) * of(|r| r.disk_s, &us).max(resident.compute_s);
     vec![row("prefill", |r| r.prefill, None), row("decode", |r| r.decode, Some(bound))]

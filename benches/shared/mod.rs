@@ -1,10 +1,14 @@
-//! What the benches share: models by name, medians.
+//! What the benches share: models by name, medians, children in control groups.
+#![allow(dead_code)] // each bench uses its part
 
+use crate::common::cgroup::MemoryGroup;
 use oncall::gguf::Gguf;
 use oncall::gguf::mixture::{self, Mixture};
 use oncall::gguf::requantize::Plan;
 use oncall::synth::{self, Preset, upcycle};
+use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// The file of a model that is named: found in `models/cache`, or fetched and made.
 pub fn model(name: &str, format: &str) -> PathBuf {
@@ -55,4 +59,17 @@ pub fn median(x: impl Iterator<Item = f64>) -> f64 {
     let mut x: Vec<f64> = x.collect();
     x.sort_by(f64::total_cmp);
     x[x.len() / 2]
+}
+
+/// Runs this program with other arguments in a control group of `limit` bytes, from cold caches: the line of figures that it
+/// prints, and the group's peak.
+pub fn in_group<T: DeserializeOwned>(limit: u64, arguments: impl FnOnce(&mut Command)) -> (T, u64) {
+    // Direct reads need no dropped caches, buffered ones and mappings do.
+    let _ = std::fs::write("/proc/sys/vm/drop_caches", "3");
+    let group = MemoryGroup::new("bench", limit).expect("a memory control group (root is needed)");
+    let mut child = Command::new(std::env::current_exe().expect("this program"));
+    arguments(&mut child);
+    let out = group.run(&child).expect("the child runs");
+    assert!(out.status.success(), "{child:?}: {:?} {}", out.status, String::from_utf8_lossy(&out.stderr));
+    (serde_json::from_slice(&out.stdout).expect("a line of figures"), group.peak().unwrap_or(0))
 }

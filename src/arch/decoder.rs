@@ -106,15 +106,16 @@ impl Decoder {
         Some(StoreLayout::new(parts, moe.router.n_expert))
     }
 
-    /// Bytes of buffers for a block of tokens, roughly; `fixed` is for the caller to fill in.
-    pub fn buffer_bytes(&self) -> BufferBytes {
+    /// Bytes of buffers for a block of tokens of `n_sessions` sequences, roughly.
+    pub fn buffer_bytes(&self, n_sessions: usize) -> BufferBytes {
         let c = &self.config;
         let attn = c.n_head * (c.head_dim_k + 2 * c.head_dim_v) + 2 * c.n_head_kv * (c.head_dim_k + c.head_dim_v);
         // Gate and up, and as much for what is quantised of them.
         let dense = self.layers.iter().map(|l| 4 * l.ffn.dense_width()).max().unwrap_or(0);
         let (used, n_ff_exp) = c.moe.as_ref().map_or((0, 0), |m| (m.router.n_expert_used, m.n_ff_exp));
         BufferBytes {
-            fixed: 0,
+            // Logits, here and in their sessions.
+            fixed: (2 * 4 * c.n_vocab * n_sessions) as u64,
             per_token: (4 * (5 * c.n_embd + attn + dense + used * c.n_embd)) as u64,
             pairs_per_token: used,
             most_pairs: SOME_PAIRS,

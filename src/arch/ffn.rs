@@ -192,9 +192,7 @@ impl MoeFfn {
                     });
                 }
             }
-            None => {
-                b.o.zero(n_tokens * n_embd);
-            }
+            None => b.o.zero(n_tokens * n_embd),
         }
         match fetch {
             Some(fetch) => self.experts(m, b, fetch, &groups, &picks),
@@ -203,7 +201,7 @@ impl MoeFfn {
     }
 
     /// The experts that this layer's router would pick for the residual stream as an earlier layer sees it, the most wanted first:
-    /// a guess that is right for about 9 of 10 (after Eliseev and Mazur 2023). `norm` and `eps` are this layer's.
+    /// a guess (after Eliseev and Mazur 2023). `norm` and `eps` are this layer's.
     fn likely(&self, m: &Machine<'_>, b: &mut Buffers, norm: &[f32], eps: f32, n_tokens: usize) -> Vec<u32> {
         let (r, n_embd) = (&self.config.router, self.router.n_cols);
         let Buffers { x, guess: Guess { h, acts, scores }, rows, .. } = b;

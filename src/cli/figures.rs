@@ -104,7 +104,7 @@ impl Figures {
         });
         row("computing", &|p, _| seconds(p.compute_s));
         row("waiting for the disk", &|p, _| seconds(p.stalled_s));
-        row("the disk was busy", &|p, _| seconds(p.store.busy_ns as f64 / 1e9));
+        row("reading and packing", &|p, _| seconds(p.store.busy_ns as f64 / 1e9));
         row("everything else", &|p, wall| seconds((wall - p.compute_s - p.stalled_s).max(0.0)));
         if phases.iter().any(|(p, _)| p.store.uses > 0) {
             for (name, q) in [("wait of a pass, median", 0.5), ("  95 of 100 are under", 0.95), ("  99 of 100", 0.99)] {

@@ -4,7 +4,7 @@ use super::{EngineError, EngineOptions};
 use crate::arch::Decoder;
 use crate::cpu;
 use crate::moe::StoreLayout;
-use crate::moe::planner::{BufferBytes, Needs};
+use crate::moe::planner::Needs;
 use crate::ops::kv::KvPool;
 
 /// The program, its threads' stacks and allocator, the file's header and the tokeniser of a large vocabulary.
@@ -56,7 +56,7 @@ pub(super) fn needs(o: &EngineOptions, model: &Decoder, dense: u64, n_ctx: usize
         dense,
         kv: block.saturating_mul(o.n_kv_blocks(n_ctx) as u64),
         kv_block: block,
-        buffers: BufferBytes { fixed: 8 * (model.config.n_vocab * o.n_sessions.max(1)) as u64, ..model.buffer_bytes() },
+        buffers: model.buffer_bytes(o.n_sessions.max(1)),
         least_slots,
         all_slots,
         chunk: o.chunk,
@@ -173,6 +173,7 @@ impl Room {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::moe::planner::BufferBytes;
 
     const NEEDS: Needs = Needs {
         base: 100,

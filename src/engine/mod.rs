@@ -453,8 +453,8 @@ impl Engine {
         let n_inputs = inputs.len();
         let kv = KvBatch::new(inputs.iter_mut().map(|i| (i.session.kv_mut(), i.tokens.len())))?;
         // Many logits are as large as the buffers of a long block.
-        let n_tokens = if wanted.len() > self.n_sessions() { self.budget().chunk } else { 0 }.max(tokens.len());
-        self.make_room(&mut buffers, n_tokens);
+        let as_large_as = if wanted.len() > self.n_sessions() { self.budget().chunk } else { 1 };
+        self.make_room(&mut buffers, tokens.len().max(as_large_as));
         let mut block = Block { tokens: &tokens, kv, wanted: &wanted };
         let machine = Machine {
             team: &e.team,

@@ -58,7 +58,7 @@ pub struct StoreStats {
     pub replaced: u64,
     /// Nanoseconds that computing waited for reads.
     pub stall_ns: u64,
-    /// Nanoseconds in which at least one lane was reading.
+    /// Nanoseconds in which at least one lane was reading, or packing what it had read.
     pub busy_ns: u64,
 }
 
@@ -116,7 +116,7 @@ struct State {
     failed: HashMap<u32, String>,
     lookahead: Lookahead,
     stats: StoreStats,
-    /// Lanes that are reading, and since when there is at least one.
+    /// Lanes that read or pack, and up to when their time is counted.
     reading: (usize, Instant),
     stop: bool,
 }
@@ -305,7 +305,7 @@ impl ExpertStore {
 }
 
 impl State {
-    /// Counts the time up to now in which lanes were reading.
+    /// Counts the time up to now in which lanes were at work.
     fn count_busy(&mut self) {
         let now = Instant::now();
         if self.reading.0 > 0 {
