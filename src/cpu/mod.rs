@@ -1,5 +1,6 @@
 //! The machine: instruction sets, threads, memory.
 
+mod amx;
 pub mod isa;
 pub mod memory;
 mod pages;

@@ -102,7 +102,7 @@ fn run_on<K: Kernel>(isa: Isa, k: K) -> K::Out {
     match isa {
         // SAFETY: the processor has the features: `is_available` asks for all of them.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni if isa.is_available() => unsafe { x86::run_avx512(k) },
+        Isa::Avx512Vnni | Isa::Avx512Amx if isa.is_available() => unsafe { x86::run_avx512(k) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 if isa.is_available() => unsafe { x86::run_avx2(k) },

@@ -24,6 +24,14 @@ macro_rules! op {
     }};
 }
 
+impl Avx512 {
+    /// Bytes less `x`, wrapping.
+    #[inline(always)]
+    pub(super) fn sub_u8(self, a: __m512i, x: u8) -> __m512i {
+        op!(_mm512_sub_epi8(a, _mm512_set1_epi8(x.cast_signed())))
+    }
+}
+
 impl Vector for Avx512 {
     const LANES: usize = 16;
     const MANY_REGISTERS: bool = true;

@@ -13,6 +13,8 @@
 
 mod acts;
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -28,6 +30,8 @@ mod rate;
 mod run;
 mod scalar;
 mod superblock;
+#[cfg(target_arch = "x86_64")]
+mod tiled32;
 pub(crate) mod unpack;
 mod vector;
 
@@ -162,6 +166,35 @@ instruction_set!(on_avx2, avx2::Avx2, "avx2,fma,f16c", 4 x 2, MAX_GEMV);
 #[cfg(target_arch = "x86_64")]
 instruction_set!(on_avx512, avx512::Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", 6 x 1, usize::MAX);
 
+/// AVX-512 with `gemm` in AMX's tiles: the same packed weights, and the same kernels for few tokens.
+#[cfg(target_arch = "x86_64")]
+mod on_amx {
+    use super::*;
+
+    /// A tile's sums take as long for one token as for eight, and weights are unpacked once: by count, worth it from the third
+    /// go of `gemv`.
+    const FEW: usize = 2 * MAX_GEMV;
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn gemm32<L: Block32>(job: &Job<'_>) {
+        // SAFETY: the function has the features, and the processor AMX besides; the rest is the caller's promise.
+        unsafe { tiled32::gemm::<L>(avx512::Avx512::new(), job) }
+    }
+
+    /// # Safety
+    /// The processor has [`Isa::Avx512Amx`].
+    unsafe fn multiply(n: usize) -> u64 {
+        // SAFETY: the caller's promise; a thread has tiles only while a kernel runs.
+        unsafe { amx::multiply_rate(n) }
+    }
+
+    pub(super) const MULTIPLY: unsafe fn(usize) -> u64 = multiply;
+
+    pub(super) const fn block32<L: Block32>() -> Kernels {
+        Kernels { tile: (amx::TOKENS, 1), few: FEW, gemm: gemm32::<L>, ..on_avx512::kernels::<block32::Blocks<L>>() }
+    }
+}
+
 #[cfg(target_arch = "aarch64")]
 instruction_set!(on_neon, neon::Neon<false>, "neon", 6 x 1, usize::MAX);
 #[cfg(target_arch = "aarch64")]
@@ -207,7 +240,7 @@ fn of<K: Kernel>(isa: Isa) -> Option<&'static Kernels> {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => Some(const { &on_avx2::kernels::<K>() }),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni => Some(const { &on_avx512::kernels::<K>() }),
+        Isa::Avx512Vnni | Isa::Avx512Amx => Some(const { &on_avx512::kernels::<K>() }),
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => Some(const { &on_neon::kernels::<K>() }),
         #[cfg(target_arch = "aarch64")]
@@ -220,7 +253,11 @@ fn of<K: Kernel>(isa: Isa) -> Option<&'static Kernels> {
 
 /// The kernels of a format with blocks of 32 on an instruction set, if they are compiled for this machine.
 pub(crate) fn block32<L: Block32>(isa: Isa) -> Option<&'static Kernels> {
-    of::<block32::Blocks<L>>(isa)
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Amx => Some(const { &on_amx::block32::<L>() }),
+        _ => of::<block32::Blocks<L>>(isa),
+    }
 }
 
 /// The kernels of a format with superblocks of 256, likewise.

@@ -25,7 +25,7 @@ pub(super) fn run_on<T: Task>(isa: Isa, task: T) -> T::Out {
         assert!(isa.is_available());
         match isa {
             // SAFETY: the processor has the instruction set.
-            Isa::Avx512Vnni => return unsafe { avx512(task) },
+            Isa::Avx512Vnni | Isa::Avx512Amx => return unsafe { avx512(task) },
             // SAFETY: as above.
             Isa::Avx2 => return unsafe { avx2(task) },
             _ => {}

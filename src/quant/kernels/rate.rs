@@ -23,6 +23,8 @@ pub fn multiply_rate(isa: Isa, time: Duration) -> f64 {
         Isa::Avx2 => super::on_avx2::MULTIPLY,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => super::on_avx512::MULTIPLY,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Amx => super::on_amx::MULTIPLY,
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => super::on_neon::MULTIPLY,
         #[cfg(target_arch = "aarch64")]

@@ -1,0 +1,197 @@
+//! `gemm` of the formats with blocks of 32 weights on AMX.
+//!
+//! A tile holds the integer sums of a block for 16 tokens and 16 rows. It goes through the cache into vectors, where the operations
+//! of [`block32`](super::block32) follow in their order, with the sums of 16 tokens in registers.
+//!
+//! The count for 16 tokens, 16 rows and 32 weights: 28 loads of 64 bytes (C, B, A of half a line) and 16 of scales, two a cycle; 16 stores,
+//! one a cycle; 16 products; 48 vector operations, two a cycle. So 24 cycles at best, where VNNI's 176 operations take 88.
+
+use super::NO_SCALE;
+use super::amx::{Set, Sums, TOKENS, Tiles};
+use super::avx512::Avx512;
+use super::block32::Block32;
+use super::job::{Act, Job, MAX_TOKENS};
+use super::layout::{Ahead, Block};
+use super::vector::Vector;
+use core::arch::x86_64::*;
+
+/// Rows of a group.
+const LANES: usize = Avx512::LANES;
+/// Blocks that are unpacked at once.
+const DEPTH: usize = 16;
+/// Bytes of a token in so many blocks.
+const ROW: usize = 32 * DEPTH;
+/// Groups of rows that share what is gathered of the tokens. With two of them, tokens and sums it is 35 KiB, of an L1 cache of 48.
+const GROUPS: usize = 2;
+/// A block's sums are used so many products later, when they have left the tile and reached the cache.
+const LATER: usize = 2;
+
+/// Blocks of a group, unpacked: codes are signed bytes.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Open {
+    codes: [__m512i; 8],
+    scale: __m512,
+    min: __m512,
+}
+
+type Panel = [Open; DEPTH];
+
+/// Blocks of 16 tokens side by side. An expert's tokens lie anywhere, while a tile's rows are at one distance; and rows a power of
+/// two apart, as whole activations often are, would push each other out of the cache.
+#[repr(C, align(64))]
+struct Tokens {
+    q: [[i8; ROW]; TOKENS],
+    d: [[f32; DEPTH]; TOKENS],
+    offset: [[f32; DEPTH]; TOKENS],
+}
+
+impl Tokens {
+    /// Copies `n` blocks of some tokens, at most 16, from block `first` on. What is left of other tokens is for sums that nobody reads.
+    ///
+    /// # Safety
+    /// The tokens have these blocks.
+    #[inline(always)]
+    unsafe fn gather<L: Block32>(&mut self, x: &[Act], first: usize, n: usize) {
+        for (t, x) in x.iter().enumerate() {
+            // SAFETY: the caller's promise; both sides are `n` blocks long, at most `DEPTH`.
+            unsafe {
+                self.q[t][..32 * n].copy_from_slice(std::slice::from_raw_parts(x.q.add(32 * first), 32 * n));
+                self.d[t][..n].copy_from_slice(std::slice::from_raw_parts(x.d.add(first), n));
+                if L::MIN {
+                    self.offset[t][..n].copy_from_slice(std::slice::from_raw_parts(x.offset.add(first), n));
+                }
+            }
+        }
+    }
+}
+
+/// The buffers of a job, set up once.
+struct Buffers {
+    panels: [Panel; GROUPS],
+    tokens: Tokens,
+    sums: [Sums; 2 * LATER],
+    /// The dot products of each group's rows with each token, so far.
+    acc: [[__m512; MAX_TOKENS]; GROUPS],
+}
+
+/// Up to [`MAX_TOKENS`] tokens.
+///
+/// # Safety
+/// The job's promise; the processor has [`Isa::Avx512Amx`](crate::cpu::Isa), and the thread has no tiles.
+#[inline(always)]
+pub(super) unsafe fn gemm<L: Block32>(v: Avx512, job: &Job<'_>) {
+    let none = v.splat_f32(NO_SCALE);
+    let nothing = Open { codes: [v.splat(0); 8], scale: none, min: none };
+    let mut buffers = Buffers {
+        panels: [[nothing; DEPTH]; GROUPS],
+        tokens: Tokens { q: [[0; ROW]; TOKENS], d: [[0.0; DEPTH]; TOKENS], offset: [[0.0; DEPTH]; TOKENS] },
+        sums: [Sums::ZERO; 2 * LATER],
+        acc: [[none; MAX_TOKENS]; GROUPS],
+    };
+    // SAFETY: the caller's promise.
+    let tiles = unsafe { Tiles::<32>::new((job.x.len() - 1) % TOKENS + 1) };
+    for g in (0..job.n_groups).step_by(GROUPS) {
+        // SAFETY: the job's promise.
+        unsafe { groups::<L>(v, &tiles, job, g, GROUPS.min(job.n_groups - g), &mut buffers) };
+    }
+}
+
+/// `n` groups from group `g` on.
+///
+/// # Safety
+/// The job's promise, and these groups are within it.
+#[inline(always)]
+unsafe fn groups<L: Block32>(v: Avx512, tiles: &Tiles<32>, job: &Job<'_>, g: usize, n: usize, buffers: &mut Buffers) {
+    let bytes = L::BYTES * LANES;
+    let Buffers { panels, tokens, sums, acc } = buffers;
+    acc.iter_mut().for_each(|acc| acc.fill(v.splat_f32(0.0)));
+    for first in (0..job.n_blocks).step_by(DEPTH) {
+        let depth = DEPTH.min(job.n_blocks - first);
+        let at = |r: usize, i: usize| job.w.wrapping_add(((g + r) * job.n_blocks + first + i) * bytes);
+        for (r, panel) in panels[..n].iter_mut().enumerate() {
+            for (i, w) in panel[..depth].iter_mut().enumerate() {
+                // SAFETY: the job's promise.
+                *w = open(v, unsafe { Block::<_, L>::new(v, at(r, i)) });
+            }
+        }
+        // The last group's again, if there is one only: it costs nothing to ask twice.
+        let mut ahead = Ahead::new([at(0, depth), at(n - 1, depth)], depth * bytes, job.x.len());
+        for (i, x) in job.x.chunks(TOKENS).enumerate() {
+            ahead.ask(v, x.len());
+            // SAFETY: the job's promise: the tokens have these blocks.
+            unsafe { tokens.gather::<L>(x, first, depth) };
+            for (panel, acc) in panels[..n].iter().zip(acc.iter_mut()) {
+                let acc = &mut acc[TOKENS * i..][..TOKENS];
+                // SAFETY: `gather` has filled in the tokens.
+                unsafe {
+                    if x.len() == TOKENS {
+                        tile::<L, TOKENS>(v, tiles, true, &panel[..depth], tokens, sums, acc);
+                    } else if x.len() > TOKENS / 2 {
+                        tile::<L, TOKENS>(v, tiles, false, &panel[..depth], tokens, sums, acc);
+                    } else {
+                        tile::<L, { TOKENS / 2 }>(v, tiles, false, &panel[..depth], tokens, sums, acc);
+                    }
+                }
+            }
+        }
+    }
+    for r in 0..n {
+        for t in 0..job.x.len() {
+            // SAFETY: the job's promise.
+            unsafe { v.store_f32(job.out(t, (g + r) * LANES), acc[r][t]) };
+        }
+    }
+}
+
+#[inline(always)]
+fn open<L: Block32>(v: Avx512, b: Block<Avx512, L>) -> Open {
+    let zero = if L::BITS == 8 { Avx512::SIGNED_ZERO } else { L::ZERO };
+    let codes = L::codes(v, b).map(|codes| v.sub_u8(codes, zero as u8));
+    Open { codes, scale: L::scale(v, b), min: if L::MIN { L::min(v, b) } else { v.splat_f32(NO_SCALE) } }
+}
+
+/// Adds a panel's part to the dot products of a group of rows with `N` tokens, of which all or, if not `full`, the rest's are there.
+///
+/// # Safety
+/// The tokens have the panel's blocks.
+#[inline(always)]
+unsafe fn tile<L: Block32, const N: usize>(
+    v: Avx512,
+    tiles: &Tiles<32>,
+    full: bool,
+    panel: &[Open],
+    x: &Tokens,
+    isums: &mut [Sums; 2 * LATER],
+    acc: &mut [__m512],
+) {
+    let acc: &mut [__m512; N] = acc.first_chunk_mut().expect("as many tokens as a tile");
+    let mut sums = *acc;
+    for i in 0..panel.len() + LATER {
+        if let Some(w) = panel.get(i) {
+            let set = match (full, i % 2) {
+                (false, _) => Set::Rest,
+                (_, 0) => Set::Even,
+                _ => Set::Odd,
+            };
+            // SAFETY: the caller's promise: the tokens have block `i`; eight vectors of codes are a tile.
+            unsafe {
+                let q = x.q.as_ptr().cast::<i8>().add(32 * i);
+                tiles.multiply(set, q, ROW, w.codes.as_ptr().cast(), &mut isums[i % (2 * LATER)]);
+            }
+        }
+        if i >= LATER {
+            let i = i - LATER;
+            let (w, isums) = (&panel[i], &isums[i % (2 * LATER)]);
+            for t in 0..N {
+                // SAFETY: a row of the sums is a vector.
+                let isum = unsafe { v.load(isums.0[t].as_ptr().cast()) };
+                sums[t] = v.fma(v.to_f32(isum), v.mul(w.scale, v.splat_f32(x.d[t][i])), sums[t]);
+                if L::MIN {
+                    sums[t] = v.fma(v.splat_f32(x.offset[t][i]), w.min, sums[t]);
+                }
+            }
+        }
+    }
+    *acc = sums;
+}
