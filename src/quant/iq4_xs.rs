@@ -41,9 +41,7 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> Scaled<8> {
     for (w, qs) in subs.iter_mut().zip(qs.as_chunks::<16>().0) {
         *w = nibbles(qs).map(|q| CODEBOOK[q as usize]);
     }
-    let d = f16_at(block, 0);
-    let d = scales(block).map(|s| d * f32::from(s));
-    Scaled { w, d }
+    Scaled { w, d: f16_at(block, 0), sc: scales(block) }
 }
 
 /// The 8 scales, -32..=31.
@@ -112,11 +110,15 @@ impl Superblock for Iq4Xs {
     }
 
     #[inline(always)]
-    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
-        let (d, high, low) = *head;
+    fn d<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
+        head.0
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
+        let (_, high, low) = *head;
         let low = v.and(v.shr(low, 4 * j as u32), v.splat(15));
         let high = v.and(v.shr(high, 2 * j as u32), v.splat(3));
-        let scale = v.or(low, v.shl(high, 4));
-        v.mul(d, v.to_f32(v.add_i32(scale, v.splat((-32i32).cast_unsigned()))))
+        v.add_i32(v.or(low, v.shl(high, 4)), v.splat((-32i32).cast_unsigned()))
     }
 }

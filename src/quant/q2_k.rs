@@ -40,7 +40,7 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> Affine<16> {
     let (scales, rest) = block.split_first_chunk::<16>().expect("16 scales");
     let (qs, _) = rest.split_first_chunk::<64>().expect("64 bytes of codes");
     let (d, dmin) = (f16_at(block, 80), f16_at(block, 82));
-    Affine { w: two_bits(qs), d: scales.map(|s| d * f32::from(s & 15)), m: scales.map(|s| dmin * f32::from(s >> 4)) }
+    Affine { w: two_bits(qs), d, sc: scales.map(|s| s & 15), dmin, m: scales.map(|s| s >> 4) }
 }
 
 const SEARCH: AffineSearch = AffineSearch { n_max: 3, first: -0.5, more: 15, absolute: true };
@@ -103,12 +103,22 @@ impl Superblock for Q2K {
     }
 
     #[inline(always)]
-    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
-        v.mul(head.0[0], v.to_f32(unpack::byte(v, unpack::low(v, head.1[j / 4]), j % 4)))
+    fn d<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
+        head.0[0]
     }
 
     #[inline(always)]
-    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
-        v.mul(head.0[1], v.to_f32(unpack::byte(v, unpack::high(v, head.1[j / 4]), j % 4)))
+    fn dmin<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
+        head.0[1]
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
+        unpack::byte(v, unpack::low(v, head.1[j / 4]), j % 4)
+    }
+
+    #[inline(always)]
+    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
+        unpack::byte(v, unpack::high(v, head.1[j / 4]), j % 4)
     }
 }

@@ -46,9 +46,7 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> Scaled<16> {
             *w += (h >> j & 1) as i8 * 4 - 4;
         }
     }
-    let d = f16_at(block, 108);
-    let d = scales(packed).map(|s| d * f32::from(s));
-    Scaled { w, d }
+    Scaled { w, d: f16_at(block, 108), sc: scales(packed) }
 }
 
 /// The 16 scales, -32..=31: byte j holds the low four bits of scales j (below) and j + 8 (above) for j < 8;
@@ -137,8 +135,12 @@ impl Superblock for Q3K {
     }
 
     #[inline(always)]
-    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
-        let scale = unpack::byte(v, head.1[j / 4], j % 4);
-        v.mul(head.0, v.to_f32(v.add_i32(scale, v.splat((-32i32).cast_unsigned()))))
+    fn d<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
+        head.0
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
+        v.add_i32(unpack::byte(v, head.1[j / 4], j % 4), v.splat((-32i32).cast_unsigned()))
     }
 }

@@ -41,7 +41,7 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> Affine<8> {
     let (_, packed) = head.split_last_chunk::<12>().expect("12 of them packed");
     let (d, dmin) = (f16_at(block, 0), f16_at(block, 2));
     let (sc, m) = k4::unpack_scales(packed);
-    Affine { w: four_bits(qs), d: sc.map(|s| d * f32::from(s)), m: m.map(|m| dmin * f32::from(m)) }
+    Affine { w: four_bits(qs), d, sc, dmin, m }
 }
 
 const SEARCH: AffineSearch = AffineSearch { n_max: 15, first: -1.0, more: 20, absolute: false };
@@ -83,12 +83,22 @@ impl Superblock for Q4K {
     }
 
     #[inline(always)]
-    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
+    fn d<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
+        head.d
+    }
+
+    #[inline(always)]
+    fn dmin<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
+        head.dmin
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
         head.scale(v, j)
     }
 
     #[inline(always)]
-    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
+    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
         head.min(v, j)
     }
 }

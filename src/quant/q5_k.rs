@@ -49,7 +49,7 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> Affine<8> {
     }
     let (d, dmin) = (f16_at(block, 0), f16_at(block, 2));
     let (sc, m) = k4::unpack_scales(packed);
-    Affine { w, d: sc.map(|s| d * f32::from(s)), m: m.map(|m| dmin * f32::from(m)) }
+    Affine { w, d, sc, dmin, m }
 }
 
 const SEARCH: AffineSearch = AffineSearch { n_max: 31, first: -0.5, more: 15, absolute: false };
@@ -93,12 +93,22 @@ impl Superblock for Q5K {
     }
 
     #[inline(always)]
-    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
+    fn d<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
+        head.d
+    }
+
+    #[inline(always)]
+    fn dmin<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
+        head.dmin
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
         head.scale(v, j)
     }
 
     #[inline(always)]
-    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
+    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
         head.min(v, j)
     }
 }

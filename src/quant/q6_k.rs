@@ -48,9 +48,7 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> Scaled<16> {
             w[l + 64] = (w[l + 64] << 4 | (q >> 4) as i8) - 32;
         }
     }
-    let d = f16_at(block, 208);
-    let d = scales.map(|s| d * f32::from(s as i8));
-    Scaled { w, d }
+    Scaled { w, d: f16_at(block, 208), sc: scales.map(u8::cast_signed) }
 }
 
 /// Each sub-block is fitted by itself. Then the scales are rounded to eight bits such that the one of largest size becomes
@@ -118,7 +116,12 @@ impl Superblock for Q6K {
     }
 
     #[inline(always)]
-    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F {
-        v.mul(head.0, v.to_f32(unpack::signed_byte(v, head.1[j / 4], j % 4)))
+    fn d<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
+        head.0
+    }
+
+    #[inline(always)]
+    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
+        unpack::signed_byte(v, head.1[j / 4], j % 4)
     }
 }

@@ -1,8 +1,7 @@
 //! What the formats with superblocks of 256 weights share: from a superblock taken apart to f32.
 //!
 //! A superblock has one or two half-precision scales; its N sub-blocks have small integers that
-//! multiply those. A format says how its superblock comes apart (`unpack`): 256 integers and, for
-//! each sub-block, the scale (and the offset to subtract) as f32. All those products are exact.
+//! multiply those, a product that f32 holds exactly. A format says how its superblock comes apart (`unpack`).
 
 use super::ActRow;
 use super::block32::{blocks_with, isum, whole_blocks};
@@ -10,20 +9,23 @@ use super::block32::{blocks_with, isum, whole_blocks};
 /// Weights of a superblock.
 pub(super) const LEN: usize = 256;
 
-/// A superblock whose weights are `w * d` of its sub-block.
+/// A superblock whose weights are `w * (d * sc)`, `sc` being its sub-block's.
 pub(super) struct Scaled<const N: usize> {
     pub w: [i8; LEN],
-    pub d: [f32; N],
+    pub d: f32,
+    pub sc: [i8; N],
 }
 
-/// A superblock whose weights are `w * d - m` of its sub-block.
+/// A superblock whose weights are `w * (d * sc) - dmin * m`, `sc` and `m` being its sub-block's.
 pub(super) struct Affine<const N: usize> {
     pub w: [i8; LEN],
-    pub d: [f32; N],
-    pub m: [f32; N],
+    pub d: f32,
+    pub sc: [u8; N],
+    pub dmin: f32,
+    pub m: [u8; N],
 }
 
-/// Rows of superblocks of `B` bytes whose weights are `w * d`.
+/// Rows of superblocks of `B` bytes that are [`Scaled`].
 #[inline]
 pub(super) fn dequantize_scaled<const B: usize, const N: usize>(
     src: &[u8],
@@ -35,14 +37,15 @@ pub(super) fn dequantize_scaled<const B: usize, const N: usize>(
         let s = unpack(block);
         for j in 0..N {
             let sub = j * (LEN / N)..(j + 1) * (LEN / N);
+            let d = s.d * f32::from(s.sc[j]);
             for (out, w) in out[sub.clone()].iter_mut().zip(&s.w[sub]) {
-                *out = f32::from(*w) * s.d[j];
+                *out = f32::from(*w) * d;
             }
         }
     }
 }
 
-/// Rows of superblocks of `B` bytes whose weights are `w * d - m`.
+/// Rows of superblocks of `B` bytes that are [`Affine`].
 #[inline]
 pub(super) fn dequantize_affine<const B: usize, const N: usize>(
     src: &[u8],
@@ -54,16 +57,16 @@ pub(super) fn dequantize_affine<const B: usize, const N: usize>(
         let s = unpack(block);
         for j in 0..N {
             let sub = j * (LEN / N)..(j + 1) * (LEN / N);
+            let (d, m) = (s.d * f32::from(s.sc[j]), s.dmin * f32::from(s.m[j]));
             for (out, w) in out[sub.clone()].iter_mut().zip(&s.w[sub]) {
-                *out = f32::from(*w) * s.d[j] - s.m[j];
+                *out = f32::from(*w) * d - m;
             }
         }
     }
 }
 
-/// The dot product of a row whose weights are `w * d` with Q8K activations, in the order that every kernel keeps:
-/// a sub-block's integer sum is exact, one fused multiply-add each adds them up over the superblock, and one more adds
-/// that, times the activations' scale, to the total.
+/// The dot product of a row of [`Scaled`] superblocks with Q8K activations, in the order that every kernel keeps: a superblock's
+/// sum is one exact integer (below 2^28 in size), which one fused multiply-add adds to the total.
 #[inline]
 pub(super) fn dot_scaled<const B: usize, const N: usize>(
     row: &[u8],
@@ -72,17 +75,17 @@ pub(super) fn dot_scaled<const B: usize, const N: usize>(
 ) -> f32 {
     blocks_with::<B, LEN>(row, x).fold(0.0, |acc, (block, q, da)| {
         let s = unpack(block);
-        let mut inner = 0.0f32;
+        let mut sum = 0;
         for j in 0..N {
             let sub = j * (LEN / N)..(j + 1) * (LEN / N);
-            inner = (isum(&s.w[sub.clone()], &q[sub]) as f32).mul_add(s.d[j], inner);
+            sum += i32::from(s.sc[j]) * isum(&s.w[sub.clone()], &q[sub]);
         }
-        inner.mul_add(da, acc)
+        (sum as f32).mul_add(s.d * da, acc)
     })
 }
 
-/// As [`dot_scaled`], for weights that are `w * d - m`: in each sub-block a second fused multiply-add takes the
-/// offset times the activations' sum away.
+/// As [`dot_scaled`], for [`Affine`] superblocks: a second integer, of the offsets times the activations' sums, is taken away by
+/// a second fused multiply-add.
 #[inline]
 pub(super) fn dot_affine<const B: usize, const N: usize>(
     row: &[u8],
@@ -91,14 +94,15 @@ pub(super) fn dot_affine<const B: usize, const N: usize>(
 ) -> f32 {
     blocks_with::<B, LEN>(row, x).fold(0.0, |acc, (block, q, da)| {
         let s = unpack(block);
-        let mut inner = 0.0f32;
+        let (mut sum, mut offsets) = (0, 0);
         for j in 0..N {
             let sub = j * (LEN / N)..(j + 1) * (LEN / N);
             let asum: i32 = q[sub.clone()].iter().map(|q| i32::from(*q)).sum();
-            inner = (isum(&s.w[sub.clone()], &q[sub]) as f32).mul_add(s.d[j], inner);
-            inner = (asum as f32).mul_add(-s.m[j], inner);
+            sum += i32::from(s.sc[j]) * isum(&s.w[sub.clone()], &q[sub]);
+            offsets -= i32::from(s.m[j]) * asum;
         }
-        inner.mul_add(da, acc)
+        let acc = (sum as f32).mul_add(s.d * da, acc);
+        (offsets as f32).mul_add(s.dmin * da, acc)
     })
 }
 

@@ -58,10 +58,10 @@ struct Quantised {
     q: Cells<i8>,
     /// Scales `(n_tokens, width / 32)` or `(n_tokens, width / 256)`.
     d: Cells<f32>,
-    /// The integers' sums `(n_tokens, width / 32)`: negated, and as f32 (Q8_0: the activations' sums).
-    sum32: (Cells<i32>, Cells<f32>),
-    /// The integers' sums `(n_tokens, width / 16)`: negated, and as f32. Only with Q8K.
-    sum16: (Cells<i32>, Cells<f32>),
+    /// The integers' sums, negated, and the activations' sums `(n_tokens, width / 32)`. Only with Q8_0.
+    sum: (Cells<i32>, Cells<f32>),
+    /// The integers' sums, negated, `(n_tokens, width / 16)` and `(n_tokens, width / 32)`. Only with Q8K.
+    sub_sum: [Cells<i16>; 2],
 }
 
 impl Quantised {
@@ -69,19 +69,20 @@ impl Quantised {
         Self {
             q: Cells::new(),
             d: Cells::new(),
-            sum32: (Cells::new(), Cells::new()),
-            sum16: (Cells::new(), Cells::new()),
+            sum: (Cells::new(), Cells::new()),
+            sub_sum: [Cells::new(), Cells::new()],
         }
     }
 
     fn reserve(&mut self, n: usize, block_len: usize) {
         self.q.reserve(n);
         self.d.reserve(n / block_len);
-        self.sum32.0.reserve(n / 32);
-        self.sum32.1.reserve(n / 32);
         if block_len == 256 {
-            self.sum16.0.reserve(n / 16);
-            self.sum16.1.reserve(n / 16);
+            self.sub_sum[0].reserve(n / 16);
+            self.sub_sum[1].reserve(n / 32);
+        } else {
+            self.sum.0.reserve(n / 32);
+            self.sum.1.reserve(n / 32);
         }
     }
 }
@@ -192,8 +193,8 @@ impl Acts {
             quantize::Q8_0 {
                 q: x.q.part_mut(token, n),
                 d: x.d.part_mut(token, n / 32),
-                negated_sum: x.sum32.0.part_mut(token, n / 32),
-                offset: x.sum32.1.part_mut(token, n / 32),
+                negated_sum: x.sum.0.part_mut(token, n / 32),
+                offset: x.sum.1.part_mut(token, n / 32),
             }
         };
         quantize::q8_0(self.isa, row, to);
@@ -208,8 +209,7 @@ impl Acts {
             quantize::Q8K {
                 q: x.q.part_mut(token, n),
                 d: x.d.part_mut(token, n / 256),
-                negated_sum: (x.sum16.0.part_mut(token, n / 16), x.sum32.0.part_mut(token, n / 32)),
-                offset: (x.sum16.1.part_mut(token, n / 16), x.sum32.1.part_mut(token, n / 32)),
+                negated_sum: (x.sub_sum[0].part_mut(token, n / 16), x.sub_sum[1].part_mut(token, n / 32)),
             }
         };
         quantize::q8_k(self.isa, row, to);
@@ -236,7 +236,7 @@ impl Acts {
                 }
                 ActKind::Q8_0 => {
                     let x = &self.q8_0;
-                    let (d, s) = (x.d.part(token, n / 32), x.sum32.1.part(token, n / 32));
+                    let (d, s) = (x.d.part(token, n / 32), x.sum.1.part(token, n / 32));
                     ActRow { q: x.q.part(token, n), d, s, ..ActRow::default() }
                 }
                 ActKind::Q8K => {
@@ -252,19 +252,22 @@ impl Acts {
         self.check(kind, token);
         let n = self.width;
         let mut act = Act::NONE;
-        let (x, block_len) = match kind {
-            ActKind::F32 => {
-                act.x = self.f32.as_ref().map_or(std::ptr::null(), |c| c.at(token, n));
-                return act;
+        match kind {
+            ActKind::F32 => act.x = self.f32.as_ref().map_or(std::ptr::null(), |c| c.at(token, n)),
+            ActKind::Q8_0 => {
+                let x = &self.q8_0;
+                act.q = x.q.at(token, n);
+                act.d = x.d.at(token, n / 32);
+                act.negated_sum = x.sum.0.at(token, n / 32);
+                act.offset = x.sum.1.at(token, n / 32);
             }
-            ActKind::Q8_0 => (&self.q8_0, 32),
-            ActKind::Q8K => (&self.q8k, 256),
-        };
-        act.q = x.q.at(token, n);
-        act.d = x.d.at(token, n / block_len);
-        let sums = if sub == 16 { &x.sum16 } else { &x.sum32 };
-        act.negated_sum = sums.0.at(token, n / sub);
-        act.offset = sums.1.at(token, n / sub);
+            ActKind::Q8K => {
+                let x = &self.q8k;
+                act.q = x.q.at(token, n);
+                act.d = x.d.at(token, n / 256);
+                act.negated_sub_sum = x.sub_sum[usize::from(sub != 16)].at(token, n / sub);
+            }
+        }
         act
     }
 }

@@ -39,6 +39,73 @@ impl Avx2 {
             op!(_mm256_maddubs_epi16(w, q))
         }
     }
+
+    /// `sum` and sums of two products, times a [`factor`](Vector::factor).
+    #[inline(always)]
+    fn widen(self, sum: __m256i, pairs: __m256i, factor: __m256i) -> __m256i {
+        op!(_mm256_add_epi32(sum, _mm256_madd_epi16(pairs, factor)))
+    }
+
+    /// One group of rows and one token.
+    ///
+    /// # Safety
+    /// As for [`dot`](Vector::dot).
+    #[inline(always)]
+    unsafe fn row<const N: usize>(
+        self,
+        start: __m256i,
+        w: &[__m256i; N],
+        q: *const i8,
+        bits: u32,
+        factor: __m256i,
+    ) -> __m256i {
+        let narrow = narrow(bits);
+        let mut sum = start;
+        let mut pairs = factor;
+        let mut j = 0;
+        while j < N {
+            let q = op!(_mm256_set1_epi32(q.add(4 * j).cast::<i32>().read_unaligned()));
+            let products = self.products(w[j], q, bits);
+            pairs = if j % narrow == 0 { products } else { op!(_mm256_add_epi16(pairs, products)) };
+            j += 1;
+            if j % narrow == 0 || j == N {
+                sum = self.widen(sum, pairs, factor);
+            }
+        }
+        sum
+    }
+
+    /// The products of [`at_once`] columns from `j` on, added to `pairs`, or put there if they are the `first`; what's full is widened.
+    ///
+    /// # Safety
+    /// As for [`dots`](Vector::dots), and there are such columns.
+    #[inline(always)]
+    unsafe fn columns<const K: usize, const N: usize, const R: usize>(
+        self,
+        j: usize,
+        first: bool,
+        w: [&[__m256i; K]; R],
+        q: [*const i8; N],
+        bits: u32,
+        factor: [__m256i; R],
+        (pairs, sums): (&mut [[__m256i; R]; N], &mut [[__m256i; R]; N]),
+    ) {
+        let (narrow, at_once) = (narrow(bits), at_once(bits));
+        for i in 0..at_once {
+            for t in 0..N {
+                let q = op!(_mm256_set1_epi32(q[t].add(4 * (j + i)).cast::<i32>().read_unaligned()));
+                for r in 0..R {
+                    // SAFETY: the caller's promise.
+                    let products = self.products(unsafe { *w[r].get_unchecked(j + i) }, q, bits);
+                    let fresh = i % narrow == 0 && (first || narrow <= at_once);
+                    pairs[t][r] = if fresh { products } else { op!(_mm256_add_epi16(pairs[t][r], products)) };
+                    if (i + 1) % narrow == 0 {
+                        sums[t][r] = self.widen(sums[t][r], pairs[t][r], factor[r]);
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// How many sums of two products fit into 16 bits: with b bits they are at most `2 * 127 * (2^b - 1)` in size. Then they have to be
@@ -50,6 +117,11 @@ const fn narrow(bits: u32) -> usize {
         6 => 2,
         _ => 1,
     }
+}
+
+/// Columns that a round of [`Avx2::columns`] multiplies.
+const fn at_once(bits: u32) -> usize {
+    if narrow(bits) == 4 { 4 } else { 2 }
 }
 
 impl Vector for Avx2 {
@@ -114,6 +186,10 @@ impl Vector for Avx2 {
         op!(_mm256_add_epi32(a, b))
     }
     #[inline(always)]
+    fn mul_add_i32(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
+        op!(_mm256_add_epi32(_mm256_mullo_epi32(a, b), c))
+    }
+    #[inline(always)]
     fn lookup(self, table: &[i8; 16], codes: Self::I) -> Self::I {
         op!(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())), codes))
     }
@@ -132,26 +208,10 @@ impl Vector for Avx2 {
 
     #[inline(always)]
     unsafe fn dot<const N: usize>(self, start: Self::I, w: &[Self::I; N], q: *const i8, bits: u32) -> Self::I {
-        let narrow = narrow(bits);
-        let ones = op!(_mm256_set1_epi16(1));
-        let mut sum = start;
-        let mut pairs = ones;
-        let mut j = 0;
-        while j < N {
-            let q = op!(_mm256_set1_epi32(q.add(4 * j).cast::<i32>().read_unaligned()));
-            let products = self.products(w[j], q, bits);
-            pairs = if j % narrow == 0 { products } else { op!(_mm256_add_epi16(pairs, products)) };
-            j += 1;
-            if j % narrow == 0 || j == N {
-                sum = op!(_mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones)));
-            }
-        }
-        sum
+        // SAFETY: the caller's promise.
+        unsafe { self.row(start, w, q, bits, self.factor(self.splat(1))) }
     }
 
-    /// With several groups: four bytes of all tokens and groups, then the next four, so that what is loaded is used for several
-    /// products while it is in a register. In a loop that isn't unrolled: the compiler would load everything first and keep
-    /// it on the stack (Q4_0: 132 for 210 GOP/s).
     #[inline(always)]
     unsafe fn dots<const K: usize, const N: usize, const R: usize>(
         self,
@@ -160,44 +220,59 @@ impl Vector for Avx2 {
         q: [*const i8; N],
         bits: u32,
     ) -> [[Self::I; R]; N] {
+        // SAFETY: the caller's promise.
+        unsafe { self.scaled_dots(start, w, q, bits, [self.factor(self.splat(1)); R]) }
+    }
+
+    /// Twice, as two numbers of 16 bits: sums of two products are multiplied by it while they are widened, which costs nothing.
+    #[inline(always)]
+    fn factor(self, a: Self::I) -> Self::I {
+        op!(_mm256_or_si256(_mm256_slli_epi32::<16>(a), _mm256_and_si256(a, _mm256_set1_epi32(0xffff))))
+    }
+
+    /// With several groups: four bytes of all tokens and groups, then the next four, so that what is loaded is used for several
+    /// products while it is in a register. In a loop that isn't unrolled: the compiler would load everything first and keep
+    /// it on the stack (Q4_0: 132 for 210 GOP/s).
+    #[inline(always)]
+    unsafe fn scaled_dots<const K: usize, const N: usize, const R: usize>(
+        self,
+        start: [[Self::I; R]; N],
+        w: [&[Self::I; K]; R],
+        q: [*const i8; N],
+        bits: u32,
+        factor: [Self::I; R],
+    ) -> [[Self::I; R]; N] {
         let mut sums = start;
         if R == 1 {
             for t in 0..N {
                 // SAFETY: the caller's promise.
-                sums[t][0] = unsafe { self.dot(start[t][0], w[0], q[t], bits) };
+                sums[t][0] = unsafe { self.row(start[t][0], w[0], q[t], bits, factor[0]) };
             }
             return sums;
         }
-        let narrow = narrow(bits);
-        let ones = op!(_mm256_set1_epi16(1));
-        let mut pairs = [[op!(_mm256_setzero_si256()); R]; N];
-        let at_once = narrow.clamp(2, 4).min(if narrow > 4 { 2 } else { 4 });
+        let at_once = at_once(bits);
         assert!(K.is_multiple_of(at_once));
-        for step in 0..K / at_once * self.one {
-            for i in 0..at_once {
-                let j = step * at_once + i;
-                for t in 0..N {
-                    let q = op!(_mm256_set1_epi32(q[t].add(4 * j).cast::<i32>().read_unaligned()));
-                    for r in 0..R {
-                        // SAFETY: `one` is 1, so `j` is below `K`.
-                        let products = self.products(unsafe { *w[r].get_unchecked(j) }, q, bits);
-                        let first = i % narrow == 0 && narrow <= at_once;
-                        pairs[t][r] = if first { products } else { op!(_mm256_add_epi16(pairs[t][r], products)) };
-                        if (i + 1) % narrow == 0 {
-                            sums[t][r] = op!(_mm256_add_epi32(sums[t][r], _mm256_madd_epi16(pairs[t][r], ones)));
-                        }
-                    }
-                }
+        let mut pairs = [[op!(_mm256_setzero_si256()); R]; N];
+        // SAFETY: the caller's promise; `one` is 1, so that columns are below `K`.
+        unsafe {
+            self.columns(0, true, w, q, bits, factor, (&mut pairs, &mut sums));
+            for step in 1..K / at_once * self.one {
+                self.columns(step * at_once, false, w, q, bits, factor, (&mut pairs, &mut sums));
             }
         }
-        if narrow > at_once {
+        if narrow(bits) > at_once {
             for t in 0..N {
                 for r in 0..R {
-                    sums[t][r] = op!(_mm256_add_epi32(sums[t][r], _mm256_madd_epi16(pairs[t][r], ones)));
+                    sums[t][r] = self.widen(sums[t][r], pairs[t][r], factor[r]);
                 }
             }
         }
         sums
+    }
+
+    #[inline(always)]
+    unsafe fn dot_pairs(self, start: Self::I, w: Self::I, p: *const i16) -> Self::I {
+        op!(_mm256_add_epi32(start, _mm256_madd_epi16(w, _mm256_set1_epi32(p.cast::<i32>().read_unaligned()))))
     }
 
     #[inline(always)]
@@ -235,9 +310,5 @@ impl Vector for Avx2 {
     #[inline(always)]
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         op!(_mm256_fmadd_ps(a, b, c))
-    }
-    #[inline(always)]
-    fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        op!(_mm256_fnmadd_ps(a, b, c))
     }
 }

@@ -94,6 +94,10 @@ impl Vector for Avx512 {
         op!(_mm512_add_epi32(a, b))
     }
     #[inline(always)]
+    fn mul_add_i32(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
+        op!(_mm512_add_epi32(_mm512_mullo_epi32(a, b), c))
+    }
+    #[inline(always)]
     fn lookup(self, table: &[i8; 16], codes: Self::I) -> Self::I {
         op!(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())), codes))
     }
@@ -112,6 +116,11 @@ impl Vector for Avx512 {
             j += 1;
         }
         sum
+    }
+
+    #[inline(always)]
+    unsafe fn dot_pairs(self, start: Self::I, w: Self::I, p: *const i16) -> Self::I {
+        op!(_mm512_dpwssd_epi32(start, w, _mm512_set1_epi32(p.cast::<i32>().read_unaligned())))
     }
 
     #[inline(always)]
@@ -149,9 +158,5 @@ impl Vector for Avx512 {
     #[inline(always)]
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         op!(_mm512_fmadd_ps(a, b, c))
-    }
-    #[inline(always)]
-    fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        op!(_mm512_fnmadd_ps(a, b, c))
     }
 }

@@ -74,11 +74,18 @@ impl<L: Block32> Blocks<L> {
         unsafe {
             let mut isums = [[v.splat(0); R]; N];
             for t in 0..N {
-                isums[t] = [start(v, &x[t], i, zero); R];
+                if V::MANY_REGISTERS {
+                    isums[t] = [start(v, &x[t], i, zero); R];
+                }
             }
             let q = std::array::from_fn(|t| x[t].q.add(32 * i));
-            let isums = v.dots(isums, std::array::from_fn(|r| &w[r].codes), q, L::BITS);
+            let mut isums = v.dots(isums, std::array::from_fn(|r| &w[r].codes), q, L::BITS);
             for t in 0..N {
+                // Where registers are few, what the sums begin with would be moved to the stack and back.
+                if !V::MANY_REGISTERS {
+                    let start = start(v, &x[t], i, zero);
+                    isums[t] = isums[t].map(|sum| v.add_i32(sum, start));
+                }
                 let d = v.splat_f32(*x[t].d.add(i));
                 for r in 0..R {
                     sums[t][r] = v.fma(v.to_f32(isums[t][r]), v.mul(w[r].scale, d), sums[t][r]);

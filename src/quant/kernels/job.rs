@@ -14,9 +14,11 @@ pub(crate) struct Act {
     pub q: *const i8,
     /// The scales of blocks (32) or superblocks (256).
     pub d: *const f32,
-    /// The integers' sums over each block or sub-block, negated.
+    /// The integers' sums over each block of 32, negated.
     pub negated_sum: *const i32,
-    /// The sums as f32, and with blocks of 32 times their scale.
+    /// The integers' sums over each sub-block of a superblock, negated.
+    pub negated_sub_sum: *const i16,
+    /// The activations' sums over each block of 32.
     pub offset: *const f32,
 }
 
@@ -27,6 +29,7 @@ impl Act {
         q: std::ptr::null(),
         d: std::ptr::null(),
         negated_sum: std::ptr::null(),
+        negated_sub_sum: std::ptr::null(),
         offset: std::ptr::null(),
     };
 }

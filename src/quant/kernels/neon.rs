@@ -103,6 +103,10 @@ impl<const DOT: bool> Vector for Neon<DOT> {
         op!(vaddq_u32(a, b))
     }
     #[inline(always)]
+    fn mul_add_i32(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
+        op!(vmlaq_u32(c, a, b))
+    }
+    #[inline(always)]
     fn lookup(self, table: &[i8; 16], codes: Self::I) -> Self::I {
         op!(vreinterpretq_u32_u8(vqtbl1q_u8(vld1q_u8(table.as_ptr().cast()), vreinterpretq_u8_u32(codes))))
     }
@@ -157,6 +161,14 @@ impl<const DOT: bool> Vector for Neon<DOT> {
     }
 
     #[inline(always)]
+    unsafe fn dot_pairs(self, start: Self::I, w: Self::I, p: *const i16) -> Self::I {
+        let (w, q) =
+            op!((vreinterpretq_s16_u32(w), vreinterpretq_s16_u32(vdupq_n_u32(p.cast::<u32>().read_unaligned()))));
+        let products = op!(vpaddq_s32(vmull_s16(vget_low_s16(w), vget_low_s16(q)), vmull_high_s16(w, q)));
+        op!(vaddq_u32(start, vreinterpretq_u32_s32(products)))
+    }
+
+    #[inline(always)]
     fn multiply_add(self, sum: Self::I, w: Self::I) -> Self::I {
         if DOT {
             let (mut sum, factor) = (sum, sum);
@@ -200,9 +212,5 @@ impl<const DOT: bool> Vector for Neon<DOT> {
     #[inline(always)]
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         op!(vfmaq_f32(c, a, b))
-    }
-    #[inline(always)]
-    fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        op!(vfmsq_f32(c, a, b))
     }
 }

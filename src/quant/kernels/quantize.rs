@@ -26,9 +26,7 @@ pub(super) struct Q8K<'a> {
     /// A scale for each 256.
     pub d: &'a mut [f32],
     /// The integers' sum over each 16 and each 32, negated.
-    pub negated_sum: (&'a mut [i32], &'a mut [i32]),
-    /// The sums as f32.
-    pub offset: (&'a mut [f32], &'a mut [f32]),
+    pub negated_sum: (&'a mut [i16], &'a mut [i16]),
 }
 
 /// As [`quantize_q8_0`](crate::quant::act::quantize_q8_0).
@@ -43,8 +41,7 @@ pub(super) fn q8_0(isa: Isa, src: &[f32], to: Q8_0<'_>) {
 pub(super) fn q8_k(isa: Isa, src: &[f32], to: Q8K<'_>) {
     let n = src.len() / 256;
     assert!(src.len() == 256 * n && to.q.len() == 256 * n && to.d.len() == n);
-    assert!(to.negated_sum.0.len() == 16 * n && to.offset.0.len() == 16 * n);
-    assert!(to.negated_sum.1.len() == 8 * n && to.offset.1.len() == 8 * n);
+    assert!(to.negated_sum.0.len() == 16 * n && to.negated_sum.1.len() == 8 * n);
     run_on(isa, (src, to));
 }
 
@@ -97,10 +94,9 @@ impl Task for (&[f32], Q8K<'_>) {
             for (s, sub) in block.as_chunks::<32>().0.iter().enumerate() {
                 let at = 8 * b + s;
                 let [low, high] = scale_and_sum(sub, id, &mut to.q[32 * at..][..32]);
-                to.negated_sum.0[2 * at..2 * at + 2].copy_from_slice(&[-low, -high]);
-                to.offset.0[2 * at..2 * at + 2].copy_from_slice(&[low as f32, high as f32]);
-                to.negated_sum.1[at] = -(low + high);
-                to.offset.1[at] = (low + high) as f32;
+                // At most 32 * 127 in size.
+                to.negated_sum.0[2 * at..2 * at + 2].copy_from_slice(&[-low as i16, -high as i16]);
+                to.negated_sum.1[at] = -(low + high) as i16;
             }
         }
     }
@@ -176,13 +172,12 @@ mod tests {
             let (mut q, mut d) = (vec![0; n], vec![0.0; n / 256]);
             quantize_q8_k(src, &mut q, &mut d);
             let (mut fast_q, mut fast_d) = (vec![9; n], vec![9.0; n / 256]);
-            let (mut sum, mut offset) = (vec![9; n / 16], vec![9.0; n / 16]);
-            let (mut sum32, mut offset32) = (vec![9; n / 32], vec![9.0; n / 32]);
-            let (negated_sum, offset_) = ((&mut sum[..], &mut sum32[..]), (&mut offset[..], &mut offset32[..]));
-            q8_k(isa, src, Q8K { q: &mut fast_q, d: &mut fast_d, negated_sum, offset: offset_ });
+            let (mut sum, mut sum32) = (vec![9; n / 16], vec![9; n / 32]);
+            let negated_sum = (&mut sum[..], &mut sum32[..]);
+            q8_k(isa, src, Q8K { q: &mut fast_q, d: &mut fast_d, negated_sum });
             assert_eq!((&q, bits(&d)), (&fast_q, bits(&fast_d)), "q8_k on {isa}");
-            assert_eq!((&sum, &sum32), (&negated_sums(&q, 16), &negated_sums(&q, 32)));
-            assert!(offset.iter().zip(&sum).chain(offset32.iter().zip(&sum32)).all(|(o, s)| *o == -s as f32));
+            let wide = |sums: Vec<i16>| sums.into_iter().map(i32::from).collect::<Vec<_>>();
+            assert_eq!((wide(sum), wide(sum32)), (negated_sums(&q, 16), negated_sums(&q, 32)));
         }
     }
 

@@ -99,6 +99,10 @@ impl Vector for Scalar {
         lanes!(l => a[l].wrapping_add(b[l]))
     }
     #[inline(always)]
+    fn mul_add_i32(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
+        lanes!(l => a[l].wrapping_mul(b[l]).wrapping_add(c[l]))
+    }
+    #[inline(always)]
     fn lookup(self, table: &[i8; 16], codes: Self::I) -> Self::I {
         lanes!(l => {
             let c = codes[l].to_le_bytes();
@@ -126,6 +130,16 @@ impl Vector for Scalar {
             }
         }
         sum
+    }
+
+    #[inline(always)]
+    unsafe fn dot_pairs(self, start: Self::I, w: Self::I, p: *const i16) -> Self::I {
+        // SAFETY: the caller's promise.
+        let [a, b] = unsafe { p.cast::<[i16; 2]>().read() }.map(i32::from);
+        lanes!(l => {
+            let (low, high) = (w[l] as i16, (w[l] >> 16) as i16);
+            start[l].wrapping_add((i32::from(low) * a + i32::from(high) * b).cast_unsigned())
+        })
     }
 
     #[inline(always)]
@@ -164,9 +178,5 @@ impl Vector for Scalar {
     #[inline(always)]
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         lanes!(l => a[l].mul_add(b[l], c[l]))
-    }
-    #[inline(always)]
-    fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        lanes!(l => (-a[l]).mul_add(b[l], c[l]))
     }
 }

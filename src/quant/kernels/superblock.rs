@@ -6,10 +6,10 @@ use std::marker::PhantomData;
 use super::job::{Act, Job, MAX_TOKENS};
 use super::layout::{Ahead, Block, Layout};
 use super::vector::Vector;
-use super::{Kernel, NO_SCALE, start};
+use super::{Kernel, NO_SCALE};
 
-/// How the superblocks of a format come apart in registers: eight times 32 integers, less `ZERO`, times the scale of
-/// their sub-block, less perhaps its offset.
+/// How the superblocks of a format come apart in registers: eight times 32 integers, less `ZERO`, times the integer scale of
+/// their sub-block and `d`, less perhaps its integer offset times `dmin`.
 pub(crate) trait Superblock: Layout {
     /// Codes are unsigned and less than `1 << BITS`; with 8 they are signed and pass through [`Vector::signed`].
     const BITS: u32;
@@ -32,17 +32,29 @@ pub(crate) trait Superblock: Layout {
     fn column<V: Vector>(v: V, b: Block<V, Self>, half: usize, j: usize) -> [V::I; 8]
     where
         Self: Sized;
-    /// The scale of sub-block `j`.
-    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F
+    /// What the scales are multiplied by.
+    fn d<V: Vector>(v: V, head: &Self::Head<V>) -> V::F
     where
         Self: Sized;
-    /// The offset of sub-block `j`.
-    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::F
+    /// What the offsets are multiplied by.
+    fn dmin<V: Vector>(v: V, head: &Self::Head<V>) -> V::F
+    where
+        Self: Sized,
+    {
+        let _ = head;
+        v.splat_f32(NO_SCALE)
+    }
+    /// The scale of sub-block `j`, -128..=127.
+    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I
+    where
+        Self: Sized;
+    /// The offset of sub-block `j`, at most 255.
+    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I
     where
         Self: Sized,
     {
         let _ = (head, j);
-        v.splat_f32(NO_SCALE)
+        v.splat(0)
     }
 }
 
@@ -52,27 +64,29 @@ const DEPTH: usize = 2;
 /// The kernels of a [`Superblock`].
 pub(super) struct Superblocks<L>(PhantomData<L>);
 
-/// 32 weights of a group in registers: one sub-block, or two of 16.
+/// A superblock of a group, taken apart.
 #[derive(Clone, Copy)]
-struct Open<V: Vector> {
-    codes: [V::I; 8],
-    scale: [V::F; 2],
-    min: [V::F; 2],
+struct Panel<V: Vector> {
+    /// Eight times 32 weights.
+    codes: [[V::I; 8]; 8],
+    /// The sub-blocks' scales, as [`Vector::factor`]s.
+    factors: [V::I; 16],
+    /// What the sums of the activations of two sub-blocks are multiplied by, see [`Superblocks::pair`].
+    pairs: [V::I; 8],
+    d: V::F,
+    dmin: V::F,
 }
 
-impl<V: Vector> Open<V> {
+impl<V: Vector> Panel<V> {
     #[inline(always)]
     fn nothing(v: V) -> Self {
-        let none = v.splat_f32(NO_SCALE);
-        Self { codes: [v.splat(0); 8], scale: [none; 2], min: [none; 2] }
+        let (zero, none) = (v.splat(0), v.splat_f32(NO_SCALE));
+        Self { codes: [[zero; 8]; 8], factors: [zero; 16], pairs: [zero; 8], d: none, dmin: none }
     }
 }
 
-/// The dot products of `N` tokens with `R` groups of rows, so far.
-type Sums<V, const N: usize, const R: usize> = [[<V as Vector>::F; R]; N];
-
-/// A superblock of a group, taken apart.
-type Panel<V> = [Open<V>; 8];
+/// Sums of `N` tokens with `R` groups of rows.
+type Sums<T, const N: usize, const R: usize> = [[T; R]; N];
 
 /// The number of columns in half of a sub-block, which is 4, such that the compiler doesn't know: it would lay a superblock's
 /// columns out one after the other, load them all, and keep on the stack what doesn't fit into registers (Q6_K: half the speed).
@@ -82,6 +96,29 @@ fn four() -> usize {
 }
 
 impl<L: Superblock> Superblocks<L> {
+    /// Sub-blocks of 32 weights: one, or two.
+    const SUBS: usize = 32 / L::SUB;
+
+    /// The code that stands for zero, as the vectors multiply it.
+    #[inline(always)]
+    const fn zero<V: Vector>() -> i32 {
+        if L::BITS == 8 { V::SIGNED_ZERO } else { L::ZERO }
+    }
+
+    /// Whether the sums of the activations matter.
+    #[inline(always)]
+    const fn needs_sums<V: Vector>() -> bool {
+        L::MIN || Self::zero::<V>() != 0
+    }
+
+    /// What the activations' sums are multiplied by in sub-blocks `j` and `j + 1`, as two numbers of 16 bits: the offsets, or, where
+    /// zero is a code, the scales.
+    #[inline(always)]
+    fn pair<V: Vector>(v: V, head: &L::Head<V>, j: usize) -> V::I {
+        let of = |j| if L::MIN { L::min(v, head, j) } else { L::scale(v, head, j) };
+        v.or(v.and(of(j), v.splat(0xffff)), v.shl(of(j + 1), 16))
+    }
+
     #[inline(always)]
     fn open<V: Vector>(v: V, b: Block<V, L>, columns: usize, ahead: bool, panel: &mut Panel<V>) {
         let head = L::head(v, b);
@@ -92,19 +129,19 @@ impl<L: Superblock> Superblocks<L> {
                 }
                 let column = L::column(v, b, half, j % 4);
                 for s in 0..8 {
-                    panel[s].codes[4 * half + j % 4] = column[s];
+                    panel.codes[s][4 * half + j % 4] = column[s];
                 }
             }
         }
-        let n_subs = 32 / L::SUB;
-        for s in 0..8 {
-            for i in 0..n_subs {
-                panel[s].scale[i] = L::scale(v, &head, n_subs * s + i);
-                if L::MIN {
-                    panel[s].min[i] = L::min(v, &head, n_subs * s + i);
-                }
+        for j in 0..8 * Self::SUBS {
+            panel.factors[j] = v.factor(L::scale(v, &head, j));
+        }
+        if Self::needs_sums::<V>() {
+            for j in 0..4 * Self::SUBS {
+                panel.pairs[j] = Self::pair(v, &head, 2 * j);
             }
         }
+        (panel.d, panel.dmin) = (L::d(v, &head), L::dmin(v, &head));
     }
 
     /// Adds superblock `i`'s part to the dot products with some tokens, without storing its codes.
@@ -120,21 +157,11 @@ impl<L: Superblock> Superblocks<L> {
         i: usize,
         acc: &mut [V::F; N],
     ) {
-        let zero = if L::BITS == 8 { V::SIGNED_ZERO } else { L::ZERO };
-        let n_subs = 32 / L::SUB;
-        // The sums of sub-block `n_subs * s + k` are at [k][s].
-        let mut isums = [[[v.splat(0); N]; 8]; 2];
+        // The sums of sub-block `SUBS * s + k` are at [k][s].
+        let mut dots = [[[v.splat(0); N]; 8]; 2];
         for half in 0..2 {
-            let k = half % n_subs;
-            let mut sums = isums[k];
-            if half == k {
-                for s in 0..8 {
-                    for t in 0..N {
-                        // SAFETY: the token has this sub-block, by the caller's promise.
-                        sums[s][t] = unsafe { start(v, &x[t], n_subs * (8 * i + s) + k, zero) };
-                    }
-                }
-            }
+            let k = half % Self::SUBS;
+            let mut sums = dots[k];
             for j in 0..columns {
                 let j = j % 4;
                 b.prefetch(4 * half + j, 8);
@@ -149,88 +176,76 @@ impl<L: Superblock> Superblocks<L> {
                     }
                 }
             }
-            isums[k] = sums;
+            dots[k] = sums;
         }
         let head = L::head(v, b);
-        let mut inner = [v.splat_f32(0.0); N];
-        for s in 0..8 {
-            for k in 0..n_subs {
-                let sub = n_subs * s + k;
-                let scale = L::scale(v, &head, sub);
-                let min = if L::MIN { L::min(v, &head, sub) } else { scale };
+        let (mut sums, mut offsets) = ([v.splat(0); N], [v.splat(0); N]);
+        for j in 0..8 * Self::SUBS {
+            let scale = L::scale(v, &head, j);
+            for t in 0..N {
+                sums[t] = v.mul_add_i32(dots[j % Self::SUBS][j / Self::SUBS][t], scale, sums[t]);
+            }
+        }
+        if Self::needs_sums::<V>() {
+            for j in 0..4 * Self::SUBS {
+                let pair = Self::pair(v, &head, 2 * j);
                 for t in 0..N {
-                    inner[t] = v.fma(v.to_f32(isums[k][s][t]), scale, inner[t]);
-                    if L::MIN {
-                        // SAFETY: the token has this sub-block, by the caller's promise.
-                        let asum = unsafe { v.splat_f32(*x[t].offset.add(8 * n_subs * i + sub)) };
-                        inner[t] = v.fnma(asum, min, inner[t]);
-                    }
+                    // SAFETY: the token has these two sub-blocks, by the caller's promise.
+                    offsets[t] = unsafe { v.dot_pairs(offsets[t], pair, Self::sums_at(&x[t], i, j)) };
                 }
             }
         }
+        let (d, dmin) = (L::d(v, &head), L::dmin(v, &head));
         for t in 0..N {
             // SAFETY: the token has this superblock, by the caller's promise.
-            acc[t] = v.fma(inner[t], unsafe { v.splat_f32(*x[t].d.add(i)) }, acc[t]);
+            acc[t] = unsafe { Self::total(v, (sums[t], offsets[t]), (d, dmin), *x[t].d.add(i), acc[t]) };
         }
     }
 
-    /// Adds the part of 32 weights, the `i`-th of each row, to superblocks' inner sums.
+    /// Where the sums of the `j`-th two sub-blocks of superblock `i` are.
     ///
     /// # Safety
-    /// The tokens have an `i`-th 32 activations.
+    /// The token has them.
+    #[inline(always)]
+    unsafe fn sums_at(x: &Act, i: usize, j: usize) -> *const i16 {
+        // SAFETY: the caller's promise.
+        unsafe { x.negated_sub_sum.add(8 * Self::SUBS * i + 2 * j) }
+    }
+
+    /// `acc` and a superblock's part: its integers, which are exact, times its scales and the activations'.
+    #[inline(always)]
+    fn total<V: Vector>(v: V, (sum, offset): (V::I, V::I), (d, dmin): (V::F, V::F), da: f32, acc: V::F) -> V::F {
+        let (zero, da) = (Self::zero::<V>(), v.splat_f32(da));
+        let sum = if zero == 0 { sum } else { v.add_i32(sum, v.shl(offset, zero.trailing_zeros())) };
+        let acc = v.fma(v.to_f32(sum), v.mul(d, da), acc);
+        if L::MIN { v.fma(v.to_f32(offset), v.mul(dmin, da), acc) } else { acc }
+    }
+
+    /// Adds the dot products of 32 weights, the `s`-th of superblock `i`, times their scales.
+    ///
+    /// # Safety
+    /// The tokens have a superblock `i`.
     #[inline(always)]
     unsafe fn step<V: Vector, const N: usize, const R: usize>(
         v: V,
-        w: &[&Open<V>; R],
+        w: &[Panel<V>; R],
         x: &[Act; N],
         i: usize,
-        inner: &mut Sums<V, N, R>,
+        s: usize,
+        sums: &mut Sums<V::I, N, R>,
     ) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the tokens have these 32 activations, by the caller's promise.
         unsafe {
-            if L::SUB == 32 {
-                Self::sub(v, w, 0, w.map(|w| &w.codes), x, i, inner);
+            let q: [*const i8; N] = std::array::from_fn(|t| x[t].q.add(256 * i + 32 * s));
+            let codes: [_; R] = std::array::from_fn(|r| &w[r].codes[s]);
+            if Self::SUBS == 1 {
+                *sums = v.scaled_dots(*sums, codes, q, L::BITS, std::array::from_fn(|r| w[r].factors[s]));
             } else {
-                let low = w.map(|w| w.codes.first_chunk::<4>().expect("of 8"));
-                let high = w.map(|w| w.codes.last_chunk::<4>().expect("of 8"));
-                Self::sub(v, w, 0, low, x, 2 * i, inner);
-                Self::sub(v, w, 1, high, x, 2 * i + 1, inner);
-            }
-        }
-    }
-
-    /// Adds the part of sub-block `j` of each row, `codes`, which is number `k` in `w`.
-    ///
-    /// # Safety
-    /// The tokens have a sub-block `j`.
-    #[inline(always)]
-    unsafe fn sub<V: Vector, const K: usize, const N: usize, const R: usize>(
-        v: V,
-        w: &[&Open<V>; R],
-        k: usize,
-        codes: [&[V::I; K]; R],
-        x: &[Act; N],
-        j: usize,
-        inner: &mut Sums<V, N, R>,
-    ) {
-        let zero = if L::BITS == 8 { V::SIGNED_ZERO } else { L::ZERO };
-        // SAFETY: the tokens have this sub-block, by the caller's promise.
-        unsafe {
-            let mut isums = [[v.splat(0); R]; N];
-            for t in 0..N {
-                isums[t] = [start(v, &x[t], j, zero); R];
-            }
-            let isums = v.dots(isums, codes, std::array::from_fn(|t| x[t].q.add(4 * K * j)), L::BITS);
-            for t in 0..N {
-                for r in 0..R {
-                    inner[t][r] = v.fma(v.to_f32(isums[t][r]), w[r].scale[k], inner[t][r]);
-                }
-                if L::MIN {
-                    let offset = v.splat_f32(*x[t].offset.add(j));
-                    for r in 0..R {
-                        inner[t][r] = v.fnma(offset, w[r].min[k], inner[t][r]);
-                    }
-                }
+                let low = codes.map(|codes| codes.first_chunk::<4>().expect("of 8"));
+                let high = codes.map(|codes| codes.last_chunk::<4>().expect("of 8"));
+                let factor = |k: usize| std::array::from_fn(|r| w[r].factors[2 * s + k]);
+                *sums = v.scaled_dots(*sums, low, q, L::BITS, factor(0));
+                *sums = v.scaled_dots(*sums, high, q.map(|q| q.add(16)), L::BITS, factor(1));
             }
         }
     }
@@ -245,19 +260,32 @@ impl<L: Superblock> Superblocks<L> {
         panel: &[[Panel<V>; R]],
         first: usize,
         x: &[Act; N],
-        acc: &mut Sums<V, N, R>,
+        acc: &mut Sums<V::F, N, R>,
     ) {
-        for (i, w) in panel.iter().enumerate() {
-            let mut inner = [[v.splat_f32(0.0); R]; N];
+        for (i, w) in (first..).zip(panel) {
+            let mut sums = [[v.splat(0); R]; N];
             for s in 0..8 {
                 // SAFETY: the caller's promise.
-                unsafe { Self::step(v, &std::array::from_fn(|r| &w[r][s]), x, 8 * (first + i) + s, &mut inner) };
+                unsafe { Self::step(v, w, x, i, s, &mut sums) };
+            }
+            let mut offsets = [[v.splat(0); R]; N];
+            if Self::needs_sums::<V>() {
+                for j in 0..4 * Self::SUBS {
+                    for t in 0..N {
+                        for r in 0..R {
+                            // SAFETY: the caller's promise.
+                            let sums = unsafe { Self::sums_at(&x[t], i, j) };
+                            // SAFETY: as above.
+                            offsets[t][r] = unsafe { v.dot_pairs(offsets[t][r], w[r].pairs[j], sums) };
+                        }
+                    }
+                }
             }
             for t in 0..N {
-                // SAFETY: the caller's promise.
-                let d = unsafe { v.splat_f32(*x[t].d.add(first + i)) };
                 for r in 0..R {
-                    acc[t][r] = v.fma(inner[t][r], d, acc[t][r]);
+                    // SAFETY: the caller's promise.
+                    let da = unsafe { *x[t].d.add(i) };
+                    acc[t][r] = Self::total(v, (sums[t][r], offsets[t][r]), (w[r].d, w[r].dmin), da, acc[t][r]);
                 }
             }
         }
@@ -333,7 +361,7 @@ impl<L: Superblock> Kernel for Superblocks<L> {
         let bytes = L::BYTES * V::LANES;
         let columns = four();
         let zero = v.splat_f32(0.0);
-        let mut panel = [[Open::nothing(v); 8]];
+        let mut panel = [Panel::nothing(v)];
         for g in 0..job.n_groups {
             let mut acc = [zero; T];
             for i in 0..job.n_blocks {
@@ -367,7 +395,7 @@ impl<L: Superblock> Kernel for Superblocks<L> {
     #[inline(always)]
     unsafe fn gemm<V: Vector, const N: usize, const R: usize>(v: V, job: &Job<'_>) {
         let (columns, zero) = (four(), v.splat_f32(NO_SCALE));
-        let nothing = [Open::nothing(v); 8];
+        let nothing = Panel::nothing(v);
         let (mut panel, mut acc) = ([[nothing; R]; DEPTH], [[zero; R]; MAX_TOKENS]);
         let together = job.n_groups / R * R;
         for g in (0..together).step_by(R) {

@@ -106,8 +106,10 @@ fn top_pair<V: Vector>(v: V, a: V::I) -> V::I {
 /// Scales and offsets of Q4_K and Q5_K: four sub-blocks a word.
 #[derive(Clone, Copy)]
 pub(crate) struct ScalesK4<V: Vector> {
-    d: V::F,
-    dmin: V::F,
+    /// What scales are multiplied by.
+    pub d: V::F,
+    /// What offsets are multiplied by.
+    pub dmin: V::F,
     scales: [V::I; 2],
     mins: [V::I; 2],
 }
@@ -128,13 +130,13 @@ impl<V: Vector> ScalesK4<V> {
 
     /// The scale of sub-block `j`.
     #[inline(always)]
-    pub(crate) fn scale(&self, v: V, j: usize) -> V::F {
-        v.mul(self.d, v.to_f32(byte(v, self.scales[j / 4], j % 4)))
+    pub(crate) fn scale(&self, v: V, j: usize) -> V::I {
+        byte(v, self.scales[j / 4], j % 4)
     }
 
     /// The offset of sub-block `j`.
     #[inline(always)]
-    pub(crate) fn min(&self, v: V, j: usize) -> V::F {
-        v.mul(self.dmin, v.to_f32(byte(v, self.mins[j / 4], j % 4)))
+    pub(crate) fn min(&self, v: V, j: usize) -> V::I {
+        byte(v, self.mins[j / 4], j % 4)
     }
 }

@@ -54,7 +54,7 @@ pub(crate) trait Vector: Copy + 'static {
     fn or(self, a: Self::I, b: Self::I) -> Self::I;
     /// Lanes shifted left by `n`.
     fn shl(self, a: Self::I, n: u32) -> Self::I;
-    /// The number at `p`, a sum of 16 or 32 bytes, in every lane, shifted left by `shift`, at most 7.
+    /// The number at `p`, a sum of 32 bytes, in every lane, shifted left by `shift`, at most 7.
     ///
     /// # Safety
     /// It can be read.
@@ -69,6 +69,8 @@ pub(crate) trait Vector: Copy + 'static {
     fn sar(self, a: Self::I, n: u32) -> Self::I;
     /// Sum of lanes.
     fn add_i32(self, a: Self::I, b: Self::I) -> Self::I;
+    /// `a * b + c` of signed lanes.
+    fn mul_add_i32(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I;
     /// The bytes of `codes`, each 0..=15, looked up in the table.
     fn lookup(self, table: &[i8; 16], codes: Self::I) -> Self::I;
 
@@ -103,6 +105,42 @@ pub(crate) trait Vector: Copy + 'static {
         sums
     }
 
+    /// Signed numbers of at most eight bits in each lane, as [`scaled_dots`](Self::scaled_dots) takes them.
+    #[inline(always)]
+    fn factor(self, a: Self::I) -> Self::I {
+        a
+    }
+
+    /// As [`dots`](Self::dots), each dot product times its row's factor: exact in 32 bits.
+    ///
+    /// # Safety
+    /// As for `dot`, for each token.
+    #[inline(always)]
+    unsafe fn scaled_dots<const K: usize, const N: usize, const R: usize>(
+        self,
+        start: [[Self::I; R]; N],
+        w: [&[Self::I; K]; R],
+        q: [*const i8; N],
+        bits: u32,
+        factor: [Self::I; R],
+    ) -> [[Self::I; R]; N] {
+        let mut sums = start;
+        // SAFETY: the caller's promise.
+        let dots = unsafe { self.dots([[self.splat(0); R]; N], w, q, bits) };
+        for t in 0..N {
+            for r in 0..R {
+                sums[t][r] = self.mul_add_i32(dots[t][r], factor[r], sums[t][r]);
+            }
+        }
+        sums
+    }
+
+    /// `start` plus the products of the two signed 16-bit numbers in each lane with the two at `p`.
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn dot_pairs(self, start: Self::I, w: Self::I, p: *const i16) -> Self::I;
+
     /// `sum` and the products of its bytes with those of `w`, added up by the cheapest instructions for that, without regard to
     /// overflow: a step of the loop that shows how fast a core can multiply.
     fn multiply_add(self, sum: Self::I, w: Self::I) -> Self::I;
@@ -121,6 +159,4 @@ pub(crate) trait Vector: Copy + 'static {
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a * b + c`, rounded once.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    /// `c - a * b`, rounded once.
-    fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
 }
