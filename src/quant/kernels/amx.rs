@@ -4,6 +4,7 @@
 //! unpacked codes lie; `C` holds the sums, a token a row. There are no intrinsics for them on stable Rust, hence the assembler.
 
 use core::arch::asm;
+use core::arch::x86_64::__m512i;
 
 /// Tokens of a tile.
 pub(super) const TOKENS: usize = 16;
@@ -38,22 +39,25 @@ pub(super) enum Set {
     Rest,
 }
 
-/// Tiles set up for products of `K` bytes, a multiple of 4 up to 64. When it goes they are released: a thread that sleeps has none for
-/// the kernel to save.
+/// Tokens' activations of a superblock.
+#[repr(C, align(64))]
+pub(super) struct Tokens(pub [[i8; 256]; TOKENS]);
+
+/// What a superblock of 16 rows is multiplied with: for each 64 weights two tiles.
+pub(super) type Codes = [[[__m512i; 16]; 2]; 4];
+
+/// Tiles set up for products of `K` bytes. When it goes they are released: a thread that sleeps has none for the kernel to save.
 pub(super) struct Tiles<const K: usize>(());
 
 impl<const K: usize> Tiles<K> {
-    /// `rest` is the number of tokens that [`Set::Rest`] takes, 1 to 16.
+    /// Each tile's rows, and their bytes.
     ///
     /// # Safety
     /// The processor has [`Isa::Avx512Amx`](crate::cpu::Isa), and the thread has no other `Tiles`.
-    pub(super) unsafe fn new(rest: usize) -> Self {
-        assert!(K.is_multiple_of(4) && K <= 64 && (1..=TOKENS).contains(&rest));
-        // Tiles 0, 3: A; 1, 4: B; 2, 5: C; 6, 7: A and C of the rest, whose B is tile 1.
-        let (a, b, c) = ((TOKENS, K), (K / 4, 64), (TOKENS, 64));
-        let shapes = [a, b, c, a, b, c, (rest, K), (rest, 64)];
+    unsafe fn configure(shapes: [(usize, usize); 8]) -> Self {
         let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         for (i, (rows, row_bytes)) in shapes.into_iter().enumerate() {
+            assert!((1..=16).contains(&rows) && (1..=64).contains(&row_bytes));
             (config.rows[i], config.row_bytes[i]) = (rows as u8, row_bytes as u16);
         }
         // SAFETY: the processor has AMX, by the caller's promise, and the configuration is one of palette 1. The assembler reads memory (the
@@ -61,9 +65,22 @@ impl<const K: usize> Tiles<K> {
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, preserves_flags)) };
         Self(())
     }
+}
 
-    /// `c` becomes the products' sums: of the bytes at `a`, `K` a token, from one token to the next `a_stride`, with the rows of `b`,
-    /// `K / 4` times 64 bytes. Both are signed. `Set::Rest` leaves the rows of `c` after its tokens as they are.
+impl Tiles<32> {
+    /// `rest` is the number of tokens that [`Set::Rest`] takes, 1 to 16.
+    ///
+    /// # Safety
+    /// As for [`configure`](Self::configure).
+    pub(super) unsafe fn new(rest: usize) -> Self {
+        // Tiles 0, 3: A; 1, 4: B; 2, 5: C; 6, 7: A and C of the rest, whose B is tile 1.
+        let (a, b, c) = ((TOKENS, 32), (8, 64), (TOKENS, 64));
+        // SAFETY: the caller's promise.
+        unsafe { Self::configure([a, b, c, a, b, c, (rest, 32), (rest, 64)]) }
+    }
+
+    /// `c` becomes the products' sums: of the bytes at `a`, 32 a token, from one token to the next `a_stride`, with those at `b`,
+    /// 8 times 64 bytes. Both are signed. `Set::Rest` leaves the rows of `c` after its tokens as they are.
     ///
     /// # Safety
     /// `a` can be read for as many tokens as the set has, and `b`.
@@ -97,6 +114,79 @@ impl<const K: usize> Tiles<K> {
     }
 }
 
+impl Tiles<64> {
+    /// For `n_tokens` tokens, 1 to 16, at a time.
+    ///
+    /// # Safety
+    /// As for [`configure`](Self::configure).
+    pub(super) unsafe fn new(n_tokens: usize) -> Self {
+        // Tile 0: A; 1 to 3: B; 4 to 7: C.
+        let (a, b, c) = ((n_tokens, 64), (16, 64), (n_tokens, 64));
+        // SAFETY: the caller's promise.
+        unsafe { Self::configure([a, b, b, b, c, c, c, c]) }
+    }
+
+    /// `c` becomes the sums over a superblock for each of `R` groups of rows, 1 or 2, and each half of their codes. The rows of `c` after the
+    /// tokens stay as they are.
+    #[inline(always)]
+    pub(super) fn multiply<const R: usize>(&self, a: &Tokens, b: [&Codes; R], c: &mut [[Sums; 2]; R]) {
+        const { assert!(R == 1 || R == 2) };
+        let sums = c.as_mut_ptr();
+        // SAFETY: `self` proves that the tiles are set up; what is read and written is in the references: 64 bytes from column `64 * step` on of
+        // tokens of 256 bytes, and two tiles, 1,024 bytes each, of every group's codes and sums.
+        unsafe {
+            asm!(
+                "tilezero tmm4",
+                "tilezero tmm5",
+                "tilezero tmm6",
+                "tilezero tmm7",
+                options(nomem, nostack, preserves_flags)
+            );
+            for step in 0..4 {
+                asm!(
+                    "tileloadd tmm0, [{a} + {row}]",
+                    "tileloadd tmm1, [{b} + {line}]",
+                    "tdpbssd tmm4, tmm0, tmm1",
+                    "tileloadd tmm2, [{b} + {line} + 1024]",
+                    "tdpbssd tmm5, tmm0, tmm2",
+                    a = in(reg) a.0.as_ptr().cast::<i8>().add(64 * step),
+                    row = in(reg) 256usize,
+                    b = in(reg) b[0][step].as_ptr(),
+                    line = in(reg) 64usize,
+                    options(readonly, nostack, preserves_flags),
+                );
+                if R == 2 {
+                    asm!(
+                        "tileloadd tmm3, [{b} + {line}]",
+                        "tdpbssd tmm6, tmm0, tmm3",
+                        "tileloadd tmm1, [{b} + {line} + 1024]",
+                        "tdpbssd tmm7, tmm0, tmm1",
+                        b = in(reg) b[R - 1][step].as_ptr(),
+                        line = in(reg) 64usize,
+                        options(readonly, nostack, preserves_flags),
+                    );
+                }
+            }
+            asm!(
+                "tilestored [{c} + {line}], tmm4",
+                "tilestored [{c} + {line} + 1024], tmm5",
+                c = in(reg) sums,
+                line = in(reg) 64usize,
+                options(nostack, preserves_flags),
+            );
+            if R == 2 {
+                asm!(
+                    "tilestored [{c} + {line}], tmm6",
+                    "tilestored [{c} + {line} + 1024], tmm7",
+                    c = in(reg) sums.add(R - 1),
+                    line = in(reg) 64usize,
+                    options(nostack, preserves_flags),
+                );
+            }
+        }
+    }
+}
+
 impl<const K: usize> Drop for Tiles<K> {
     fn drop(&mut self) {
         // SAFETY: whoever made it promised that the processor has AMX.
@@ -109,16 +199,16 @@ impl<const K: usize> Drop for Tiles<K> {
 /// # Safety
 /// The processor has [`Isa::Avx512Amx`](crate::cpu::Isa), and the thread has no `Tiles`.
 pub(super) unsafe fn multiply_rate(n: usize) -> u64 {
-    // SAFETY: the caller's promise. Tiles 0, 2, 3 and 5 are 16 x 64, and so are 1 and 4 with 64 bytes.
+    // SAFETY: the caller's promise. All tiles are 16 x 64 bytes.
     unsafe {
         let tiles = Tiles::<64>::new(TOKENS);
-        asm!("tilezero tmm1", "tilezero tmm4", options(nomem, nostack, preserves_flags));
+        asm!("tilezero tmm0", "tilezero tmm1", options(nomem, nostack, preserves_flags));
         for _ in 0..n {
             asm!(
-                "tdpbssd tmm0, tmm1, tmm4",
-                "tdpbssd tmm2, tmm1, tmm4",
-                "tdpbssd tmm3, tmm1, tmm4",
-                "tdpbssd tmm5, tmm1, tmm4",
+                "tdpbssd tmm4, tmm0, tmm1",
+                "tdpbssd tmm5, tmm0, tmm1",
+                "tdpbssd tmm6, tmm0, tmm1",
+                "tdpbssd tmm7, tmm0, tmm1",
                 options(nomem, nostack, preserves_flags),
             );
         }

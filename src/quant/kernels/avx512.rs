@@ -30,6 +30,24 @@ impl Avx512 {
     pub(super) fn sub_u8(self, a: __m512i, x: u8) -> __m512i {
         op!(_mm512_sub_epi8(a, _mm512_set1_epi8(x.cast_signed())))
     }
+
+    /// Signed bytes times their lane's signed number of eight bits, cut in two: the low seven bits, and what is above them, signed.
+    /// Only -128 times -128 doesn't fit, and no format has that weight.
+    #[inline(always)]
+    pub(super) fn scaled_bytes(self, w: __m512i, scale: __m512i) -> [__m512i; 2] {
+        let pair = self.or(self.and(scale, self.splat(0xffff)), self.shl(scale, 16));
+        op!({
+            let even = _mm512_mullo_epi16(_mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(w)), pair);
+            let odd = _mm512_mullo_epi16(_mm512_srai_epi16::<8>(w), pair);
+            let mask = |x: __m512i, bits: u32| _mm512_and_si512(x, _mm512_set1_epi32(bits.cast_signed()));
+            let low = _mm512_or_si512(mask(even, 0x007f_007f), mask(_mm512_slli_epi16::<8>(odd), 0x7f00_7f00));
+            let high = _mm512_or_si512(
+                mask(_mm512_srli_epi16::<7>(even), 0x00ff_00ff),
+                mask(_mm512_slli_epi16::<1>(odd), 0xff00_ff00),
+            );
+            [low, high]
+        })
+    }
 }
 
 impl Vector for Avx512 {

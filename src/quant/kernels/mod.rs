@@ -31,6 +31,8 @@ mod run;
 mod scalar;
 mod superblock;
 #[cfg(target_arch = "x86_64")]
+mod tiled256;
+#[cfg(target_arch = "x86_64")]
 mod tiled32;
 pub(crate) mod unpack;
 mod vector;
@@ -171,14 +173,20 @@ instruction_set!(on_avx512, avx512::Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx5
 mod on_amx {
     use super::*;
 
-    /// A tile's sums take as long for one token as for eight, and weights are unpacked once: by count, worth it from the third
-    /// go of `gemv`.
+    /// Few tokens use a part of a tile, but their weights are unpacked once: by count, not by the clock, worth it from the third go of
+    /// `gemv` on.
     const FEW: usize = 2 * MAX_GEMV;
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     unsafe fn gemm32<L: Block32>(job: &Job<'_>) {
         // SAFETY: the function has the features, and the processor AMX besides; the rest is the caller's promise.
         unsafe { tiled32::gemm::<L>(avx512::Avx512::new(), job) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn gemm256<L: Superblock>(job: &Job<'_>) {
+        // SAFETY: as above.
+        unsafe { tiled256::gemm::<L>(avx512::Avx512::new(), job) }
     }
 
     /// # Safety
@@ -192,6 +200,11 @@ mod on_amx {
 
     pub(super) const fn block32<L: Block32>() -> Kernels {
         Kernels { tile: (amx::TOKENS, 1), few: FEW, gemm: gemm32::<L>, ..on_avx512::kernels::<block32::Blocks<L>>() }
+    }
+
+    pub(super) const fn superblock<L: Superblock>() -> Kernels {
+        let gemv = on_avx512::kernels::<superblock::Superblocks<L>>();
+        Kernels { tile: (amx::TOKENS, 2), few: FEW, gemm: gemm256::<L>, ..gemv }
     }
 }
 
@@ -262,7 +275,11 @@ pub(crate) fn block32<L: Block32>(isa: Isa) -> Option<&'static Kernels> {
 
 /// The kernels of a format with superblocks of 256, likewise.
 pub(crate) fn superblock<L: Superblock>(isa: Isa) -> Option<&'static Kernels> {
-    of::<superblock::Superblocks<L>>(isa)
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Amx => Some(const { &on_amx::superblock::<L>() }),
+        _ => of::<superblock::Superblocks<L>>(isa),
+    }
 }
 
 /// The kernels of a format without blocks, likewise.

@@ -91,17 +91,17 @@ type Sums<T, const N: usize, const R: usize> = [[T; R]; N];
 /// The number of columns in half of a sub-block, which is 4, such that the compiler doesn't know: it would lay a superblock's
 /// columns out one after the other, load them all, and keep on the stack what doesn't fit into registers (Q6_K: half the speed).
 #[inline(always)]
-fn four() -> usize {
+pub(super) fn four() -> usize {
     black_box(4)
 }
 
 impl<L: Superblock> Superblocks<L> {
     /// Sub-blocks of 32 weights: one, or two.
-    const SUBS: usize = 32 / L::SUB;
+    pub(super) const SUBS: usize = 32 / L::SUB;
 
     /// The code that stands for zero, as the vectors multiply it.
     #[inline(always)]
-    const fn zero<V: Vector>() -> i32 {
+    pub(super) const fn zero<V: Vector>() -> i32 {
         if L::BITS == 8 { V::SIGNED_ZERO } else { L::ZERO }
     }
 
@@ -114,7 +114,7 @@ impl<L: Superblock> Superblocks<L> {
     /// What the activations' sums are multiplied by in sub-blocks `j` and `j + 1`, as two numbers of 16 bits: the offsets, or, where
     /// zero is a code, the scales.
     #[inline(always)]
-    fn pair<V: Vector>(v: V, head: &L::Head<V>, j: usize) -> V::I {
+    pub(super) fn pair<V: Vector>(v: V, head: &L::Head<V>, j: usize) -> V::I {
         let of = |j| if L::MIN { L::min(v, head, j) } else { L::scale(v, head, j) };
         v.or(v.and(of(j), v.splat(0xffff)), v.shl(of(j + 1), 16))
     }
@@ -207,7 +207,7 @@ impl<L: Superblock> Superblocks<L> {
     /// # Safety
     /// The token has them.
     #[inline(always)]
-    unsafe fn sums_at(x: &Act, i: usize, j: usize) -> *const i16 {
+    pub(super) unsafe fn sums_at(x: &Act, i: usize, j: usize) -> *const i16 {
         // SAFETY: the caller's promise.
         unsafe { x.negated_sub_sum.add(8 * Self::SUBS * i + 2 * j) }
     }
