@@ -121,6 +121,10 @@ fn every_format_gives_the_scalar_bits_on_every_instruction_set() {
             for n_tokens in (1..=13).chain([16, 17, 31, 70, 128, 129, 131]) {
                 check(format, isa, 33, 2, n_tokens, &mut rng);
             }
+            // Groups that are multiplied together, two panels and a part, tiles of tokens and a rest that is less or more than half of one.
+            for n_tokens in [37, 29] {
+                check(format, isa, 80, if format.block_len == 32 { 35 } else { 3 }, n_tokens, &mut rng);
+            }
         }
     }
 }

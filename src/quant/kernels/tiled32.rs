@@ -3,8 +3,8 @@
 //! A tile holds the integer sums of a block for 16 tokens and 16 rows. It goes through the cache into vectors, where the operations
 //! of [`block32`](super::block32) follow in their order, with the sums of 16 tokens in registers.
 //!
-//! The count for 16 tokens, 16 rows and 32 weights: 28 loads of 64 bytes (C, B, A of half a line) and 16 of scales, two a cycle; 16 stores,
-//! one a cycle; 16 products; 48 vector operations, two a cycle. So 24 cycles at best, where VNNI's 176 operations take 88.
+//! The count for 16 tokens, 16 rows and 32 weights: 40 loads of rows (A, B and C) and 16 of scales, two a cycle; 16 stores, one a
+//! cycle; 16 cycles of the tiles' unit; 48 vector operations, two a cycle. So 28 cycles at best, where VNNI's 176 operations take 88.
 
 use super::NO_SCALE;
 use super::amx::{Set, Sums, TOKENS, Tiles};
