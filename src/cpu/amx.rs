@@ -12,7 +12,7 @@ pub(super) fn is_available() -> bool {
 }
 
 /// The instructions, a kernel that saves the tiles, and tiles of the size that the kernels are written for.
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[cfg(target_os = "linux")]
 fn processor_has_it() -> bool {
     use core::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 
@@ -41,7 +41,7 @@ fn processor_has_it() -> bool {
 }
 
 /// Linux hands out the tiles' 8 KiB a thread only to processes that have asked. A kernel that knows no AMX (before 5.16) says no.
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[cfg(target_os = "linux")]
 fn kernel_permits() -> bool {
     const SYS_ARCH_PRCTL: i64 = 158;
     const ARCH_REQ_XCOMP_PERM: i64 = 0x1023;
@@ -62,12 +62,12 @@ fn kernel_permits() -> bool {
     result == 0
 }
 
-#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+#[cfg(not(target_os = "linux"))]
 fn processor_has_it() -> bool {
     false
 }
 
-#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+#[cfg(not(target_os = "linux"))]
 fn kernel_permits() -> bool {
     false
 }

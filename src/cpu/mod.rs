@@ -1,5 +1,6 @@
 //! The machine: instruction sets, threads, memory.
 
+#[cfg(target_arch = "x86_64")]
 mod amx;
 pub mod isa;
 pub mod memory;

@@ -5,6 +5,7 @@
 
 use core::arch::asm;
 use core::arch::x86_64::__m512i;
+use core::marker::PhantomData;
 
 /// Tokens of a tile.
 pub(super) const TOKENS: usize = 16;
@@ -46,8 +47,9 @@ pub(super) struct Tokens(pub [[i8; 256]; TOKENS]);
 /// What a superblock of 16 rows is multiplied with: for each 64 weights two tiles.
 pub(super) type Codes = [[[__m512i; 16]; 2]; 4];
 
-/// Tiles set up for products of `K` bytes. When it goes they are released: a thread that sleeps has none for the kernel to save.
-pub(super) struct Tiles<const K: usize>(());
+/// Tiles of this thread, set up for products of `K` bytes. When it goes they are released: a thread that sleeps has none for the kernel
+/// to save.
+pub(super) struct Tiles<const K: usize>(PhantomData<*const ()>);
 
 impl<const K: usize> Tiles<K> {
     /// Each tile's rows, and their bytes.
@@ -63,7 +65,7 @@ impl<const K: usize> Tiles<K> {
         // SAFETY: the processor has AMX, by the caller's promise, and the configuration is one of palette 1. The assembler reads memory (the
         // default), so the configuration is written before.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, preserves_flags)) };
-        Self(())
+        Self(PhantomData)
     }
 }
 
