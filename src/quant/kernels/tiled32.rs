@@ -182,10 +182,10 @@ unsafe fn tile<L: Block32, const N: usize>(
         }
         if i >= LATER {
             let i = i - LATER;
-            let (w, isums) = (&panel[i], &isums[i % (2 * LATER)]);
+            let (w, isums) = (&panel[i], isums[i % (2 * LATER)].0.as_ptr());
             for t in 0..N {
-                // SAFETY: a row of the sums is a vector.
-                let isum = unsafe { v.load(isums.0[t].as_ptr().cast()) };
+                // SAFETY: the sums have a row `t`, a vector.
+                let isum = unsafe { v.load(isums.add(t).cast()) };
                 sums[t] = v.fma(v.to_f32(isum), v.mul(w.scale, v.splat_f32(x.d[t][i])), sums[t]);
                 if L::MIN {
                     sums[t] = v.fma(v.splat_f32(x.offset[t][i]), w.min, sums[t]);
