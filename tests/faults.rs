@@ -8,6 +8,7 @@ use common::disk::FailingDisk;
 use oncall::engine::{Engine, EngineError, EngineOptions, Session};
 use oncall::gguf::Gguf;
 use oncall::moe::IoMode;
+use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -117,15 +118,20 @@ fn the_program_says_that_the_disk_failed() {
     let dir = scratch();
     let Some(disk) = disk(dir.path()) else { return };
     let want = run(MODEL, 300).output().unwrap().stdout;
-    let child = start(run(disk.model().to_str().unwrap(), 300));
-    std::thread::sleep(Duration::from_millis(300));
+    let mut child = start(run(disk.model().to_str().unwrap(), 300));
+    // In the middle of its answer, however fast it is: stopped at its first byte until the disk has failed.
+    let mut written = vec![0];
+    child.stdout.as_mut().unwrap().read_exact(&mut written).unwrap();
+    signal(&child, "-STOP");
     disk.forget_all_but(0..0);
     disk.fail();
+    signal(&child, "-CONT");
     let o = finish(child);
+    written.extend(&o.stdout);
     let text = String::from_utf8_lossy(&o.stderr);
     assert_eq!(o.status.code(), Some(1), "{text}");
     assert!(text.contains("model.gguf") && text.contains("Input/output error"), "{text}");
-    assert!(want.starts_with(&o.stdout));
+    assert!(want.starts_with(&written) && written.len() < want.len());
 }
 
 /// Another file takes the model's name, or its bytes are written over.
