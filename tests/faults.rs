@@ -245,27 +245,28 @@ impl Kept {
     }
 }
 
-/// Moments between the start and a little after the end, half of them around the end, where files get their names.
-fn moments(n: u32, whole: Duration) -> impl Iterator<Item = Duration> {
+/// A part of a run's time, from the start to a little after the end; every second one is near the end, where files get their names.
+fn moments() -> impl Iterator<Item = f64> {
     let mut x = 12345u32;
-    (0..n).map(move |i| {
+    (0u32..).map(move |i| {
         x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         let random = f64::from(x >> 8) / f64::from(1 << 24);
-        if i.is_multiple_of(2) { whole.mul_f64(1.1 * random) } else { whole.mul_f64(0.9 + 0.2 * random) }
+        if i.is_multiple_of(2) { 1.1 * random } else { 0.9 + 0.2 * random }
     })
 }
 
-/// Disturbs runs with a signal at all sorts of moments, and checks that what they wrote is a beginning of the answer.
+/// Disturbs so many runs with a signal at all sorts of moments, and checks that what they wrote is a beginning of the answer.
 fn disturb(name: &str, n: u32, check: impl Fn(&Kept, &Output)) {
     let kept = Kept { dir: scratch() };
     kept.whole_run();
     let began = Instant::now();
     let want = kept.whole_run();
-    let whole = began.elapsed();
-    let mut n_disturbed = 0;
-    for moment in moments(n, whole) {
+    let mut whole = began.elapsed();
+    let mut n_left = n;
+    for (i, moment) in moments().enumerate() {
+        assert!(i < 50 * n as usize, "{n_left} of {n} runs are still to be disturbed");
         let child = start(kept.command());
-        std::thread::sleep(moment);
+        std::thread::sleep(whole.mul_f64(moment));
         // It may have ended, but its number stays its own until it's waited for.
         signal(&child, name);
         let o = finish(child);
@@ -276,16 +277,21 @@ fn disturb(name: &str, n: u32, check: impl Fn(&Kept, &Output)) {
             String::from_utf8_lossy(&o.stdout)
         );
         assert!(!text.contains("panicked") && !text.contains("WARN"), "{text}");
-        n_disturbed += u32::from(!o.status.success());
         check(&kept, &o);
+        // A run's time changes with what else the machine does: followed, so that about half the signals come in time.
+        let in_time = !o.status.success();
+        whole = whole.mul_f64(if in_time { 1.02 } else { 0.98 });
+        n_left -= u32::from(in_time);
+        if n_left == 0 {
+            break;
+        }
     }
-    assert!(n_disturbed > n / 4, "only {n_disturbed} of {n} runs were disturbed");
     assert_eq!(kept.whole_run(), want);
 }
 
 #[test]
 fn ctrl_c_at_any_moment_ends_the_answer_in_order() {
-    disturb("-INT", 40, |kept, o| {
+    disturb("-INT", 20, |kept, o| {
         // Killed by it before the program listens, stopped by it, or done before it came.
         assert!(o.status.signal() == Some(2) || matches!(o.status.code(), Some(130 | 0)), "{:?}", o.status);
         if o.status.signal().is_none() {
@@ -296,7 +302,7 @@ fn ctrl_c_at_any_moment_ends_the_answer_in_order() {
 
 #[test]
 fn a_kill_at_any_moment_damages_nothing() {
-    let n = std::env::var("ONCALL_TEST_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(40);
+    let n = std::env::var("ONCALL_TEST_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(20);
     disturb("-KILL", n, |kept, o| {
         assert!(o.status.signal() == Some(9) || o.status.success(), "{:?}", o.status);
         // Whatever has its name is whole; the next run, which reads the heat, would warn.
