@@ -240,10 +240,10 @@ fn paged(a: &Args, name: &str, path: &Path, budget: &str, n: usize) -> Row {
     for _ in 0..a.runs {
         single.push(child(a, path, bytes, 1, SINGLE_LONGER * a.predict).0);
         // The disk is asked right before, at the size of an expert's part.
-        let disk = DiskProbe::open(path, Mode::Direct).and_then(|p| p.rate(1 << 20, 3, Duration::from_millis(500)));
+        let disk = DiskProbe::open(path, Mode::Direct).and_then(|p| p.rate(1 << 20, 3, Duration::from_millis(300)));
         let (run, held) = child(a, path, bytes, n, a.predict);
         peak = peak.max(held);
-        bounds.push(run.rate * (run.bytes_per_token / disk.expect("a disk that can be read")).max(compute_s));
+        bounds.push(run.rate * (run.bytes_per_token / disk.expect("a disk that can be read").again).max(compute_s));
         ours.push(run);
     }
     Row { bound: Some(median(bounds.into_iter())), peak_mib: peak >> 20, ..row(a, name, budget, n, &ours, &single) }

@@ -1,7 +1,7 @@
 //! `oncall doctor`: what this machine has, what it can do, and what limits it.
 
 use super::{Failure, output};
-use crate::cpu::probe::{self, Cores, DiskProbe, Mode};
+use crate::cpu::probe::{self, Cores, DiskProbe, Mode, Rate};
 use crate::cpu::{Isa, memory};
 use clap::Args;
 use indicatif::ProgressBar;
@@ -36,7 +36,7 @@ pub(super) struct DoctorArgs {
 
 const SIZES: [usize; 3] = [512 << 10, 1 << 20, 4 << 20];
 const IN_FLIGHT: [usize; 4] = [1, 2, 4, 8];
-const DISK_TIME: Duration = Duration::from_millis(150);
+const DISK_TIME: Duration = Duration::from_millis(100);
 const MEMORY_TIME: Duration = Duration::from_millis(200);
 /// Large enough that a disk's own cache doesn't hold it.
 const FILE_BYTES: usize = 256 << 20;
@@ -66,7 +66,9 @@ struct DiskRow {
     mode: Mode,
     read_bytes: usize,
     in_flight: usize,
+    /// Of what was read shortly before, and of what wasn't.
     bytes_per_s: f64,
+    first_bytes_per_s: f64,
 }
 
 pub(super) fn run(a: DoctorArgs) -> Result<(), Failure> {
@@ -136,8 +138,8 @@ fn measure(path: &Path, bar: &ProgressBar) -> Result<Report, Failure> {
         for read_bytes in SIZES {
             for in_flight in IN_FLIGHT {
                 let rate = probe.rate(read_bytes, in_flight, DISK_TIME);
-                let bytes_per_s = rate.map_err(|e| Failure::new(format!("{}: {e}", path.display())))?;
-                disk.push(DiskRow { mode, read_bytes, in_flight, bytes_per_s });
+                let Rate { first, again } = rate.map_err(|e| Failure::new(format!("{}: {e}", path.display())))?;
+                disk.push(DiskRow { mode, read_bytes, in_flight, bytes_per_s: again, first_bytes_per_s: first });
                 bar.inc(1);
             }
         }
@@ -195,6 +197,14 @@ fn limits(r: &Report) -> Vec<String> {
         )),
         _ => {}
     }
+    if let Some(b) = direct.or(buffered).filter(|b| b.bytes_per_s > 1.5 * b.first_bytes_per_s) {
+        out.push(format!(
+            "What was read shortly before comes {:.1} times faster than what wasn't ({}), past the page cache: something below the \
+             file caches it, as a virtual machine's host does. A model's start is as slow as the latter.",
+            b.bytes_per_s / b.first_bytes_per_s,
+            rate(b.first_bytes_per_s)
+        ));
+    }
     if let Some(why) = &r.no_direct {
         out.push(format!(
             "There are no direct reads on this disk ({why}): every read is copied and fills the page cache."
@@ -243,7 +253,7 @@ fn print(r: &Report, model: Option<&Path>) -> Result<String, std::fmt::Error> {
     line("pages", format!("{} bytes; huge ones: {huge}", r.page_bytes))?;
     line("read-ahead", r.read_ahead.map_or_else(unknown, output::size))?;
     let on = model.map_or("a temporary file".into(), |m| m.display().to_string());
-    writeln!(out, "\nRandom reads on {on}, in MB/s\n")?;
+    writeln!(out, "\nRandom reads on {on}, of what was read shortly before, in MB/s\n")?;
     writeln!(out, "{:<10} {:>9}{:>9} in flight:{}", "", "size", "", IN_FLIGHT.map(|n| format!("{n:>8}")).concat())?;
     for of_size in r.disk.chunk_by(|a, b| (a.mode, a.read_bytes) == (b.mode, b.read_bytes)) {
         let mode = if of_size[0].mode == Mode::Direct { "direct" } else { "buffered" };

@@ -154,7 +154,7 @@ fn routing(a: &PlanArgs, o: &Outline) -> Result<(Routing, Assumption), Failure> 
 
 /// Reads in flight, as when the model runs.
 const IN_FLIGHT: usize = 4;
-const DISK_TIME: Duration = Duration::from_millis(400);
+const DISK_TIME: Duration = Duration::from_millis(300);
 /// Tokens in the context for which speeds are told: a question and half of its answer.
 const SEEN: usize = 512;
 const MEMORY_TIME: Duration = Duration::from_millis(100);
@@ -211,6 +211,7 @@ fn disk_rate(model: Option<&Path>, read_bytes: usize) -> Result<f64, String> {
     let probe = DiskProbe::open(path, Mode::Direct).or_else(|_| DiskProbe::open(path, Mode::Buffered));
     probe
         .and_then(|p| p.rate(read_bytes.max(4096), IN_FLIGHT, DISK_TIME))
+        .map(|rate| rate.again)
         .map_err(|e| format!("{}: {e}", path.display()))
 }
 

@@ -22,6 +22,19 @@ pub enum Mode {
 /// What direct reads are aligned to: no disk's block is larger.
 const ALIGN: u64 = 4096;
 
+/// Huge pages' size, on the machines that have them by the size of 4 KiB pages.
+const HUGE: usize = 2 << 20;
+
+/// Bytes a second of random reads. The two differ where something below the file caches what is read, as a virtual machine's
+/// host does.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Rate {
+    /// Of what wasn't read before, or long ago.
+    pub first: f64,
+    /// Of what was read shortly before: as experts are, which are read again and again.
+    pub again: f64,
+}
+
 /// A file for measuring reads.
 pub struct DiskProbe {
     file: File,
@@ -46,45 +59,63 @@ impl DiskProbe {
         Ok(probe)
     }
 
-    /// Bytes a second of random reads of `n_bytes`, `in_flight` at a time, for about `time`. What the page cache holds of the
-    /// file is dropped before, as far as the system does that.
+    /// How fast random reads of `n_bytes` are, `in_flight` at a time, in two rounds of about `time` each: the second reads what the
+    /// first has read. What the page cache holds of the file is dropped before each, as far as the system does that.
+    ///
+    /// The buffers lie in huge pages like the experts' slots: a virtual disk reads into few long pieces of memory up to five
+    /// times as fast as into many of 4 KiB (1.3 MB at a time: 1.1 and 4.9 GB/s).
     ///
     /// # Errors
     /// A read's, or that the file is too short for random reads of this size.
-    pub fn rate(&self, n_bytes: usize, in_flight: usize, time: Duration) -> io::Result<f64> {
-        let n_bytes = (n_bytes as u64).next_multiple_of(ALIGN);
-        let places = self.len.saturating_sub(n_bytes) / ALIGN;
-        if self.len < 4 * n_bytes {
+    pub fn rate(&self, n_bytes: usize, in_flight: usize, time: Duration) -> io::Result<Rate> {
+        let n_bytes = n_bytes.next_multiple_of(ALIGN as usize);
+        if self.len < 4 * n_bytes as u64 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the file is too short to measure reads on"));
         }
+        let in_flight = in_flight.max(1);
+        let mut pages = Pages::new((n_bytes * in_flight).next_multiple_of(HUGE) + HUGE)?;
+        let at = pages.as_ptr().align_offset(HUGE);
+        let buffers = &mut pages[at..][..n_bytes * in_flight];
+        buffers.chunks_mut(ALIGN as usize).for_each(|p| p[0] = 1);
+        let mut counts = vec![u64::MAX; in_flight];
+        let first = self.round(n_bytes, buffers, &mut counts, time)?;
+        let again = self.round(n_bytes, buffers, &mut counts, time)?;
+        Ok(Rate { first, again })
+    }
+
+    /// Bytes a second of as many lanes as there are counts. A lane begins anew after so many reads; their number takes the count's
+    /// place.
+    fn round(&self, n_bytes: usize, buffers: &mut [u8], counts: &mut [u64], time: Duration) -> io::Result<f64> {
         self.forget();
-        let (done, began) = (AtomicU64::new(0), Instant::now());
-        let failed = std::thread::scope(|s| {
-            let lanes: Vec<_> = (0..in_flight.max(1) as u64)
-                .map(|lane| {
-                    let done = &done;
-                    s.spawn(move || -> io::Result<()> {
-                        let mut buf = Pages::new(n_bytes as usize)?;
-                        let mut random = (lane + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (n_bytes << 17) | 1;
-                        while began.elapsed() < time {
-                            // xorshift64 (Marsaglia 2003)
-                            random ^= random << 13;
-                            random ^= random >> 7;
-                            random ^= random << 17;
-                            let at = ((u128::from(random) * u128::from(places + 1)) >> 64) as u64 * ALIGN;
-                            self.file.read_exact_at(&mut buf, at)?;
-                            done.fetch_add(n_bytes, Relaxed);
-                        }
-                        Ok(())
-                    })
-                })
-                .collect();
-            lanes.into_iter().find_map(|l| l.join().unwrap_or_else(|p| std::panic::resume_unwind(p)).err())
-        });
-        match failed {
-            Some(e) => Err(e),
-            None => Ok(done.load(Relaxed) as f64 / began.elapsed().as_secs_f64()),
-        }
+        let places = (self.len - n_bytes as u64) / ALIGN;
+        let began = Instant::now();
+        let lane = |lane: u64, buf: &mut [u8], count: u64| -> io::Result<u64> {
+            let mut n = 0;
+            let mut random = 0u64;
+            while n == 0 || began.elapsed() < time {
+                if n % count == 0 {
+                    random = (lane + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ ((n_bytes as u64) << 17) | 1;
+                }
+                // xorshift64 (Marsaglia 2003)
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                let at = ((u128::from(random) * u128::from(places + 1)) >> 64) as u64 * ALIGN;
+                self.file.read_exact_at(buf, at)?;
+                n += 1;
+            }
+            Ok(n)
+        };
+        let done = std::thread::scope(|s| {
+            let lanes = buffers.chunks_exact_mut(n_bytes).zip(counts.iter()).enumerate();
+            let threads: Vec<_> = lanes.map(|(i, (buf, &count))| s.spawn(move || lane(i as u64, buf, count))).collect();
+            let join =
+                |t: std::thread::ScopedJoinHandle<'_, _>| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p));
+            threads.into_iter().map(join).collect::<io::Result<Vec<u64>>>()
+        })?;
+        let rate = done.iter().sum::<u64>() as f64 * n_bytes as f64 / began.elapsed().as_secs_f64();
+        counts.copy_from_slice(&done);
+        Ok(rate)
     }
 
     /// Asks the system to drop the file's pages.
@@ -230,11 +261,12 @@ mod tests {
         std::fs::write(&path, vec![1u8; 1 << 20]).unwrap();
         let time = Duration::from_millis(20);
         let probe = DiskProbe::open(&path, Mode::Buffered).unwrap();
-        assert!(probe.rate(64 << 10, 2, time).unwrap() > 1e6);
+        let rate = probe.rate(64 << 10, 2, time).unwrap();
+        assert!(rate.first > 1e6 && rate.again > 1e6, "{rate:?}");
         let e = probe.rate(512 << 10, 1, time).unwrap_err();
         assert!(e.to_string().contains("too short"), "{e}");
         if let Ok(direct) = DiskProbe::open(&path, Mode::Direct) {
-            assert!(direct.rate(100, 1, time).unwrap() > 1e4, "it is rounded up to what the disk can do");
+            assert!(direct.rate(100, 1, time).unwrap().again > 1e4, "it is rounded up to what the disk can do");
         }
         assert!(DiskProbe::open(&dir.path().join("none"), Mode::Direct).is_err());
     }
