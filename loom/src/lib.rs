@@ -23,8 +23,13 @@ pub mod ops {
             }
         }
 
-        /// Leaves them where they are.
-        pub fn pack_in_place(_: &Format, _: Isa, _: usize, _: usize, _: &mut [u8], _: &mut Vec<u8>) {}
+        /// Copies them. Half of them are there when another thread has its turn.
+        pub fn pack(_: &Format, _: Isa, _: usize, _: usize, rows: &[u8], packed: &mut [u8]) {
+            let half = rows.len() / 2;
+            packed[..half].copy_from_slice(&rows[..half]);
+            loom::thread::yield_now();
+            packed[half..].copy_from_slice(&rows[half..]);
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use loom::sync::Mutex;
 use oncall_loom::cpu::Isa;
 use oncall_loom::moe::policy::POLICIES;
 use oncall_loom::moe::source::Source;
-use oncall_loom::moe::store::{ExpertStore, FetchError, Part, Ready, StoreLayout, StoreOptions, room_for};
+use oncall_loom::moe::store::{ExpertStore, FetchError, Part, Ready, StoreLayout, StoreOptions};
 use oncall_loom::quant::Format;
 use std::sync::Arc;
 
@@ -85,7 +85,7 @@ fn layout(n_layer: usize) -> StoreLayout {
 }
 
 fn bytes(n_slots: usize) -> u64 {
-    (n_slots * N_PARTS * room_for(N_BYTES)) as u64
+    layout(1).bytes_for_all() / N_EXPERT as u64 * n_slots as u64
 }
 
 fn store(n_layer: usize, n_slots: usize, lanes: usize, disk: &Arc<Disk>) -> ExpertStore {

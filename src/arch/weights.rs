@@ -166,15 +166,16 @@ impl<'a> Loader<'a> {
         let pages = Pages::new(self.n_bytes).map_err(memory)?;
         let base = Shared(pages.as_ptr());
         let pieces: Vec<(&Matrix, Range<usize>)> = self.matrices.iter().flat_map(pieces).collect();
-        pieces.par_iter().try_for_each_init(Vec::new, |scratch, (m, rows)| {
+        pieces.par_iter().try_for_each_init(Vec::new, |scratch: &mut Vec<u8>, (m, rows)| {
             let row = row_bytes(m.format, m.n_cols);
             let (at, n_bytes) = (m.at + rows.start * row, rows.len() * row);
             assert!(at + n_bytes <= pages.len());
             // SAFETY: pieces are disjoint ranges of the mapping, which outlives this loop and nobody else uses yet.
             let data = unsafe { std::slice::from_raw_parts_mut(base.get().add(at), n_bytes) };
             let tensor = &self.gguf.tensors()[m.tensor];
-            self.gguf.read_at(tensor, m.offset + (rows.start * row) as u64, data)?;
-            matmul::pack_in_place(m.format, self.isa, rows.len(), m.n_cols, data, scratch);
+            scratch.resize(n_bytes, 0);
+            self.gguf.read_at(tensor, m.offset + (rows.start * row) as u64, scratch)?;
+            matmul::pack(m.format, self.isa, rows.len(), m.n_cols, scratch, data);
             progress(n_bytes as u64);
             Ok::<_, ModelError>(())
         })?;

@@ -7,7 +7,7 @@ use crate::cpu::{Isa, Pages, Team};
 use crate::gguf::{Gguf, Tensor};
 use crate::moe::planner::Needs;
 use crate::ops::kv::{KV_BLOCK, KvPool};
-use crate::ops::matmul::{Acts, OutRows, Packed, matmul_groups, pack_in_place};
+use crate::ops::matmul::{Acts, OutRows, Packed, matmul_groups};
 use crate::quant::Format;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -136,8 +136,7 @@ fn rate(a: &Active, isa: Isa, team: &Team) -> std::io::Result<f64> {
     let row_bytes = COLUMNS / a.format.block_len * a.format.block_bytes;
     let n_rows = (a.all.min(MAX_BYTES) as usize / row_bytes).next_multiple_of(64).max(64);
     let mut pages = Pages::new(n_rows * row_bytes)?;
-    // Zeros are as much work as anything: no kernel looks for them, and no denormal slows it.
-    pack_in_place(a.format, isa, n_rows, COLUMNS, &mut pages, &mut Vec::new());
+    // Zeros are as much work as anything: no kernel looks for them, and no denormal slows it. Packed they are the same zeros.
     pages.chunks_mut(4096).for_each(|p| p[0] = 0);
     let w = Packed::new(a.format, isa, n_rows, COLUMNS, &pages);
     let mut acts = Acts::default();

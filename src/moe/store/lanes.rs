@@ -1,11 +1,13 @@
 //! The threads that read parts of experts into slots: what a pass waits for first, then what it will probably want, then
-//! what fills free slots. Each read is also packed for the kernels here, while other lanes keep the disk busy.
+//! what fills free slots. Each lane reads into a buffer of its own and packs from there into the slot, while other lanes keep the
+//! disk busy.
 
-use super::layout::N_PARTS;
+use super::layout::{N_PARTS, room_for};
 use super::slots::{PartEnd, Place};
 use super::{Shared, State};
+use crate::cpu::Pages;
 use crate::cpu::sync::thread;
-use crate::ops::matmul::pack_in_place;
+use crate::ops::matmul::pack;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
@@ -32,9 +34,9 @@ impl Lanes {
     pub fn new(shared: &Arc<Shared>, n: usize) -> std::io::Result<Self> {
         let mut lanes = Lanes { shared: shared.clone(), threads: Vec::new() };
         for i in 0..n.max(1) {
-            let shared = shared.clone();
+            let (shared, buffer) = (shared.clone(), Buffer::new(shared.layout.room_for_piece())?);
             let thread = thread::Builder::new().name(format!("oncall-read-{i}"));
-            lanes.threads.push(thread.spawn(move || serve(&shared))?);
+            lanes.threads.push(thread.spawn(move || serve(&shared, buffer))?);
         }
         Ok(lanes)
     }
@@ -51,8 +53,31 @@ impl Drop for Lanes {
     }
 }
 
-fn serve(shared: &Shared) {
-    let mut scratch = Vec::new();
+/// A lane's buffer, in a huge page where there are any: disks read faster into few long pieces of memory than into many pages
+/// (`cpu::probe`), and what was read is still in the cache when it's packed.
+struct Buffer {
+    pages: Pages,
+    at: usize,
+    len: usize,
+}
+
+impl Buffer {
+    /// Bytes of a huge page.
+    const HUGE: usize = 2 << 20;
+
+    fn new(len: usize) -> std::io::Result<Self> {
+        let pages = Pages::new(len.next_multiple_of(Self::HUGE) + Self::HUGE)?;
+        let at = pages.as_ptr().align_offset(Self::HUGE);
+        assert!(at <= Self::HUGE);
+        Ok(Buffer { pages, at, len })
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        &mut self.pages[self.at..][..self.len]
+    }
+}
+
+fn serve(shared: &Shared, mut buffer: Buffer) {
     let mut s = shared.lock();
     while !s.stop {
         let Some(job) = s.next_job(shared) else {
@@ -62,7 +87,7 @@ fn serve(shared: &Shared) {
         s.count_busy();
         s.reading.0 += 1;
         drop(s);
-        let result = catch_unwind(AssertUnwindSafe(|| shared.load(job, &mut scratch)))
+        let result = catch_unwind(AssertUnwindSafe(|| shared.load(job, buffer.bytes())))
             .unwrap_or_else(|_| Err("reading it panicked, which is a bug in oncall".into()));
         s = shared.lock();
         s.count_busy();
@@ -106,17 +131,24 @@ impl State {
 }
 
 impl Shared {
-    /// Reads and packs one part of an expert into its slot.
-    fn load(&self, job: PartJob, scratch: &mut Vec<u8>) -> Result<(), String> {
+    /// Reads one part of an expert and packs it into its slot.
+    fn load(&self, job: PartJob, buffer: &mut [u8]) -> Result<(), String> {
         let (layer, expert) = self.layout.layer_and_expert(job.key);
         let Some((parts, _)) = &self.layout.layers[layer] else { return Err(format!("layer {layer} has no experts")) };
         let p = &parts[job.part];
         let range = self.layout.part_of_slot(job.slot, job.part);
-        assert!(range.end <= self.arena.len());
+        assert!(range.len() >= p.n_bytes && range.end <= self.arena.len());
         // SAFETY: in bounds (asserted); the slot is loading, so nobody reads it, and this part of it has one job.
-        let data = unsafe { std::slice::from_raw_parts_mut(self.arena.as_ptr().add(range.start), range.len()) };
-        let at = self.source.read(p.tensor, p.offset + u64::from(expert) * p.stride, p.n_bytes, data)?;
-        pack_in_place(p.format, self.isa, p.n_rows, p.n_cols, &mut data[..at + p.n_bytes], scratch);
+        let data = unsafe { std::slice::from_raw_parts_mut(self.arena.as_ptr().add(range.start), p.n_bytes) };
+        let row_bytes = p.row_bytes();
+        let pieces = data.chunks_mut((p.piece_rows() * row_bytes).max(1));
+        let mut offset = p.offset + u64::from(expert) * p.stride;
+        for piece in pieces {
+            let buffer = &mut buffer[..room_for(piece.len())];
+            let at = self.source.read(p.tensor, offset, piece.len(), buffer)?;
+            pack(p.format, self.isa, piece.len() / row_bytes, p.n_cols, &buffer[at..at + piece.len()], piece);
+            offset += piece.len() as u64;
+        }
         Ok(())
     }
 

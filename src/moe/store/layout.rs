@@ -2,9 +2,15 @@
 
 use crate::quant::Format;
 
-/// Slots and their parts begin at multiples of this, and direct reads begin and end at multiples of it in the file: no disk
-/// has larger blocks, and it's a page.
-const READ_ALIGN: usize = 4096;
+/// Direct reads begin and end at multiples of this, in the file and in memory, and slots in the arena: no disk has larger blocks, and
+/// it's a page.
+pub(super) const PAGE: usize = 4096;
+/// A slot's parts begin at multiples of this, a cache line.
+const LINE: usize = 64;
+/// What is read at once: a lane's buffer is one huge page with what surrounds the bytes, see [`super::lanes`]. Tests have small experts.
+const PIECE: usize = if cfg!(test) { 512 } else { (2 << 20) - 2 * PAGE };
+/// Rows of a piece are a multiple of this, whole groups of every instruction set.
+const PIECE_ROWS: usize = 16;
 
 /// One matrix of every expert of a layer: expert e is `n_bytes` at `offset + e * stride`.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +31,18 @@ pub struct Part {
     pub n_cols: usize,
 }
 
+impl Part {
+    /// Bytes of a row.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.n_bytes / self.n_rows.max(1)
+    }
+
+    /// Rows that are read at once.
+    pub(super) fn piece_rows(&self) -> usize {
+        (PIECE / self.row_bytes().max(1) / PIECE_ROWS * PIECE_ROWS).max(PIECE_ROWS).min(self.n_rows)
+    }
+}
+
 /// The experts of a layer: gate, up, down.
 pub type LayerParts = [Part; 3];
 
@@ -33,7 +51,7 @@ pub(super) const N_PARTS: usize = 3;
 
 /// Room for `n_bytes` that are read directly: the blocks of the file that they lie in, wherever they begin.
 pub fn room_for(n_bytes: usize) -> usize {
-    n_bytes.next_multiple_of(READ_ALIGN) + READ_ALIGN
+    n_bytes.next_multiple_of(PAGE) + PAGE
 }
 
 /// Slots of one size.
@@ -124,9 +142,16 @@ impl StoreLayout {
         parts.map_or(0, |l| l.0.iter().map(|p| p.n_bytes as u64).sum())
     }
 
+    /// Room for the largest piece of an expert that is read at once.
+    pub(super) fn room_for_piece(&self) -> usize {
+        let parts = self.layers.iter().flatten().flat_map(|l| &l.0);
+        parts.map(|p| room_for(p.piece_rows() * p.row_bytes())).max().unwrap_or(0)
+    }
+
     /// Where a slot lies in the arena.
     pub(super) fn slot(&self, slot: u32) -> std::ops::Range<usize> {
-        self.part_of_slot(slot, 0).start..self.part_of_slot(slot, N_PARTS - 1).end
+        let at = self.part_of_slot(slot, 0).start;
+        at..at + self.classes[self.class_of_slot(slot)].slot_bytes
     }
 
     /// Where a part of a slot lies in the arena.
@@ -139,10 +164,10 @@ impl StoreLayout {
 
 /// The class of slots for these parts, which is made if there is none yet.
 fn class_of(classes: &mut Vec<Class>, parts: &LayerParts, n_expert: usize) -> usize {
-    let room = parts.map(|p| room_for(p.n_bytes));
+    let room = parts.map(|p| p.n_bytes.next_multiple_of(LINE));
     let starts = [0, room[0], room[0] + room[1], room[0] + room[1] + room[2]];
     let class = classes.iter().position(|c| c.starts == starts).unwrap_or_else(|| {
-        let slot_bytes = starts[N_PARTS];
+        let slot_bytes = starts[N_PARTS].next_multiple_of(PAGE);
         classes.push(Class { slot_bytes, starts, n_experts: 0, first_slot: 0, base: 0 });
         classes.len() - 1
     });

@@ -148,6 +148,27 @@ impl Vector for Avx2 {
         op!(_mm256_cvtph_ps(_mm_loadu_si128(p.cast())))
     }
     #[inline(always)]
+    unsafe fn store(self, p: *mut u8, x: Self::I) {
+        op!(_mm256_storeu_si256(p.cast(), x))
+    }
+    /// Rows `i` and `i + 4` share a register, so that four by four numbers are exchanged in both halves at once.
+    #[inline(always)]
+    unsafe fn load_columns(self, p: *const u8, stride: usize) -> [Self::I; 4] {
+        op!({
+            let row = |i: usize| _mm_loadu_si128(p.add(i * stride).cast());
+            let rows = |i: usize| _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(row(i)), row(i + 4));
+            let (a, b, c, d) = (rows(0), rows(1), rows(2), rows(3));
+            let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
+            let (ab_high, cd_high) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
+            [
+                _mm256_unpacklo_epi64(ab, cd),
+                _mm256_unpackhi_epi64(ab, cd),
+                _mm256_unpacklo_epi64(ab_high, cd_high),
+                _mm256_unpackhi_epi64(ab_high, cd_high),
+            ]
+        })
+    }
+    #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, x: Self::F) {
         op!(_mm256_storeu_ps(p, x))
     }

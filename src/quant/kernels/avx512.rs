@@ -74,6 +74,30 @@ impl Vector for Avx512 {
         op!(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast())))
     }
     #[inline(always)]
+    unsafe fn store(self, p: *mut u8, x: Self::I) {
+        op!(_mm512_storeu_si512(p.cast(), x))
+    }
+    /// Rows `i`, `i + 4`, `i + 8` and `i + 12` share a register, so that four by four numbers are exchanged in all quarters at once.
+    #[inline(always)]
+    unsafe fn load_columns(self, p: *const u8, stride: usize) -> [Self::I; 4] {
+        op!({
+            let row = |i: usize| _mm_loadu_si128(p.add(i * stride).cast());
+            let rows = |i: usize| {
+                let r = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(row(i)), row(i + 4));
+                _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(r, row(i + 8)), row(i + 12))
+            };
+            let (a, b, c, d) = (rows(0), rows(1), rows(2), rows(3));
+            let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+            let (ab_high, cd_high) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+            [
+                _mm512_unpacklo_epi64(ab, cd),
+                _mm512_unpackhi_epi64(ab, cd),
+                _mm512_unpacklo_epi64(ab_high, cd_high),
+                _mm512_unpackhi_epi64(ab_high, cd_high),
+            ]
+        })
+    }
+    #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, x: Self::F) {
         op!(_mm512_storeu_ps(p, x))
     }

@@ -48,7 +48,7 @@ use job::{Act, Job};
 pub(crate) use layout::{Block, Field, Layout};
 pub(crate) use number::Number;
 pub use rate::multiply_rate;
-pub use run::{Chosen, OutRows, Packed, matmul_groups, pack_in_place};
+pub use run::{Chosen, OutRows, Packed, matmul_groups, pack};
 pub(crate) use superblock::Superblock;
 pub(crate) use vector::Vector;
 
@@ -95,8 +95,8 @@ pub(crate) struct Kernels {
     pub sub: usize,
     /// [`Kernel::FEW`].
     pub few: usize,
-    /// Interleaves a group in place: `(group, scratch of the same size)`.
-    pub pack: fn(&mut [u8], &mut [u8]),
+    /// Interleaves a group: `(rows, group)`, of the same size.
+    pub pack: unsafe fn(&[u8], &mut [u8]),
     /// For 1 to 4 tokens.
     pub gemv: [unsafe fn(&Job<'_>); MAX_GEMV],
     /// For up to [`MAX_TOKENS`].
@@ -140,6 +140,13 @@ macro_rules! instruction_set {
             }
 
             #[target_feature(enable = $features)]
+            unsafe fn pack<K: Kernel>(rows: &[u8], group: &mut [u8]) {
+                // SAFETY: as above.
+                let v = unsafe { <$vector>::new() };
+                layout::pack::<_, K::Layout, { <$vector as Vector>::LANES }>(v, rows, group);
+            }
+
+            #[target_feature(enable = $features)]
             unsafe fn multiply(n: usize) -> u64 {
                 // SAFETY: as above.
                 unsafe { rate::multiply(<$vector>::new(), n) }
@@ -154,7 +161,7 @@ macro_rules! instruction_set {
                     tile: ($tokens, $groups),
                     sub: K::SUB,
                     few: if K::FEW < $few { K::FEW } else { $few },
-                    pack: layout::pack::<K::Layout, { <$vector as Vector>::LANES }>,
+                    pack: pack::<K>,
                     gemv: [gemv::<K, 1>, gemv::<K, 2>, gemv::<K, 3>, gemv::<K, 4>],
                     gemm: gemm::<K>,
                 }
@@ -227,6 +234,12 @@ mod on_scalar {
         }
     }
 
+    unsafe fn pack<K: Kernel>(rows: &[u8], group: &mut [u8]) {
+        // SAFETY: nothing is asked for.
+        let v = unsafe { scalar::Scalar::new() };
+        layout::pack::<_, K::Layout, { scalar::Scalar::LANES }>(v, rows, group);
+    }
+
     unsafe fn multiply(n: usize) -> u64 {
         // SAFETY: nothing is asked for.
         unsafe { rate::multiply(scalar::Scalar::new(), n) }
@@ -241,7 +254,7 @@ mod on_scalar {
             tile: (1, 1),
             sub: K::SUB,
             few: K::FEW,
-            pack: layout::pack::<K::Layout, { scalar::Scalar::LANES }>,
+            pack: pack::<K>,
             gemv: [each_token::<K>; MAX_GEMV],
             gemm: each_token::<K>,
         }

@@ -65,6 +65,24 @@ impl<const DOT: bool> Vector for Neon<DOT> {
         op!(vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))))
     }
     #[inline(always)]
+    unsafe fn store(self, p: *mut u8, x: Self::I) {
+        op!(vst1q_u8(p, vreinterpretq_u8_u32(x)))
+    }
+    #[inline(always)]
+    unsafe fn load_columns(self, p: *const u8, stride: usize) -> [Self::I; 4] {
+        // SAFETY: the caller's promise.
+        let row = |i: usize| unsafe { self.load(p.add(i * stride)) };
+        let (a, b, c, d) = (row(0), row(1), row(2), row(3));
+        op!({
+            let wide = |x| vreinterpretq_u64_u32(x);
+            let (ab, ab_odd) = (wide(vtrn1q_u32(a, b)), wide(vtrn2q_u32(a, b)));
+            let (cd, cd_odd) = (wide(vtrn1q_u32(c, d)), wide(vtrn2q_u32(c, d)));
+            let columns =
+                [vtrn1q_u64(ab, cd), vtrn1q_u64(ab_odd, cd_odd), vtrn2q_u64(ab, cd), vtrn2q_u64(ab_odd, cd_odd)];
+            columns.map(|x| vreinterpretq_u32_u64(x))
+        })
+    }
+    #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, x: Self::F) {
         op!(vst1q_f32(p, x))
     }

@@ -9,7 +9,7 @@ use super::{Kernels, MAX_GEMV, number};
 use crate::cpu::Isa;
 use crate::quant::{ActKind, Format};
 
-/// A matrix of weights as the kernels of one instruction set read it, see [`pack_in_place`].
+/// A matrix of weights as the kernels of one instruction set read it, see [`pack`].
 ///
 /// Rows are in groups, the unit of work that is handed to threads. Rows beyond the last full group form one more.
 #[derive(Clone, Copy)]
@@ -31,37 +31,24 @@ fn kernels_of(format: &'static Format, isa: Isa, n_cols: usize) -> (&'static Ker
     (kernels, row_bytes.unwrap_or_else(|| panic!("{n_cols} weights aren't whole blocks of {format:?}")))
 }
 
-/// Brings the rows of a file into the order that the kernels of an instruction set read, in the same place: a group of rows at a
-/// time through `scratch`, which grows to that size. `data` ends with the rows; where more comes before them (a direct read's
-/// misalignment), they move to the beginning on the way.
+/// Brings the rows of a file into the order that the kernels of an instruction set read. Both take the same room.
 ///
 /// # Panics
-/// If the processor lacks the instruction set, or the data has less than `n_rows` whole rows.
-pub fn pack_in_place(
-    format: &'static Format,
-    isa: Isa,
-    n_rows: usize,
-    n_cols: usize,
-    data: &mut [u8],
-    scratch: &mut Vec<u8>,
-) {
+/// If the processor lacks the instruction set, or either isn't `n_rows` whole rows.
+pub fn pack(format: &'static Format, isa: Isa, n_rows: usize, n_cols: usize, rows: &[u8], packed: &mut [u8]) {
     let (kernels, row_bytes) = kernels_of(format, isa, n_cols);
-    let n_bytes = n_rows.checked_mul(row_bytes).expect("rows that are in memory");
-    let before = data.len().checked_sub(n_bytes).expect("data holds the rows");
+    assert!(n_rows.checked_mul(row_bytes) == Some(rows.len()) && packed.len() == rows.len());
     let group_bytes = kernels.lanes * row_bytes;
     if group_bytes == 0 {
         return;
     }
-    scratch.resize(group_bytes, 0);
-    for at in (0..n_bytes).step_by(group_bytes) {
-        let len = group_bytes.min(n_bytes - at);
-        if before > 0 {
-            data.copy_within(before + at..before + at + len, at);
-        }
-        if len == group_bytes {
-            (kernels.pack)(&mut data[at..at + len], scratch);
-        }
+    let (whole, rest) = rows.split_at(rows.len() / group_bytes * group_bytes);
+    let (groups, last) = packed.split_at_mut(whole.len());
+    for (rows, group) in whole.chunks_exact(group_bytes).zip(groups.chunks_exact_mut(group_bytes)) {
+        // SAFETY: `kernels_of` has checked that the processor has the instruction set.
+        unsafe { (kernels.pack)(rows, group) };
     }
+    last.copy_from_slice(rest);
 }
 
 /// How matrices of a format are multiplied on an instruction set.
@@ -88,7 +75,7 @@ impl Chosen {
 }
 
 impl<'a> Packed<'a> {
-    /// A matrix `(n_rows, n_cols)` that [`pack_in_place`] has prepared for the same instruction set.
+    /// A matrix `(n_rows, n_cols)` that [`pack`] has prepared for the same instruction set.
     ///
     /// # Panics
     /// If the processor lacks the instruction set, or the data isn't `n_rows` whole rows.

@@ -62,6 +62,17 @@ impl Vector for Scalar {
         lanes!(l => f16::from_bits(lanes[l] as u16).to_f32())
     }
     #[inline(always)]
+    unsafe fn store(self, p: *mut u8, x: Self::I) {
+        // SAFETY: the caller's promise.
+        unsafe { p.cast::<[[u8; 4]; N]>().write_unaligned(x.map(u32::to_le_bytes)) }
+    }
+    #[inline(always)]
+    unsafe fn load_columns(self, p: *const u8, stride: usize) -> [Self::I; 4] {
+        // SAFETY: the caller's promise.
+        let rows: [Self::I; N] = std::array::from_fn(|row| unsafe { self.load(p.add(row * stride)) });
+        std::array::from_fn(|j| lanes!(l => rows[l][j]))
+    }
+    #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, x: Self::F) {
         // SAFETY: the caller's promise.
         unsafe { p.cast::<[f32; N]>().write_unaligned(x) }

@@ -1,6 +1,6 @@
 //! Every format on every instruction set that this machine has, against the scalar dot product, bit for bit.
 
-use super::{Acts, OutRows, Packed, matmul_groups, pack_in_place};
+use super::{Acts, OutRows, Packed, matmul_groups, pack};
 use crate::cpu::Isa;
 use crate::quant::{FORMATS, Format};
 
@@ -72,8 +72,7 @@ fn check(format: &'static Format, isa: Isa, n_rows: usize, n_blocks: usize, n_to
     // A file's tensors are aligned to 32 bytes, a slot's experts to nothing.
     let mut memory = vec![0xaa; rows.len() + 3];
     let packed = &mut memory[3..];
-    packed.copy_from_slice(&rows);
-    pack_in_place(format, isa, n_rows, n_cols, packed, &mut Vec::new());
+    pack(format, isa, n_rows, n_cols, &rows, packed);
     let w = Packed::new(format, isa, n_rows, n_cols, packed);
 
     let (before, after) = (2, 3);
@@ -137,8 +136,8 @@ fn packing_is_a_permutation_of_bits() {
         for isa in isas() {
             let (n_rows, n_cols) = (16, 2 * format.block_len);
             let rows = random_rows(format, n_rows, n_cols, &mut rng);
-            let mut packed = rows.clone();
-            pack_in_place(format, isa, n_rows, n_cols, &mut packed, &mut Vec::new());
+            let mut packed = vec![0; rows.len()];
+            pack(format, isa, n_rows, n_cols, &rows, &mut packed);
             let ones = |bytes: &[u8]| bytes.iter().map(|b| b.count_ones()).sum::<u32>();
             assert_eq!(ones(&rows), ones(&packed), "{format:?} on {isa}");
         }

@@ -37,6 +37,17 @@ pub(crate) trait Vector: Copy + 'static {
     /// # Safety
     /// They can be read.
     unsafe fn load_f16(self, p: *const u8) -> Self::F;
+    /// Stores the lanes, `4 * LANES` bytes in any alignment.
+    ///
+    /// # Safety
+    /// They can be written.
+    unsafe fn store(self, p: *mut u8, x: Self::I);
+    /// Sixteen bytes of each of `LANES` rows, the first at `p` and each `stride` bytes after the one before: vector j holds the rows'
+    /// j-th four bytes, a row a lane.
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load_columns(self, p: *const u8, stride: usize) -> [Self::I; 4];
     /// Stores `LANES` f32.
     ///
     /// # Safety
