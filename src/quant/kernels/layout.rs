@@ -149,7 +149,9 @@ impl<const R: usize> Ahead<R> {
 /// Interleaves a group of rows, which lie one after the other.
 ///
 /// Experts are packed on their way from the disk, on cores that also compute. So rows are read where the disk's bytes came to lie and
-/// written where the kernels read them, sixteen bytes of all rows at a time through registers (AVX2, GiB/s: PACKFIGURES).
+/// written where the kernels read them, sixteen bytes of all rows at a time through registers (AVX2, in the cache, GiB/s: Q4_0 5.0 to
+/// 23.6, Q4_K 7.2 to 25.0, Q6_K 7.3 to 25.0). Into memory that no cache holds it's 8 to 10, which is memory's own limit; stores past the
+/// cache made that 13 for Q4_K, but then computing had to fetch from memory what was just packed, and a paged run gained nothing.
 ///
 /// # Panics
 /// If these aren't `LANES` rows of whole blocks, `V`'s, or the group isn't as long.
@@ -206,7 +208,7 @@ struct Interleaved<V, const LANES: usize> {
 
 impl<V: Vector, const LANES: usize> Interleaved<V, LANES> {
     /// Puts down field `I`, if there is one. One function a field, which the compiler knows: a loop over them it doesn't take apart,
-    /// and asks for each block what its fields are (Q4_0: SLOWFIELDS).
+    /// and asks for each block what its fields are (Q4_0: 6.6 for 23.6 GiB/s).
     ///
     /// # Safety
     /// The rows have a block of `L`, and there is room for it.
