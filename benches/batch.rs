@@ -240,7 +240,8 @@ fn paged(a: &Args, name: &str, path: &Path, budget: &str, n: usize) -> Row {
     for _ in 0..a.runs {
         single.push(child(a, path, bytes, 1, SINGLE_LONGER * a.predict).0);
         // The disk is asked right before, at the size of an expert's part.
-        let disk = DiskProbe::open(path, Mode::Direct).and_then(|p| p.rate(1 << 20, 3, Duration::from_millis(300)));
+        let disk = DiskProbe::open(path, Mode::Direct)
+            .and_then(|p| p.rate(1 << 20, 3, Duration::from_millis(300), &|_, _| ()));
         let (run, held) = child(a, path, bytes, n, a.predict);
         peak = peak.max(held);
         bounds.push(run.rate * (run.bytes_per_token / disk.expect("a disk that can be read").again).max(compute_s));

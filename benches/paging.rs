@@ -9,11 +9,13 @@ mod common;
 mod shared;
 
 use clap::Parser;
+use common::cgroup::MemoryGroup;
 use common::llama::{Kv, Mode, Model, Options};
 use oncall::engine::{Engine, EngineOptions, Memory};
 use serde::{Deserialize, Serialize};
 use shared::{in_group, median, model};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 /// oncall against llama.cpp's mapping, in less memory than the model is large.
@@ -86,6 +88,12 @@ struct Row {
     /// as long as at least one lane read or packed what it had read.
     #[serde(skip_serializing_if = "Option::is_none")]
     bound: Option<f64>,
+    /// Tokens a second that `oncall plan` foretold in the same group.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    forecast: Option<f64>,
+    /// Seconds from the command to the first token after a short prompt, and those in which the disk reads the dense weights once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    start: Option<(f64, f64)>,
     hit_rate: f64,
     mb_per_token: f64,
     peak_mib: u64,
@@ -112,8 +120,10 @@ fn report(a: &Args, r: &Row) {
         return println!("{}", serde_json::to_string(r).expect("plain numbers"));
     }
     let bound = r.bound.map_or(String::new(), |b| format!(", {:.0} % of the bound", 100.0 * b));
+    let forecast = r.forecast.map_or(String::new(), |f| format!(", forecast {f:.2}"));
+    let start = r.start.map_or(String::new(), |(s, dense)| format!(", starts in {s:.2} s, dense weights {dense:.2} s"));
     println!(
-        "{} {} {} read-ahead {} KiB: ours {:.2}, llama.cpp {:.2} tokens/s, ratio {:.2}{bound}, {:.1} % at hand, {:.0} MB a token, peak {} MiB",
+        "{} {} {} read-ahead {} KiB: ours {:.2}, llama.cpp {:.2} tokens/s, ratio {:.2}{bound}{forecast}, {:.1} % at hand, {:.0} MB a token, peak {} MiB{start}",
         r.model,
         r.budget,
         r.phase,
@@ -183,16 +193,19 @@ fn compare(a: &Args, name: &str, path: &Path, budget: &str, readahead: u32) -> V
     let percent: f64 = budget.trim_end_matches('%').parse().expect("a budget as 25%");
     let bytes = (file as f64 * percent / 100.0) as u64;
     let _restore = ReadAhead::set(readahead);
-    let resident = child(a, "ours", path, 0, 64 << 30).0;
+    let (mut resident, mut plans, mut starts) = (Vec::new(), Vec::new(), Vec::new());
     let (mut us, mut them, mut peak) = (Vec::new(), Vec::new(), 0);
     for _ in 0..a.runs {
+        resident.push(child(a, "ours", path, 0, 64 << 30).0);
+        plans.push(planned(a, path, bytes));
+        starts.push(start(a, path, bytes));
         let (run, held) = child(a, "ours", path, bytes, bytes + (32 << 20));
         us.push(run);
         peak = peak.max(held);
         them.push(child(a, "theirs", path, bytes, bytes + (32 << 20)).0);
     }
     let of = |f: fn(&Run) -> f64, runs: &[Run]| median(runs.iter().map(f));
-    let row = |phase, f: fn(&Run) -> f64, bound| Row {
+    let row = |phase, f: fn(&Run) -> f64, more: Option<(f64, Plan, f64)>| Row {
         model: name.into(),
         format: a.format.clone(),
         budget: budget.into(),
@@ -202,15 +215,63 @@ fn compare(a: &Args, name: &str, path: &Path, budget: &str, readahead: u32) -> V
         ours: of(f, &us),
         theirs: of(f, &them),
         ratio: median(us.iter().zip(&them).map(|(o, t)| f(o) / f(t))),
-        bound,
+        bound: more.map(|m| m.0),
+        forecast: more.map(|m| m.1.tokens_per_s),
+        start: more.map(|m| (m.2, m.1.dense_s)),
         hit_rate: of(|r| r.hit_rate, &us),
         mb_per_token: of(|r| r.bytes_per_token, &us) / 1e6,
         peak_mib: peak >> 20,
     };
     // The time in which a lane was at work, not bytes over a probe's rate: what lies below a virtual disk caches what is read
     // again, and a probe of other places was five times slower than the run itself.
-    let bound = of(|r| r.decode, &us) * of(|r| r.disk_s, &us).max(resident.compute_s);
-    vec![row("prefill", |r| r.prefill, None), row("decode", |r| r.decode, Some(bound))]
+    let bound = of(|r| r.decode, &us) * of(|r| r.disk_s, &us).max(of(|r| r.compute_s, &resident));
+    let of_plans = |f: fn(&Plan) -> f64| median(plans.iter().map(f));
+    let plan = Plan { tokens_per_s: of_plans(|p| p.tokens_per_s), dense_s: of_plans(|p| p.dense_s) };
+    let more = (bound, plan, median(starts.into_iter()));
+    vec![row("prefill", |r| r.prefill, None), row("decode", |r| r.decode, Some(more))]
+}
+
+/// The program's command of this name, with what the runs have.
+fn oncall(a: &Args, command: &str, path: &Path, bytes: u64) -> Command {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_oncall"));
+    c.arg(command).arg("-m").arg(path).args(["--memory", &bytes.to_string(), "-t", &a.threads.to_string()]);
+    c.args(["-c", &(a.prompt + a.predict).to_string()]).stdin(Stdio::null());
+    c
+}
+
+/// What `oncall plan` says of a budget.
+#[derive(Clone, Copy)]
+struct Plan {
+    tokens_per_s: f64,
+    dense_s: f64,
+}
+
+fn planned(a: &Args, path: &Path, bytes: u64) -> Plan {
+    let group = MemoryGroup::new("bench", bytes + (32 << 20)).expect("a memory control group");
+    let mut c = oncall(a, "plan", path, bytes);
+    let out = group.run(c.arg("--json")).expect("oncall plan runs");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let plan: serde_json::Value = serde_json::from_slice(&out.stdout).expect("JSON");
+    let budgets = plan["budgets"].as_array().expect("a table");
+    // From the budget on that holds everything the table has no more lines.
+    let of = budgets.iter().find(|b| b["bytes"] == bytes).or(budgets.last()).expect("a line for the budget");
+    let number = |v: &serde_json::Value| v.as_f64().expect("a number");
+    Plan {
+        tokens_per_s: number(&of["tokens_per_s"]),
+        dense_s: number(&plan["dense_bytes"]) / number(&plan["disk_rate"]),
+    }
+}
+
+/// Seconds from the command to the end of an answer of one token after a prompt of a letter, from cold caches.
+fn start(a: &Args, path: &Path, bytes: u64) -> f64 {
+    let _ = std::fs::write("/proc/sys/vm/drop_caches", "3");
+    let group = MemoryGroup::new("bench", bytes + (32 << 20)).expect("a memory control group");
+    let mut c = oncall(a, "run", path, bytes);
+    c.args(["--raw", "--no-heat", "-n", "1", "a"]);
+    let began = Instant::now();
+    let out = group.run(&c).expect("oncall runs");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    began.elapsed().as_secs_f64()
 }
 
 /// The read-ahead of every block device, set for a while.

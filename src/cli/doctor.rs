@@ -137,7 +137,7 @@ fn measure(path: &Path, bar: &ProgressBar) -> Result<Report, Failure> {
         };
         for read_bytes in SIZES {
             for in_flight in IN_FLIGHT {
-                let rate = probe.rate(read_bytes, in_flight, DISK_TIME);
+                let rate = probe.rate(read_bytes, in_flight, DISK_TIME, &|_, _| ());
                 let Rate { first, again } = rate.map_err(|e| Failure::new(format!("{}: {e}", path.display())))?;
                 disk.push(DiskRow { mode, read_bytes, in_flight, bytes_per_s: again, first_bytes_per_s: first });
                 bar.inc(1);

@@ -4,6 +4,7 @@ use super::args::{CacheType, parse_memory};
 use super::replay::read_trace;
 use super::{Failure, output};
 use crate::cpu::probe::{self, DiskProbe, Mode};
+use crate::engine::measure::Beside;
 use crate::engine::outline::Outline;
 use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, EngineOptions, Memory};
 use crate::gguf::Gguf;
@@ -19,8 +20,8 @@ use std::time::Duration;
 #[derive(Args)]
 #[command(
     after_help = "Only the file's header is read, so a download that isn't finished will do. The machine is measured for about a second:
-matrices of the model's formats, and random reads of an expert's size on the model's disk (`oncall doctor` shows more).
-A token takes the longer of computing and reading. Which experts find themselves at hand is a forecast: from made-up routing
+matrices of the model's formats, alone and beside random reads of an expert's size on the model's disk (`oncall doctor` shows more).
+A token takes the longer of computing and reading, which slow each other down. Which experts find themselves at hand is a forecast: from made-up routing
 that is as unequal as trained models', from a trace of a real run (--trace), or for the worst case (--routing uniform).
 
 Examples:
@@ -152,9 +153,6 @@ fn routing(a: &PlanArgs, o: &Outline) -> Result<(Routing, Assumption), Failure> 
     Ok((Routing::Recorded(trace), Assumption::Trace))
 }
 
-/// Reads in flight, as when the model runs.
-const IN_FLIGHT: usize = 4;
-const DISK_TIME: Duration = Duration::from_millis(300);
 /// Tokens in the context for which speeds are told: a question and half of its answer.
 const SEEN: usize = 512;
 const MEMORY_TIME: Duration = Duration::from_millis(100);
@@ -172,11 +170,13 @@ fn plan(
     let n_seen = o.n_ctx.min(SEEN);
     let kv_s = (o.kv_per_1k as f64 * n_seen as f64 / 1024.0) / memory_rate;
     let n_kv_blocks = n_seen.div_ceil(KV_BLOCK) as u64;
-    let disk = disk_rate(a.model.as_deref(), o.read_bytes);
+    let disk = beside(a.model.as_deref(), o);
+    let compute_s = o.measure_compute()? + kv_s;
     let cost = Cost {
-        compute_s: o.measure_compute()? + kv_s,
+        compute_s,
+        beside_s: compute_s * disk.as_ref().map_or(1.0, |d| d.slowdown),
         expert_bytes: o.used_expert_bytes,
-        disk_rate: disk.as_ref().ok().copied(),
+        disk_rate: disk.as_ref().ok().map(|d| d.disk_rate),
     };
     let (smallest, whole) = (needs.smallest(), needs.no_reads());
     let between = [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
@@ -205,14 +205,12 @@ fn plan(
     })
 }
 
-/// The rate of random reads of an expert's matrix, direct if the disk allows it; or why there's none.
-fn disk_rate(model: Option<&Path>, read_bytes: usize) -> Result<f64, String> {
+/// Computing and reading at once, with direct reads if the disk allows them; or why that isn't known.
+fn beside(model: Option<&Path>, o: &Outline) -> Result<Beside, String> {
     let path = model.ok_or("the model is in the program, not on a disk")?;
+    let of_file = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
     let probe = DiskProbe::open(path, Mode::Direct).or_else(|_| DiskProbe::open(path, Mode::Buffered));
-    probe
-        .and_then(|p| p.rate(read_bytes.max(4096), IN_FLIGHT, DISK_TIME))
-        .map(|rate| rate.again)
-        .map_err(|e| format!("{}: {e}", path.display()))
+    o.measure_beside(&probe.map_err(|e| of_file(&e))?).map_err(|e| of_file(&e))
 }
 
 fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt::Error> {
@@ -249,7 +247,10 @@ fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt:
         "",
         p.cost.disk_rate.map_or_else(
             || format!("no disk rate: {}", p.no_disk_rate.as_deref().unwrap_or("")),
-            |r| format!("{} from the disk", rate(r)),
+            |r| {
+                let beside = 1e3 * p.cost.beside_s;
+                format!("{} from the disk beside computing, which takes {beside:.1} ms a token meanwhile", rate(r))
+            },
         ),
     )?;
     let assumed = match p.routing {

@@ -6,6 +6,7 @@ mod budget;
 mod chat;
 mod error;
 mod generate;
+pub mod measure;
 pub mod outline;
 mod saved;
 mod scheduler;

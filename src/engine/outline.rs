@@ -3,14 +3,13 @@
 use super::budget::needs;
 use super::{EngineError, EngineOptions};
 use crate::arch::{self, Config};
-use crate::cpu::{Isa, Pages, Team};
+use crate::cpu::Isa;
 use crate::gguf::{Gguf, Tensor};
+use crate::moe::Part;
 use crate::moe::planner::Needs;
 use crate::ops::kv::{KV_BLOCK, KvPool};
-use crate::ops::matmul::{Acts, OutRows, Packed, matmul_groups};
 use crate::quant::Format;
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
 
 /// What the planner wants to know of a model.
 pub struct Outline {
@@ -28,8 +27,8 @@ pub struct Outline {
     pub used_expert_bytes: u64,
     /// Weight bytes that a token reads in each format, with all bytes of the model in it.
     pub active: Vec<Active>,
-    /// The size of a read: one matrix of an expert.
-    pub read_bytes: usize,
+    /// The largest matrix of an expert; `None` for a dense model.
+    pub part: Option<Part>,
     /// Threads that compute.
     pub n_threads: usize,
 }
@@ -67,31 +66,21 @@ impl Outline {
             expert_bytes: all / (n * n_layers).max(1),
             used_expert_bytes: all / n * used,
             active: active(gguf, n, used),
-            read_bytes: experts.iter().map(|t| (t.n_bytes / n) as usize).max().unwrap_or(0),
+            part: experts.iter().max_by_key(|t| t.n_bytes).map(|t| part(t, n)),
             n_threads: o.n_threads_here(),
             config: model.config,
         })
-    }
-
-    /// Seconds that a token's matrices take here with everything at hand, measured on made-up matrices of the same formats:
-    /// as large as the model's, or large enough that no cache holds them.
-    ///
-    /// # Errors
-    /// When the system refuses threads or memory.
-    pub fn measure_compute(&self) -> Result<f64, EngineError> {
-        let system = |source| EngineError::System { what: "threads, or memory for a measurement", source };
-        let team = Team::new(self.n_threads).map_err(system)?;
-        let isa = Isa::get()?;
-        let mut seconds = 0.0;
-        for a in &self.active {
-            seconds += a.bytes as f64 / rate(a, isa, &team).map_err(system)?;
-        }
-        Ok(seconds)
     }
 }
 
 fn is_expert(t: &Tensor) -> bool {
     t.name.contains("_exps.weight")
+}
+
+/// One of `n` experts' matrices, in a file of its own.
+fn part(t: &Tensor, n: u64) -> Part {
+    let [n_cols, n_rows] = [t.dim(0), t.dim(1)].map(|n| n as usize);
+    Part { tensor: 0, offset: 0, stride: 0, n_bytes: (t.n_bytes / n) as usize, format: t.format, n_rows, n_cols }
 }
 
 /// Bytes of one expert of each layer, and of the layer's other weights.
@@ -122,42 +111,4 @@ fn active(gguf: &Gguf, n: u64, used: u64) -> Vec<Active> {
         (a.bytes, a.all) = (a.bytes + bytes, a.all + t.n_bytes);
     }
     formats.into_values().collect()
-}
-
-/// Columns of the made-up matrices: whole blocks of every format.
-const COLUMNS: usize = 2048;
-/// More than last-level caches hold of one program's data.
-const MAX_BYTES: u64 = 96 << 20;
-/// How long a format is measured.
-const TIME: Duration = Duration::from_millis(120);
-
-/// Bytes a second at which one token goes through matrices of a format.
-fn rate(a: &Active, isa: Isa, team: &Team) -> std::io::Result<f64> {
-    let row_bytes = COLUMNS / a.format.block_len * a.format.block_bytes;
-    let n_rows = (a.all.min(MAX_BYTES) as usize / row_bytes).next_multiple_of(64).max(64);
-    let mut pages = Pages::new(n_rows * row_bytes)?;
-    // Zeros are as much work as anything: no kernel looks for them, and no denormal slows it. Packed they are the same zeros.
-    pages.chunks_mut(4096).for_each(|p| p[0] = 0);
-    let w = Packed::new(a.format, isa, n_rows, COLUMNS, &pages);
-    let mut acts = Acts::default();
-    acts.reset(1, COLUMNS, &[a.format.act]);
-    acts.put(0, &vec![1.0; COLUMNS]);
-    let mut out = vec![0.0; n_rows];
-    let step = w.n_groups().div_ceil(8 * team.n_threads()).max(1);
-    let mut once = || {
-        let out = OutRows::new(&mut out, n_rows);
-        team.run(w.n_groups().div_ceil(step), &|i| {
-            matmul_groups(w, i * step..((i + 1) * step).min(w.n_groups()), &acts, &[0], out);
-        });
-    };
-    once();
-    let (began, mut best, mut n) = (Instant::now(), f64::INFINITY, 0);
-    // The best of a few: what disturbs a measurement only makes it slower.
-    while n < 3 || began.elapsed() < TIME {
-        let t = Instant::now();
-        once();
-        best = best.min(t.elapsed().as_secs_f64());
-        n += 1;
-    }
-    Ok((n_rows * row_bytes) as f64 / best.max(1e-9))
 }

@@ -137,10 +137,21 @@ impl Routing {
 pub struct Cost {
     /// Seconds of computing, everything at hand.
     pub compute_s: f64,
+    /// Seconds of computing while experts are read all the time: reading takes time of the cores and of the memory.
+    pub beside_s: f64,
     /// Bytes of the experts that it uses.
     pub expert_bytes: u64,
-    /// The disk's rate for experts, in bytes a second; `None` where nobody has measured it.
+    /// The disk's rate for experts while all threads compute, in bytes a second; `None` where nobody has measured it.
     pub disk_rate: Option<f64>,
+}
+
+impl Cost {
+    /// Seconds of a token that reads for `disk_s`: the longer of computing and reading, where computing is slower while there is
+    /// reading beside it.
+    fn token_s(&self, disk_s: f64) -> f64 {
+        let computed = disk_s / self.beside_s.max(1e-9);
+        disk_s + self.compute_s * (1.0 - computed).max(0.0)
+    }
 }
 
 /// What is to be expected of a budget.
@@ -162,7 +173,7 @@ pub struct Forecast {
     pub compute_s: f64,
     /// Seconds of a token's reading, which goes on beside the computing.
     pub disk_s: Option<f64>,
-    /// Tokens written in a second: 1 / max(compute, disk).
+    /// Tokens written in a second: the longer of the two, which slow each other down.
     pub tokens_per_s: Option<f64>,
 }
 
@@ -184,7 +195,7 @@ pub fn forecast(needs: &Needs, cost: &Cost, routing: &Routing, budget: u64, n_kv
         bytes_per_token,
         compute_s: cost.compute_s,
         disk_s,
-        tokens_per_s: disk_s.map(|d| 1.0 / d.max(cost.compute_s).max(1e-9)),
+        tokens_per_s: disk_s.map(|d| 1.0 / cost.token_s(d).max(1e-9)),
     })
 }
 
@@ -268,13 +279,16 @@ mod tests {
 
     #[test]
     fn a_token_costs_the_larger_of_computing_and_reading() {
-        let cost = Cost { compute_s: 0.01, expert_bytes: 1000, disk_rate: Some(10_000.0) };
+        let cost = Cost { compute_s: 0.01, beside_s: 0.01, expert_bytes: 1000, disk_rate: Some(10_000.0) };
         let f = |budget| forecast(&NEEDS, &cost, &Routing::Uniform, budget, 10).unwrap();
         // A short block leaves fifteen tokens' buffers to the slots.
         let half = f(NEEDS.no_reads() - 2000 - 150);
         assert_eq!((half.hit_rate, half.bytes_per_token), (0.5, 500));
         assert!((half.tokens_per_s.unwrap() - 20.0).abs() < 1e-9);
         assert!((f(NEEDS.no_reads()).tokens_per_s.unwrap() - 100.0).abs() < 1e-9);
+        // Half as fast while there is reading: of 10 ms alone and 20 beside, 5 ms of reading leave three quarters.
+        let slowed = Cost { beside_s: 0.02, ..cost };
+        assert_eq!([0.0, 0.005, 0.02, 0.03].map(|disk_s| slowed.token_s(disk_s)), [0.01, 0.0125, 0.02, 0.03]);
         let blind = Cost { disk_rate: None, ..cost };
         assert_eq!(forecast(&NEEDS, &blind, &Routing::Uniform, NEEDS.smallest(), 10).unwrap().tokens_per_s, None);
         assert!(forecast(&NEEDS, &blind, &Routing::Uniform, NEEDS.no_reads(), 10).unwrap().tokens_per_s.is_some());

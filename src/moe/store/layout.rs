@@ -33,12 +33,12 @@ pub struct Part {
 
 impl Part {
     /// Bytes of a row.
-    pub(super) fn row_bytes(&self) -> usize {
+    pub fn row_bytes(&self) -> usize {
         self.n_bytes / self.n_rows.max(1)
     }
 
     /// Rows that are read at once.
-    pub(super) fn piece_rows(&self) -> usize {
+    pub fn piece_rows(&self) -> usize {
         (PIECE / self.row_bytes().max(1) / PIECE_ROWS * PIECE_ROWS).max(PIECE_ROWS).min(self.n_rows)
     }
 }

@@ -1,0 +1,158 @@
+//! What the planner measures: how fast a token's matrices are computed, alone and beside the lanes that read experts.
+
+use super::outline::{Active, Outline};
+use super::{EngineError, READ_LANES};
+use crate::cpu::probe::DiskProbe;
+use crate::cpu::{Isa, Pages, Team};
+use crate::ops::matmul::{Acts, OutRows, Packed, matmul_groups, pack};
+use std::io;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+/// Computing and reading at the same time, which share the cores and the memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Beside {
+    /// How many times as long computing takes as it does alone.
+    pub slowdown: f64,
+    /// Bytes of experts a second that are read and packed.
+    pub disk_rate: f64,
+}
+
+/// How long a format is measured, and reading.
+const TIME: Duration = Duration::from_millis(120);
+const DISK_TIME: Duration = Duration::from_millis(300);
+
+impl Outline {
+    /// Seconds that a token's matrices take here with everything at hand, measured on made-up matrices of the same formats:
+    /// as large as the model's, or large enough that no cache holds them.
+    ///
+    /// # Errors
+    /// When the system refuses threads or memory.
+    pub fn measure_compute(&self) -> Result<f64, EngineError> {
+        let team = Team::new(self.n_threads).map_err(system)?;
+        let mut seconds = 0.0;
+        for a in &self.active {
+            seconds += a.bytes as f64 / Made::new(a, Isa::get()?).map_err(system)?.rate(&team);
+        }
+        Ok(seconds)
+    }
+
+    /// What reading experts and packing them costs computing, and the other way round: as many lanes as the store has read
+    /// pieces of experts' size at random places while all threads compute.
+    ///
+    /// # Errors
+    /// When the system refuses threads or memory, and a read's.
+    pub fn measure_beside(&self, disk: &DiskProbe) -> Result<Beside, EngineError> {
+        let most = self.active.iter().max_by_key(|a| a.bytes);
+        let (Some(a), isa) = (most, Isa::get()?) else { return Ok(Beside { slowdown: 1.0, disk_rate: f64::INFINITY }) };
+        let team = Team::new(self.n_threads).map_err(system)?;
+        let mut made = Made::new(a, isa).map_err(system)?;
+        let alone = made.rate(&team);
+        let slots: Vec<Mutex<Slots>> =
+            (0..READ_LANES).map(|_| Slots::new().map(Mutex::new)).collect::<io::Result<_>>().map_err(system)?;
+        let (n_rows, row_bytes) = self.part.as_ref().map_or((1, 4096), |p| (p.piece_rows(), p.row_bytes()));
+        let into_slot = |lane: usize, bytes: &[u8]| {
+            let Some(p) = &self.part else { return };
+            let mut slots = slots[lane].lock().unwrap_or_else(|e| e.into_inner());
+            pack(p.format, isa, n_rows, p.n_cols, &bytes[..n_rows * row_bytes], slots.next(n_rows * row_bytes));
+        };
+        let done = AtomicBool::new(false);
+        let (rate, beside) = std::thread::scope(|s| {
+            let reading = s.spawn(|| {
+                let rate = disk.rate(n_rows * row_bytes, READ_LANES, DISK_TIME, &into_slot);
+                done.store(true, Relaxed);
+                rate
+            });
+            let (began, mut n_bytes) = (Instant::now(), 0);
+            while !done.load(Relaxed) {
+                made.once(&team);
+                n_bytes += made.pages.len();
+            }
+            let beside = n_bytes as f64 / began.elapsed().as_secs_f64();
+            (reading.join().unwrap_or_else(|p| std::panic::resume_unwind(p)), beside)
+        });
+        let disk_rate = rate.map_err(|source| EngineError::System { what: "reads of the model's file", source })?.again;
+        Ok(Beside { slowdown: (alone / beside).max(1.0), disk_rate })
+    }
+}
+
+fn system(source: io::Error) -> EngineError {
+    EngineError::System { what: "threads, or memory for a measurement", source }
+}
+
+/// Memory that no cache holds, as slots are.
+struct Slots {
+    pages: Pages,
+    at: usize,
+}
+
+impl Slots {
+    fn new() -> io::Result<Self> {
+        let mut pages = Pages::new(32 << 20)?;
+        pages.chunks_mut(4096).for_each(|p| p[0] = 1);
+        Ok(Slots { pages, at: 0 })
+    }
+
+    /// The next `n_bytes` of it; from the beginning once it's used up.
+    fn next(&mut self, n_bytes: usize) -> &mut [u8] {
+        if self.at + n_bytes > self.pages.len() {
+            self.at = 0;
+        }
+        self.at += n_bytes.next_multiple_of(64);
+        &mut self.pages[self.at - n_bytes.next_multiple_of(64)..][..n_bytes]
+    }
+}
+
+/// Columns of a made-up matrix: whole blocks of every format.
+const COLUMNS: usize = 2048;
+/// More than last-level caches hold of one program's data.
+const MAX_BYTES: u64 = 96 << 20;
+
+/// A matrix of zeros, and one token to multiply it with. Zeros are as much work as anything: no kernel looks for them, and no denormal
+/// slows it. Packed they are the same zeros.
+struct Made {
+    of: Active,
+    isa: Isa,
+    n_rows: usize,
+    pages: Pages,
+    acts: Acts,
+    out: Vec<f32>,
+}
+
+impl Made {
+    fn new(a: &Active, isa: Isa) -> io::Result<Self> {
+        let row_bytes = COLUMNS / a.format.block_len * a.format.block_bytes;
+        let n_rows = (a.all.min(MAX_BYTES) as usize / row_bytes).next_multiple_of(64).max(64);
+        let mut pages = Pages::new(n_rows * row_bytes)?;
+        pages.chunks_mut(4096).for_each(|p| p[0] = 0);
+        let mut acts = Acts::default();
+        acts.reset(1, COLUMNS, &[a.format.act]);
+        acts.put(0, &vec![1.0; COLUMNS]);
+        Ok(Made { of: *a, isa, n_rows, pages, acts, out: vec![0.0; n_rows] })
+    }
+
+    /// The token goes through the matrix.
+    fn once(&mut self, team: &Team) {
+        let w = Packed::new(self.of.format, self.isa, self.n_rows, COLUMNS, &self.pages);
+        let step = w.n_groups().div_ceil(8 * team.n_threads()).max(1);
+        let (out, acts) = (OutRows::new(&mut self.out, self.n_rows), &self.acts);
+        team.run(w.n_groups().div_ceil(step), &|i| {
+            matmul_groups(w, i * step..((i + 1) * step).min(w.n_groups()), acts, &[0], out);
+        });
+    }
+
+    /// Bytes a second, alone.
+    fn rate(&mut self, team: &Team) -> f64 {
+        self.once(team);
+        let (began, mut best, mut n) = (Instant::now(), f64::INFINITY, 0);
+        // The best of a few: what disturbs a measurement only makes it slower.
+        while n < 3 || began.elapsed() < TIME {
+            let t = Instant::now();
+            self.once(team);
+            best = best.min(t.elapsed().as_secs_f64());
+            n += 1;
+        }
+        self.pages.len() as f64 / best.max(1e-9)
+    }
+}
