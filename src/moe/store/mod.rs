@@ -260,8 +260,12 @@ impl ExpertStore {
                 _ => s.slots.guard(key),
             }
         }
+        // Nobody is woken for nothing: with nearly all at hand that cost a fifth of the speed.
+        let to_read = !s.likely.is_empty();
         drop(s);
-        self.shared.work.notify_all();
+        if to_read {
+            self.shared.work.notify_all();
+        }
     }
 
     /// Fills free slots with these experts, (layer, expert) and the hottest first, when there is nothing else to read.
