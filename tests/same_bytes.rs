@@ -145,6 +145,25 @@ fn a_saved_session_goes_on_as_if_it_had_not_been() {
     assert!(error.contains("another model or another type"), "{error}");
 }
 
+/// Whoever reads along doesn't wait for the pass after a token, and a text's last token costs none.
+#[test]
+fn a_token_is_handed_out_before_it_is_computed() {
+    let engine = Engine::embedded(&EngineOptions::default()).unwrap();
+    let prompt = engine.tokenizer().encode("Once upon a time", true, true);
+    let mut session = engine.session();
+    session.feed(&prompt, &mut |_| true).unwrap();
+    let params = GenerationParams { n_predict: Some(3), ..GenerationParams::default() };
+    let mut g = Generation::new(&mut session, params).unwrap();
+    let mut written = Vec::new();
+    let decoded = || engine.account().decode.tokens as usize;
+    while let Some(piece) = g.next().unwrap() {
+        assert_eq!((decoded(), g.pending()), (written.len(), piece.token));
+        written.extend(piece.token);
+    }
+    assert_eq!((decoded(), written.len()), (2, 3));
+    assert_eq!(session.tokens(), [&prompt, &written[..2]].concat());
+}
+
 #[test]
 fn the_same_seed_writes_the_same_text() {
     let write = |seed, n_threads| {

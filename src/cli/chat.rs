@@ -134,6 +134,10 @@ impl Chat {
         }
         let figures = result?;
         output::text("\n")?;
+        // Without a template the session is all that is known of the conversation.
+        if let (None, Some(last)) = (&self.template, figures.pending) {
+            self.session.feed(&[last], &mut |_| true)?;
+        }
         if std::io::stdin().is_terminal() {
             output::note(&figures.line());
         }

@@ -15,8 +15,13 @@ pub(super) struct Figures {
     pub prefill_s: f64,
     /// Tokens written.
     pub n_written: usize,
-    /// Seconds for them.
+    /// Passes of the model for them: the first comes with the prompt.
+    pub n_decoded: usize,
+    /// Seconds for these.
     pub decode_s: f64,
+    /// The last token, which isn't in the session yet.
+    #[serde(skip)]
+    pub pending: Option<u32>,
     /// The seed of the sampler.
     pub seed: u64,
     /// Why it ended; `None` after Ctrl-C.
@@ -58,7 +63,9 @@ impl Figures {
             n_prompt,
             prefill_s: prefill.as_secs_f64(),
             n_written: 0,
+            n_decoded: 0,
             decode_s: 0.0,
+            pending: None,
             seed: 0,
             finish: None,
             account: Account::default(),
@@ -74,7 +81,7 @@ impl Figures {
             self.n_prompt,
             rate(self.n_prompt, self.prefill_s),
             self.n_written,
-            rate(self.n_written, self.decode_s)
+            rate(self.n_decoded, self.decode_s)
         );
         let store = self.account.prefill.store.and(&self.account.decode.store);
         if let Some(hit_rate) = store.hit_rate() {
@@ -98,7 +105,7 @@ impl Figures {
             // Writing to a String can't fail.
             let _ = writeln!(t, "{name:<28}{a:>12}{b:>12}");
         };
-        row("tokens", &|p, _| p.tokens.to_string());
+        row("tokens computed", &|p, _| p.tokens.to_string());
         row("tokens a second", &|p, wall| {
             if wall > 0.0 { format!("{:.1}", p.tokens as f64 / wall) } else { "-".into() }
         });

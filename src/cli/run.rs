@@ -140,6 +140,7 @@ fn write(
     each: &mut dyn FnMut(&str) -> Result<(), Failure>,
     figures: &mut Figures,
 ) -> Result<(), Failure> {
+    let before = session.tokens().len();
     let mut g = Generation::new(session, params.clone())?;
     figures.seed = g.seed();
     let mut spent = Duration::ZERO;
@@ -151,5 +152,7 @@ fn write(
         each(&piece.text)?;
     }
     (figures.n_written, figures.decode_s, figures.finish) = (g.n_written(), spent.as_secs_f64(), g.finish());
+    figures.pending = g.pending();
+    figures.n_decoded = session.tokens().len() - before;
     Ok(())
 }

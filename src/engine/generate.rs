@@ -157,6 +157,8 @@ impl Writer {
 pub struct Generation<'s> {
     session: &'s mut Session,
     writer: Writer,
+    /// The last token, if it isn't in the session yet.
+    pending: Option<u32>,
 }
 
 impl<'s> Generation<'s> {
@@ -169,7 +171,7 @@ impl<'s> Generation<'s> {
             return Err(EngineError::Empty);
         }
         let writer = Writer::new(session.engine(), params, session.tokens())?;
-        Ok(Generation { session, writer })
+        Ok(Generation { session, writer, pending: None })
     }
 
     /// Why it ended, if it has.
@@ -187,19 +189,30 @@ impl<'s> Generation<'s> {
         self.writer.seed()
     }
 
-    /// The next token and its text; `None` when it is over. The token is in the session then.
+    /// The token written last, which isn't in the session yet: a token is handed out as soon as it's chosen, and computed when the next
+    /// one is asked for. Who goes on from the session feeds it.
+    pub fn pending(&self) -> Option<u32> {
+        self.pending
+    }
+
+    /// The next token and its text; `None` when it is over.
     ///
     /// # Errors
-    /// When the file can't be read or the logits aren't numbers. What was written stays in the session.
+    /// When the file can't be read or the logits aren't numbers. What was written before stays in the session.
     #[allow(clippy::should_implement_trait)] // it can fail, and borrows
     pub fn next(&mut self) -> Result<Option<Piece>, EngineError> {
+        if self.writer.finish().is_some() {
+            return Ok(None);
+        }
+        if let Some(token) = self.pending {
+            self.session.feed(&[token], &mut |_| true)?;
+            self.pending = None;
+        }
         let engine = self.session.engine().clone();
         let all = self.session.logits();
         let last = &all[all.len() - engine.config().n_vocab..];
         let piece = self.writer.next(&engine, last, self.session.tokens().len())?;
-        if let Some(token) = piece.as_ref().and_then(|p| p.token) {
-            self.session.feed(&[token], &mut |_| true)?;
-        }
+        self.pending = piece.as_ref().and_then(|p| p.token);
         Ok(piece)
     }
 }
