@@ -223,7 +223,7 @@ mod tests {
     use crate::engine::EngineOptions;
 
     /// Text and logits, to the bit. Kernels keep one order of adding up on every instruction set; the routers' exponentials and the
-    /// angles of positions come from the C library, and glibc 2.36's give the same here on x86-64 and arm64. Activations are rounded
+    /// angles of positions come from the C library, and with glibc 2.36 nothing differed on x86-64 and arm64. Activations are rounded
     /// to eight bits before each matrix, which swallows most errors in a last place: those are for the operations' own tests.
     #[test]
     fn the_embedded_model_has_these_bits_on_every_machine() {
@@ -246,6 +246,6 @@ mod tests {
             add(generation.session.logits());
         }
         assert_eq!(text, "Once upon a time, a tiny fox called Max lived in a little home");
-        assert_eq!(hash, 0x3822_7091_f521_85df, "{hash:#x}");
+        assert_eq!(hash, 0xb8f2_a2ad_1582_7956, "{hash:#x}");
     }
 }
