@@ -7,7 +7,6 @@ use crate::cpu::{Isa, Pages, Team};
 use crate::ops::matmul::{Acts, OutRows, Packed, matmul_groups, pack};
 use std::io;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// Computing and reading at the same time, which share the cores and the memory.
@@ -57,15 +56,10 @@ impl Outline {
             let mut slots = slots[lane].lock().unwrap_or_else(|e| e.into_inner());
             pack(p.format, isa, n_rows, p.n_cols, &bytes[..n_rows * row_bytes], slots.next(n_rows * row_bytes));
         };
-        let done = AtomicBool::new(false);
         let (rate, beside) = std::thread::scope(|s| {
-            let reading = s.spawn(|| {
-                let rate = disk.rate(n_rows * row_bytes, READ_LANES, DISK_TIME, &into_slot);
-                done.store(true, Relaxed);
-                rate
-            });
+            let reading = s.spawn(|| disk.rate(n_rows * row_bytes, READ_LANES, DISK_TIME, &into_slot));
             let (began, mut n_bytes) = (Instant::now(), 0);
-            while !done.load(Relaxed) {
+            while !reading.is_finished() {
                 made.once(&team);
                 n_bytes += made.pages.len();
             }
