@@ -260,7 +260,7 @@ impl ExpertStore {
                 _ => s.slots.guard(key),
             }
         }
-        // Nobody is woken for nothing: with nearly all at hand that cost a fifth of the speed.
+        // Nobody is woken for nothing: with nearly all at hand those were half of all context switches.
         let to_read = !s.likely.is_empty();
         drop(s);
         if to_read {
