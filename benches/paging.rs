@@ -9,13 +9,12 @@ mod common;
 mod shared;
 
 use clap::Parser;
-use common::cgroup::MemoryGroup;
 use common::llama::{Kv, Mode, Model, Options};
 use oncall::engine::{Engine, EngineOptions, Memory};
 use serde::{Deserialize, Serialize};
-use shared::{in_group, median, model};
+use shared::{in_group, median, model, run_in_group};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
 /// oncall against llama.cpp's mapping, in less memory than the model is large.
@@ -205,7 +204,7 @@ fn compare(a: &Args, name: &str, path: &Path, budget: &str, readahead: u32) -> V
         them.push(child(a, "theirs", path, bytes, bytes + (32 << 20)).0);
     }
     let of = |f: fn(&Run) -> f64, runs: &[Run]| median(runs.iter().map(f));
-    let row = |phase, f: fn(&Run) -> f64, more: Option<(f64, Plan, f64)>| Row {
+    let row = |phase, f: fn(&Run) -> f64| Row {
         model: name.into(),
         format: a.format.clone(),
         budget: budget.into(),
@@ -215,9 +214,9 @@ fn compare(a: &Args, name: &str, path: &Path, budget: &str, readahead: u32) -> V
         ours: of(f, &us),
         theirs: of(f, &them),
         ratio: median(us.iter().zip(&them).map(|(o, t)| f(o) / f(t))),
-        bound: more.map(|m| m.0),
-        forecast: more.map(|m| m.1.tokens_per_s),
-        start: more.map(|m| (m.2, m.1.dense_s)),
+        bound: None,
+        forecast: None,
+        start: None,
         hit_rate: of(|r| r.hit_rate, &us),
         mb_per_token: of(|r| r.bytes_per_token, &us) / 1e6,
         peak_mib: peak >> 20,
@@ -226,32 +225,33 @@ fn compare(a: &Args, name: &str, path: &Path, budget: &str, readahead: u32) -> V
     // again, and a probe of other places was five times slower than the run itself.
     let bound = of(|r| r.decode, &us) * of(|r| r.disk_s, &us).max(of(|r| r.compute_s, &resident));
     let of_plans = |f: fn(&Plan) -> f64| median(plans.iter().map(f));
-    let plan = Plan { tokens_per_s: of_plans(|p| p.tokens_per_s), dense_s: of_plans(|p| p.dense_s) };
-    let more = (bound, plan, median(starts.into_iter()));
-    vec![row("prefill", |r| r.prefill, None), row("decode", |r| r.decode, Some(more))]
+    let start = (median(starts.into_iter()), of_plans(|p| p.dense_s));
+    let decode = Row {
+        bound: Some(bound),
+        forecast: Some(of_plans(|p| p.tokens_per_s)),
+        start: Some(start),
+        ..row("decode", |r| r.decode)
+    };
+    vec![row("prefill", |r| r.prefill), decode]
 }
 
 /// The program's command of this name, with what the runs have.
 fn oncall(a: &Args, command: &str, path: &Path, bytes: u64) -> Command {
     let mut c = Command::new(env!("CARGO_BIN_EXE_oncall"));
     c.arg(command).arg("-m").arg(path).args(["--memory", &bytes.to_string(), "-t", &a.threads.to_string()]);
-    c.args(["-c", &(a.prompt + a.predict).to_string()]).stdin(Stdio::null());
+    c.args(["-c", &(a.prompt + a.predict).to_string()]);
     c
 }
 
 /// What `oncall plan` says of a budget.
-#[derive(Clone, Copy)]
 struct Plan {
     tokens_per_s: f64,
     dense_s: f64,
 }
 
 fn planned(a: &Args, path: &Path, bytes: u64) -> Plan {
-    let group = MemoryGroup::new("bench", bytes + (32 << 20)).expect("a memory control group");
-    let mut c = oncall(a, "plan", path, bytes);
-    let out = group.run(c.arg("--json")).expect("oncall plan runs");
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    let plan: serde_json::Value = serde_json::from_slice(&out.stdout).expect("JSON");
+    let ran = run_in_group(bytes + (32 << 20), oncall(a, "plan", path, bytes).arg("--json"));
+    let plan: serde_json::Value = serde_json::from_slice(&ran.stdout).expect("JSON");
     let budgets = plan["budgets"].as_array().expect("a table");
     // From the budget on that holds everything the table has no more lines.
     let of = budgets.iter().find(|b| b["bytes"] == bytes).or(budgets.last()).expect("a line for the budget");
@@ -262,16 +262,10 @@ fn planned(a: &Args, path: &Path, bytes: u64) -> Plan {
     }
 }
 
-/// Seconds from the command to the end of an answer of one token after a prompt of a letter, from cold caches.
+/// Seconds from the command to the end of an answer of one token after a prompt of a letter.
 fn start(a: &Args, path: &Path, bytes: u64) -> f64 {
-    let _ = std::fs::write("/proc/sys/vm/drop_caches", "3");
-    let group = MemoryGroup::new("bench", bytes + (32 << 20)).expect("a memory control group");
     let mut c = oncall(a, "run", path, bytes);
-    c.args(["--raw", "--no-heat", "-n", "1", "a"]);
-    let began = Instant::now();
-    let out = group.run(&c).expect("oncall runs");
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    began.elapsed().as_secs_f64()
+    run_in_group(bytes + (32 << 20), c.args(["--raw", "--no-heat", "-n", "1", "a"])).seconds
 }
 
 /// The read-ahead of every block device, set for a while.

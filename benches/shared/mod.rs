@@ -9,6 +9,7 @@ use oncall::synth::{self, Preset, upcycle};
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 /// The file of a model that is named: found in `models/cache`, or fetched and made.
 pub fn model(name: &str, format: &str) -> PathBuf {
@@ -61,15 +62,30 @@ pub fn median(x: impl Iterator<Item = f64>) -> f64 {
     x[x.len() / 2]
 }
 
-/// Runs this program with other arguments in a control group of `limit` bytes, from cold caches: the line of figures that it
-/// prints, and the group's peak.
-pub fn in_group<T: DeserializeOwned>(limit: u64, arguments: impl FnOnce(&mut Command)) -> (T, u64) {
+/// What a command printed in a control group, the most bytes that the group held, and the command's seconds.
+pub struct Ran {
+    pub stdout: Vec<u8>,
+    pub peak: u64,
+    pub seconds: f64,
+}
+
+/// Runs a command in a control group of `limit` bytes, from cold caches.
+pub fn run_in_group(limit: u64, command: &Command) -> Ran {
     // Direct reads need no dropped caches, buffered ones and mappings do.
     let _ = std::fs::write("/proc/sys/vm/drop_caches", "3");
     let group = MemoryGroup::new("bench", limit).expect("a memory control group (root is needed)");
+    let began = Instant::now();
+    let out = group.run(command).expect("the command runs");
+    let seconds = began.elapsed().as_secs_f64();
+    assert!(out.status.success(), "{command:?}: {:?} {}", out.status, String::from_utf8_lossy(&out.stderr));
+    Ran { stdout: out.stdout, peak: group.peak().unwrap_or(0), seconds }
+}
+
+/// Runs this program with other arguments in a control group of `limit` bytes, from cold caches: the line of figures that it
+/// prints, and the group's peak.
+pub fn in_group<T: DeserializeOwned>(limit: u64, arguments: impl FnOnce(&mut Command)) -> (T, u64) {
     let mut child = Command::new(std::env::current_exe().expect("this program"));
     arguments(&mut child);
-    let out = group.run(&child).expect("the child runs");
-    assert!(out.status.success(), "{child:?}: {:?} {}", out.status, String::from_utf8_lossy(&out.stderr));
-    (serde_json::from_slice(&out.stdout).expect("a line of figures"), group.peak().unwrap_or(0))
+    let ran = run_in_group(limit, &child);
+    (serde_json::from_slice(&ran.stdout).expect("a line of figures"), ran.peak)
 }

@@ -48,9 +48,9 @@ impl Outline {
         let team = Team::new(self.n_threads).map_err(system)?;
         let mut made = Made::new(a, isa).map_err(system)?;
         let alone = made.rate(&team);
-        let slots: Vec<Mutex<Slots>> =
-            (0..READ_LANES).map(|_| Slots::new().map(Mutex::new)).collect::<io::Result<_>>().map_err(system)?;
         let (n_rows, row_bytes) = self.part.as_ref().map_or((1, 4096), |p| (p.piece_rows(), p.row_bytes()));
+        let slots = (0..READ_LANES).map(|_| Slots::new(n_rows * row_bytes).map(Mutex::new));
+        let slots: Vec<Mutex<Slots>> = slots.collect::<io::Result<_>>().map_err(system)?;
         let into_slot = |lane: usize, bytes: &[u8]| {
             let Some(p) = &self.part else { return };
             let mut slots = slots[lane].lock().unwrap_or_else(|e| e.into_inner());
@@ -82,9 +82,12 @@ struct Slots {
 }
 
 impl Slots {
-    fn new() -> io::Result<Self> {
-        let mut pages = Pages::new(32 << 20)?;
-        pages.chunks_mut(4096).for_each(|p| p[0] = 1);
+    const BYTES: usize = 32 << 20;
+
+    /// With addresses for `n_bytes`, however many a header claims, and memory for no more than caches can't hold.
+    fn new(n_bytes: usize) -> io::Result<Self> {
+        let mut pages = Pages::new(n_bytes.max(Self::BYTES))?;
+        pages[..Self::BYTES].chunks_mut(4096).for_each(|p| p[0] = 1);
         Ok(Slots { pages, at: 0 })
     }
 
@@ -93,8 +96,9 @@ impl Slots {
         if self.at + n_bytes > self.pages.len() {
             self.at = 0;
         }
+        let at = self.at;
         self.at += n_bytes.next_multiple_of(64);
-        &mut self.pages[self.at - n_bytes.next_multiple_of(64)..][..n_bytes]
+        &mut self.pages[at..][..n_bytes]
     }
 }
 
@@ -148,5 +152,20 @@ impl Made {
             n += 1;
         }
         self.pages.len() as f64 / best.max(1e-9)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_come_one_after_the_other_and_hold_pieces_of_any_size() {
+        let mut slots = Slots::new(100).unwrap();
+        let at = |slots: &mut Slots, n: usize| slots.next(n).as_ptr() as usize - slots.pages.as_ptr() as usize;
+        assert_eq!([at(&mut slots, 100), at(&mut slots, 100), at(&mut slots, Slots::BYTES)], [0, 128, 0]);
+        let large = Slots::BYTES + 100;
+        let mut slots = Slots::new(large).unwrap();
+        assert_eq!([slots.next(large).len(), slots.next(large).len()], [large; 2]);
     }
 }
