@@ -4,7 +4,7 @@
 //! llama.cpp's own batched decoding. Runs alternate and medians count, since machines are shared and noisy.
 //!
 //! `--budget 25%` pages: of the file's size, for everything. Then one sequence and many run in turn, each in a process of its own
-//! inside a control group of the budget (root is needed) from cold caches, each with the memory divided as is best for it.
+//! inside a control group of the budget (root is needed) with nothing of it in the page cache, each with the memory divided as is best for it.
 //!
 //! `--measure schema` compares writing JSON after a schema with writing freely; `--measure prefix` sequences that begin alike
 //! for a thousand tokens with others that don't.
@@ -271,7 +271,7 @@ fn row(a: &Args, name: &str, budget: &str, n: usize, ours: &[Run], single: &[Run
 
 /// Runs `n` sequences in a group of the budget and 32 MiB; with the group's peak.
 fn child(a: &Args, path: &Path, bytes: u64, n: usize, predict: usize) -> (Run, u64) {
-    in_group(bytes + (32 << 20), |c| {
+    in_group(bytes + (32 << 20), path, |c| {
         c.args(["--child", &n.to_string(), "--bytes", &bytes.to_string(), "--threads", &a.threads.to_string()]);
         c.args(["--predict", &predict.to_string(), "--model"]).arg(path);
     })

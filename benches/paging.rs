@@ -1,8 +1,8 @@
 //! Models larger than their memory: oncall against llama.cpp's mapping under the same limit, side by side in one run.
 //!
 //! `cargo bench --features llama-cpp --bench paging -- --model olmoe-1b-7b --budget 25%,50%` (needs clang and cmake; root, for
-//! memory control groups, cold caches and the device's read-ahead). Each engine runs in a process of its own inside a control
-//! group of the budget, from cold caches, in turn; medians of the runs count.
+//! memory control groups and the device's read-ahead). Each engine runs in a process of its own inside a control group of the
+//! budget, with nothing of the model in the page cache, in turn; medians of the runs count.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -181,7 +181,7 @@ fn theirs(a: &Args) -> Run {
 
 /// Runs an engine in a group of `limit` bytes; with the group's peak.
 fn child(a: &Args, engine: &str, path: &Path, bytes: u64, limit: u64) -> (Run, u64) {
-    in_group(limit, |c| {
+    in_group(limit, path, |c| {
         c.args(["--child", engine, "--bytes", &bytes.to_string(), "--threads", &a.threads.to_string()]);
         c.args(["--prompt", &a.prompt.to_string(), "--predict", &a.predict.to_string(), "--model"]).arg(path);
     })
@@ -250,7 +250,7 @@ struct Plan {
 }
 
 fn planned(a: &Args, path: &Path, bytes: u64) -> Plan {
-    let ran = run_in_group(bytes + (32 << 20), oncall(a, "plan", path, bytes).arg("--json"));
+    let ran = run_in_group(bytes + (32 << 20), path, oncall(a, "plan", path, bytes).arg("--json"));
     let plan: serde_json::Value = serde_json::from_slice(&ran.stdout).expect("JSON");
     let budgets = plan["budgets"].as_array().expect("a table");
     // From the budget on that holds everything the table has no more lines.
@@ -265,7 +265,7 @@ fn planned(a: &Args, path: &Path, bytes: u64) -> Plan {
 /// Seconds from the command to the end of an answer of one token after a prompt of a letter.
 fn start(a: &Args, path: &Path, bytes: u64) -> f64 {
     let mut c = oncall(a, "run", path, bytes);
-    run_in_group(bytes + (32 << 20), c.args(["--raw", "--no-heat", "-n", "1", "a"])).seconds
+    run_in_group(bytes + (32 << 20), path, c.args(["--raw", "--no-heat", "-n", "1", "a"])).seconds
 }
 
 /// The read-ahead of every block device, set for a while.
