@@ -10,6 +10,8 @@ pub enum Isa {
     Scalar,
     /// x86-64 with AVX2, FMA and F16C: 8 lanes.
     Avx2,
+    /// The same with AVX-VNNI: four byte products a lane in one instruction.
+    AvxVnni,
     /// x86-64 with AVX-512 F, BW, VL and VNNI: 16 lanes, four byte products a lane in one instruction.
     Avx512Vnni,
     /// The same with AMX for 8-bit integers, on Linux: 16 rows times 16 tokens in one instruction.
@@ -33,7 +35,8 @@ pub enum IsaError {
 
 impl Isa {
     /// All of them, the slowest first.
-    pub const ALL: [Self; 6] = [Self::Scalar, Self::Avx2, Self::Avx512Vnni, Self::Avx512Amx, Self::Neon, Self::NeonDot];
+    pub const ALL: [Self; 7] =
+        [Self::Scalar, Self::Avx2, Self::AvxVnni, Self::Avx512Vnni, Self::Avx512Amx, Self::Neon, Self::NeonDot];
 
     /// The instruction set of this process: the fastest that the processor has, or the one that the
     /// environment variable `ONCALL_ISA` names. Decided once.
@@ -68,6 +71,8 @@ impl Isa {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
             }
             #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => Self::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => {
                 Self::Avx2.is_available()
                     && is_x86_feature_detected!("avx512f")
@@ -91,6 +96,7 @@ impl Isa {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avxvnni",
             Self::Avx512Vnni => "avx512vnni",
             Self::Avx512Amx => "avx512amx",
             Self::Neon => "neon",

@@ -105,7 +105,7 @@ fn run_on<K: Kernel>(isa: Isa, k: K) -> K::Out {
         Isa::Avx512Vnni | Isa::Avx512Amx if isa.is_available() => unsafe { x86::run_avx512(k) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 if isa.is_available() => unsafe { x86::run_avx2(k) },
+        Isa::Avx2 | Isa::AvxVnni if isa.is_available() => unsafe { x86::run_avx2(k) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon | Isa::NeonDot => unsafe { neon::run_neon(k) },

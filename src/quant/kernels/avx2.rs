@@ -1,4 +1,4 @@
-//! The vector operations on AVX2 with FMA and F16C: eight lanes.
+//! The vector operations on AVX2 with FMA and F16C, with or without VNNI: eight lanes.
 
 use super::vector::Vector;
 use core::arch::x86_64::*;
@@ -12,16 +12,17 @@ macro_rules! op {
     }};
 }
 
-/// Proof of AVX2, FMA and F16C.
+/// Proof of AVX2, FMA and F16C, and with `VNNI` of AVX-VNNI, which is VNNI for vectors of 256 bits without AVX-512.
 #[derive(Clone, Copy)]
-pub(super) struct Avx2 {
+pub(super) struct Avx2<const VNNI: bool> {
     /// 1, which the compiler doesn't know: a loop of so many times a few rounds stays a loop.
     one: usize,
 }
 
-impl Avx2 {
+impl<const VNNI: bool> Avx2<VNNI> {
     /// # Safety
-    /// The processor has [`Isa::Avx2`](crate::cpu::Isa), and so has the caller's `target_feature`.
+    /// The processor has [`Isa::Avx2`](crate::cpu::Isa), or with `VNNI` [`Isa::AvxVnni`](crate::cpu::Isa), and so has the caller's
+    /// `target_feature`.
     #[inline(always)]
     pub(super) unsafe fn new() -> Self {
         Self { one: black_box(1) }
@@ -44,6 +45,40 @@ impl Avx2 {
     #[inline(always)]
     fn widen(self, sum: __m256i, pairs: __m256i, factor: __m256i) -> __m256i {
         op!(_mm256_add_epi32(sum, _mm256_madd_epi16(pairs, factor)))
+    }
+
+    /// `sum` and the products of four bytes of weights, unsigned, and of activations in each lane.
+    #[inline(always)]
+    fn vnni(self, sum: __m256i, w: __m256i, q: __m256i) -> __m256i {
+        op!(_mm256_dpbusd_avx_epi32(sum, w, q))
+    }
+
+    /// [`dots`](Vector::dots) with VNNI, in a loop for the reason that [`scaled_dots`](Vector::scaled_dots) gives.
+    ///
+    /// # Safety
+    /// As for `dots`.
+    #[inline(always)]
+    unsafe fn vnni_dots<const K: usize, const N: usize, const R: usize>(
+        self,
+        start: [[__m256i; R]; N],
+        w: [&[__m256i; K]; R],
+        q: [*const i8; N],
+    ) -> [[__m256i; R]; N] {
+        let mut sums = start;
+        // Two columns a round.
+        const { assert!(K.is_multiple_of(2)) };
+        for first in (0..K * self.one).step_by(2) {
+            for j in first..first + 2 {
+                for t in 0..N {
+                    let q = op!(_mm256_set1_epi32(q[t].add(4 * j).cast::<i32>().read_unaligned()));
+                    for r in 0..R {
+                        // SAFETY: `one` is 1, so that `j` is below `K`.
+                        sums[t][r] = self.vnni(sums[t][r], unsafe { *w[r].get_unchecked(j) }, q);
+                    }
+                }
+            }
+        }
+        sums
     }
 
     /// One group of rows and one token.
@@ -124,10 +159,10 @@ const fn at_once(bits: u32) -> usize {
     if narrow(bits) == 4 { 4 } else { 2 }
 }
 
-impl Vector for Avx2 {
+impl<const VNNI: bool> Vector for Avx2<VNNI> {
     const LANES: usize = 8;
     const MANY_REGISTERS: bool = false;
-    const SIGNED_ZERO: i32 = 0;
+    const SIGNED_ZERO: i32 = if VNNI { 128 } else { 0 };
     type I = __m256i;
     type F = __m256;
 
@@ -217,7 +252,7 @@ impl Vector for Avx2 {
 
     #[inline(always)]
     fn signed(self, w: Self::I) -> Self::I {
-        w
+        if VNNI { op!(_mm256_xor_si256(w, _mm256_set1_epi8(-128))) } else { w }
     }
 
     /// A shift is done to the number before it is spread, on its slow way through a scalar register, whatever is written here.
@@ -229,6 +264,11 @@ impl Vector for Avx2 {
 
     #[inline(always)]
     unsafe fn dot<const N: usize>(self, start: Self::I, w: &[Self::I; N], q: *const i8, bits: u32) -> Self::I {
+        if VNNI {
+            return (0..N).fold(start, |sum, j| {
+                self.vnni(sum, w[j], op!(_mm256_set1_epi32(q.add(4 * j).cast::<i32>().read_unaligned())))
+            });
+        }
         // SAFETY: the caller's promise.
         unsafe { self.row(start, w, q, bits, self.factor(self.splat(1))) }
     }
@@ -242,12 +282,22 @@ impl Vector for Avx2 {
         bits: u32,
     ) -> [[Self::I; R]; N] {
         // SAFETY: the caller's promise.
-        unsafe { self.scaled_dots(start, w, q, bits, [self.factor(self.splat(1)); R]) }
+        unsafe {
+            if VNNI {
+                self.vnni_dots(start, w, q)
+            } else {
+                self.scaled_dots(start, w, q, bits, [self.factor(self.splat(1)); R])
+            }
+        }
     }
 
-    /// Twice, as two numbers of 16 bits: sums of two products are multiplied by it while they are widened, which costs nothing.
+    /// Without VNNI: twice, as two numbers of 16 bits. Sums of two products are multiplied by it while they are widened, which costs
+    /// nothing.
     #[inline(always)]
     fn factor(self, a: Self::I) -> Self::I {
+        if VNNI {
+            return a;
+        }
         op!(_mm256_or_si256(_mm256_slli_epi32::<16>(a), _mm256_and_si256(a, _mm256_set1_epi32(0xffff))))
     }
 
@@ -264,6 +314,16 @@ impl Vector for Avx2 {
         factor: [Self::I; R],
     ) -> [[Self::I; R]; N] {
         let mut sums = start;
+        if VNNI {
+            // SAFETY: the caller's promise.
+            let dots = unsafe { self.vnni_dots([[self.splat(0); R]; N], w, q) };
+            for t in 0..N {
+                for r in 0..R {
+                    sums[t][r] = self.mul_add_i32(dots[t][r], factor[r], sums[t][r]);
+                }
+            }
+            return sums;
+        }
         if R == 1 {
             for t in 0..N {
                 // SAFETY: the caller's promise.
@@ -293,12 +353,17 @@ impl Vector for Avx2 {
 
     #[inline(always)]
     unsafe fn dot_pairs(self, start: Self::I, w: Self::I, p: *const i16) -> Self::I {
-        op!(_mm256_add_epi32(start, _mm256_madd_epi16(w, _mm256_set1_epi32(p.cast::<i32>().read_unaligned()))))
+        let pairs = op!(_mm256_set1_epi32(p.cast::<i32>().read_unaligned()));
+        if VNNI {
+            op!(_mm256_dpwssd_avx_epi32(start, w, pairs))
+        } else {
+            op!(_mm256_add_epi32(start, _mm256_madd_epi16(w, pairs)))
+        }
     }
 
     #[inline(always)]
     fn multiply_add(self, sum: Self::I, w: Self::I) -> Self::I {
-        op!(_mm256_add_epi16(sum, _mm256_maddubs_epi16(sum, w)))
+        if VNNI { self.vnni(sum, sum, w) } else { op!(_mm256_add_epi16(sum, _mm256_maddubs_epi16(sum, w))) }
     }
 
     #[inline(always)]

@@ -171,7 +171,9 @@ macro_rules! instruction_set {
 }
 
 #[cfg(target_arch = "x86_64")]
-instruction_set!(on_avx2, avx2::Avx2, "avx2,fma,f16c", 4 x 2, MAX_GEMV);
+instruction_set!(on_avx2, avx2::Avx2<false>, "avx2,fma,f16c", 4 x 2, MAX_GEMV);
+#[cfg(target_arch = "x86_64")]
+instruction_set!(on_avxvnni, avx2::Avx2<true>, "avx2,fma,f16c,avxvnni", 4 x 2, MAX_GEMV);
 #[cfg(target_arch = "x86_64")]
 instruction_set!(on_avx512, avx512::Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", 6 x 1, usize::MAX);
 
@@ -265,6 +267,8 @@ fn of<K: Kernel>(isa: Isa) -> Option<&'static Kernels> {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => Some(const { &on_avx2::kernels::<K>() }),
+        #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => Some(const { &on_avxvnni::kernels::<K>() }),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni | Isa::Avx512Amx => Some(const { &on_avx512::kernels::<K>() }),
         #[cfg(target_arch = "aarch64")]

@@ -27,7 +27,7 @@ pub(super) fn run_on<T: Task>(isa: Isa, task: T) -> T::Out {
             // SAFETY: the processor has the instruction set.
             Isa::Avx512Vnni | Isa::Avx512Amx => return unsafe { avx512(task) },
             // SAFETY: as above.
-            Isa::Avx2 => return unsafe { avx2(task) },
+            Isa::Avx2 | Isa::AvxVnni => return unsafe { avx2(task) },
             _ => {}
         }
     }

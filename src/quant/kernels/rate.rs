@@ -22,6 +22,8 @@ pub fn multiply_rate(isa: Isa, time: Duration) -> f64 {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => super::on_avx2::MULTIPLY,
         #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => super::on_avxvnni::MULTIPLY,
+        #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => super::on_avx512::MULTIPLY,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Amx => super::on_amx::MULTIPLY,
