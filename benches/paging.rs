@@ -61,6 +61,8 @@ struct Args {
 /// What a child says of its run.
 #[derive(Serialize, Deserialize, Default)]
 struct Run {
+    /// Seconds until the model was loaded: llama.cpp reads what it maps ahead then, oncall only the dense weights.
+    load_s: f64,
     /// Tokens a second.
     prefill: f64,
     decode: f64,
@@ -93,6 +95,9 @@ struct Row {
     /// Seconds from the command to the first token after a short prompt, and those in which the disk reads the dense weights once.
     #[serde(skip_serializing_if = "Option::is_none")]
     start: Option<(f64, f64)>,
+    /// Seconds that loading took before the prompt, ours and llama.cpp's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    load: Option<(f64, f64)>,
     hit_rate: f64,
     mb_per_token: f64,
     peak_mib: u64,
@@ -121,8 +126,9 @@ fn report(a: &Args, r: &Row) {
     let bound = r.bound.map_or(String::new(), |b| format!(", {:.0} % of the bound", 100.0 * b));
     let forecast = r.forecast.map_or(String::new(), |f| format!(", forecast {f:.2}"));
     let start = r.start.map_or(String::new(), |(s, dense)| format!(", starts in {s:.2} s, dense weights {dense:.2} s"));
+    let load = r.load.map_or(String::new(), |(us, them)| format!(", after loading for {us:.2} and {them:.2} s"));
     println!(
-        "{} {} {} read-ahead {} KiB: ours {:.2}, llama.cpp {:.2} tokens/s, ratio {:.2}{bound}{forecast}, {:.1} % at hand, {:.0} MB a token, peak {} MiB{start}",
+        "{} {} {} read-ahead {} KiB: ours {:.2}, llama.cpp {:.2} tokens/s{load}, ratio {:.2}{bound}{forecast}, {:.1} % at hand, {:.0} MB a token, peak {} MiB{start}",
         r.model,
         r.budget,
         r.phase,
@@ -144,7 +150,9 @@ fn ours(a: &Args) -> Run {
     let memory = if a.bytes == 0 { Memory::Auto } else { Memory::Bytes(a.bytes) };
     let n_ctx = Some(a.prompt + a.predict);
     let o = EngineOptions { n_ctx, n_threads: Some(a.threads), memory, ..EngineOptions::default() };
+    let began = Instant::now();
     let engine = Engine::load(Path::new(&a.model[0]), &o, &|_, _| ()).unwrap_or_else(|e| panic!("{e}"));
+    let load_s = began.elapsed().as_secs_f64();
     let tokens = tokens(a.prompt + a.predict, engine.config().n_vocab);
     let mut session = engine.session();
     let began = Instant::now();
@@ -155,6 +163,7 @@ fn ours(a: &Args) -> Run {
     let decode = a.predict as f64 / began.elapsed().as_secs_f64();
     let phase = engine.account().decode;
     Run {
+        load_s,
         prefill,
         decode,
         hit_rate: phase.store.hit_rate().unwrap_or(1.0),
@@ -168,7 +177,9 @@ fn theirs(a: &Args) -> Run {
     let n_ctx = (a.prompt + a.predict) as u32;
     let options = Options { n_ctx, n_batch: 512, n_threads: a.threads as i32, kv: Kv::F16, flash_attn: true, n_seq: 1 };
     // Repacked it keeps a second copy of the weights: mapped and plain is what fits.
+    let began = Instant::now();
     let model = Model::load(&a.model[0], Mode::Plain);
+    let load_s = began.elapsed().as_secs_f64();
     let tokens = tokens(a.prompt + a.predict, model.n_vocab());
     let mut context = model.context(options);
     let began = Instant::now();
@@ -176,7 +187,7 @@ fn theirs(a: &Args) -> Run {
     let prefill = a.prompt as f64 / began.elapsed().as_secs_f64();
     let began = Instant::now();
     tokens[a.prompt..].iter().for_each(|&t| drop(context.decode(&[t])));
-    Run { prefill, decode: a.predict as f64 / began.elapsed().as_secs_f64(), ..Run::default() }
+    Run { load_s, prefill, decode: a.predict as f64 / began.elapsed().as_secs_f64(), ..Run::default() }
 }
 
 /// Runs an engine in a group of `limit` bytes; with the group's peak.
@@ -217,6 +228,7 @@ fn compare(a: &Args, name: &str, path: &Path, budget: &str, readahead: u32) -> V
         bound: None,
         forecast: None,
         start: None,
+        load: None,
         hit_rate: of(|r| r.hit_rate, &us),
         mb_per_token: of(|r| r.bytes_per_token, &us) / 1e6,
         peak_mib: peak >> 20,
@@ -232,7 +244,8 @@ fn compare(a: &Args, name: &str, path: &Path, budget: &str, readahead: u32) -> V
         start: Some(start),
         ..row("decode", |r| r.decode)
     };
-    vec![row("prefill", |r| r.prefill), decode]
+    let load = Some((of(|r| r.load_s, &us), of(|r| r.load_s, &them)));
+    vec![Row { load, ..row("prefill", |r| r.prefill) }, decode]
 }
 
 /// The program's command of this name, with what the runs have.

@@ -1,8 +1,8 @@
 //! `oncall doctor`: what this machine has, what it can do, and what limits it.
 
 use super::{Failure, output};
-use crate::cpu::probe::{self, Cores, DiskProbe, Mode, Rate};
-use crate::cpu::{Isa, memory};
+use crate::cpu::probe::{self, DiskProbe, Mode, Rate};
+use crate::cpu::{Cores, Isa, memory};
 use clap::Args;
 use indicatif::ProgressBar;
 use serde::Serialize;
@@ -118,8 +118,8 @@ impl Drop for Temporary {
 }
 
 fn measure(path: &Path, bar: &ProgressBar) -> Result<Report, Failure> {
-    let cores = probe::cores();
-    let n_threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let cores = Cores::count();
+    let n_threads = cores.threads();
     let mut memory_rate = [0.0; 2];
     for (rate, n) in memory_rate.iter_mut().zip([1, n_threads]) {
         *rate = probe::memory_rate(n, MEMORY_TIME)?;
@@ -219,10 +219,10 @@ fn limits(r: &Report) -> Vec<String> {
     }
     let c = &r.cores;
     if let Some(quota) = c.quota.filter(|&q| q < c.allowed as f64) {
-        out.push(format!("A control group limits this process to {quota:.1} of {} cores.", c.allowed));
+        out.push(format!("A control group limits this process to {quota:.1} of {} processors.", c.allowed));
     }
     if c.allowed < c.online {
-        out.push(format!("This process may run on {} of the machine's {} cores.", c.allowed, c.online));
+        out.push(format!("This process may run on {} of the machine's {} processors.", c.allowed, c.online));
     }
     if r.memory_rate[1] < 1.3 * r.memory_rate[0] && c.allowed > 1 {
         out.push("One thread reads memory about as fast as all: more threads won't make writing faster.".into());
@@ -244,7 +244,8 @@ fn print(r: &Report, model: Option<&Path>) -> Result<String, std::fmt::Error> {
     let mut line = |name: &str, value: String| writeln!(out, "{name:<16} {value}");
     line("instructions", format!("{} (there are {})", r.isa, r.isas.join(", ")))?;
     let quota = r.cores.quota.map_or(String::new(), |q| format!(", limited to {q:.1}"));
-    line("cores", format!("{} of {} usable{quota}", r.cores.allowed, r.cores.online))?;
+    let Cores { online, allowed, physical, .. } = r.cores;
+    line("cores", format!("{physical}, with {allowed} of {online} processors usable{quota}"))?;
     let unknown = || "unknown".to_string();
     let limit = r.memory_group_limit.map_or(String::new(), |n| format!("; a control group allows {}", output::size(n)));
     line("memory", format!("{} could be taken now{limit}", r.memory_available.map_or_else(unknown, output::size)))?;

@@ -2,6 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod cores;
 pub mod isa;
 pub mod memory;
 mod pages;
@@ -10,6 +11,7 @@ mod scratch;
 pub mod sync;
 mod team;
 
+pub use cores::Cores;
 pub use isa::{Isa, IsaError};
 pub use pages::Pages;
 pub use scratch::Scratch;

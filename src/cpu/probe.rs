@@ -1,7 +1,6 @@
 //! What this machine can do, measured: how fast memory and a disk are read, and what limits a process here.
 
 use super::Pages;
-use super::memory::group_folders;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -190,62 +189,6 @@ fn sum(bytes: &[u8]) -> u64 {
     sums.iter().fold(0, |a, &b| a.wrapping_add(b))
 }
 
-/// Processors: what the machine has and what this process may use of them.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
-pub struct Cores {
-    /// In the machine.
-    pub online: usize,
-    /// On which the system may run this process.
-    pub allowed: usize,
-    /// The control groups' limit, in processors; `None` if there's none.
-    pub quota: Option<f64>,
-}
-
-/// Counts them.
-pub fn cores() -> Cores {
-    let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let here = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let groups = text("/proc/self/cgroup");
-    let quota = group_folders(&groups, "cpu").iter().filter_map(|f| quota_of_group(f)).min_by(f64::total_cmp);
-    Cores {
-        online: count_list(text("/sys/devices/system/cpu/online").trim()).unwrap_or(here),
-        allowed: affinity().unwrap_or(here),
-        quota,
-    }
-}
-
-/// `0-3,8` are five.
-fn count_list(list: &str) -> Option<usize> {
-    list.split(',')
-        .map(|range| {
-            let (from, to) = range.split_once('-').unwrap_or((range, range));
-            Some((to.parse::<usize>().ok()? + 1).saturating_sub(from.parse::<usize>().ok()?))
-        })
-        .sum()
-}
-
-#[cfg(any(target_os = "linux", target_os = "android"))]
-fn affinity() -> Option<usize> {
-    rustix::thread::sched_getaffinity(None).ok().map(|set| set.count() as usize)
-}
-
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
-fn affinity() -> Option<usize> {
-    None
-}
-
-/// A group's CPU limit in processors, of either version.
-fn quota_of_group(folder: &Path) -> Option<f64> {
-    let text = |name: &str| std::fs::read_to_string(folder.join(name)).ok();
-    let (quota, period) = match text("cpu.max") {
-        Some(max) => max.trim().split_once(' ').map(|(q, p)| (q.to_string(), p.to_string()))?,
-        None => (text("cpu.cfs_quota_us")?, text("cpu.cfs_period_us")?),
-    };
-    let number = |s: &str| s.trim().parse::<f64>().ok().filter(|n| *n > 0.0);
-    // "max" and -1 are no limit.
-    Some(number(&quota)? / number(&period)?)
-}
-
 /// Bytes of a page.
 pub fn page_size() -> usize {
     rustix::param::page_size()
@@ -297,22 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_and_quotas() {
-        assert_eq!([count_list("0-3,8"), count_list("0"), count_list("")], [Some(5), Some(1), None]);
-        let dir = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
-        assert_eq!(quota_of_group(dir.path()), None);
-        write("cpu.cfs_quota_us", "-1\n");
-        write("cpu.cfs_period_us", "100000\n");
-        assert_eq!(quota_of_group(dir.path()), None);
-        write("cpu.cfs_quota_us", "150000\n");
-        assert_eq!(quota_of_group(dir.path()), Some(1.5));
-        write("cpu.max", "50000 100000\n");
-        assert_eq!(quota_of_group(dir.path()), Some(0.5));
-        write("cpu.max", "max 100000\n");
-        assert_eq!(quota_of_group(dir.path()), None);
-        let c = cores();
-        assert!(c.allowed >= 1 && c.allowed <= c.online, "{c:?}");
+    fn pages_have_a_size() {
         assert!(page_size() >= 4096);
     }
 }

@@ -22,7 +22,7 @@ pub use scheduler::{Event, Finished, Queue, QueueStats, Request, Stream, Ticket}
 pub use timeline::Session;
 
 use crate::arch::{self, Block, Buffers, Config, Decoder, Dense, Machine};
-use crate::cpu::{Isa, Team};
+use crate::cpu::{Cores, Isa, Team};
 use crate::gguf::Gguf;
 use crate::moe::heat::{self, Heat};
 use crate::moe::policy::{self, MakePolicy};
@@ -133,7 +133,7 @@ impl EngineOptions {
 
     /// Threads that compute on this machine.
     fn n_threads_here(&self) -> usize {
-        self.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
+        self.n_threads.unwrap_or_else(|| Cores::count().threads())
     }
 }
 
