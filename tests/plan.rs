@@ -165,6 +165,7 @@ fn doctor_measures_and_cleans_up() {
     assert_eq!(disk.len(), modes * 3 * 4);
     assert!(disk.iter().all(|r| ["bytes_per_s", "first_bytes_per_s"].iter().all(|n| r[n].as_f64().unwrap() > 0.0)));
     assert!(report["memory_rate"][0].as_f64().unwrap() > 1e8);
+    assert!(report["memory_first_use_rate"].as_f64().unwrap() > 1e6);
     assert!(!report["limits"].as_array().unwrap().is_empty());
     let o = oncall(&["doctor", "--dir", "/no/such/folder"]);
     assert!(o.status.code() == Some(1) && err(&o).contains("--dir"), "{}", err(&o));

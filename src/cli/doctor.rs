@@ -38,6 +38,10 @@ const SIZES: [usize; 3] = [512 << 10, 1 << 20, 4 << 20];
 const IN_FLIGHT: [usize; 4] = [1, 2, 4, 8];
 const DISK_TIME: Duration = Duration::from_millis(100);
 const MEMORY_TIME: Duration = Duration::from_millis(200);
+/// What is taken to see how fast memory is used for the first time; at most a quarter of what there is.
+const FIRST_USE_BYTES: u64 = 512 << 20;
+/// Systems clear pages at several GB/s.
+const SLOW_FIRST_USE: f64 = 1e9;
 /// Large enough that a disk's own cache doesn't hold it.
 const FILE_BYTES: usize = 256 << 20;
 
@@ -51,6 +55,8 @@ struct Report {
     memory_group_limit: Option<u64>,
     page_bytes: usize,
     huge_pages: Option<String>,
+    /// Bytes a second of memory that is used for the first time.
+    memory_first_use_rate: f64,
     /// Bytes a second, by one thread and by all.
     memory_rate: [f64; 2],
     disk: Vec<DiskRow>,
@@ -78,7 +84,7 @@ pub(super) fn run(a: DoctorArgs) -> Result<(), Failure> {
     };
     let path = a.model.as_deref().or(temporary.as_ref().map(|t| &*t.0)).unwrap_or(Path::new("."));
     let bar = output::bar("measuring", "figures");
-    bar.set_length(2 + 2 * (SIZES.len() * IN_FLIGHT.len()) as u64);
+    bar.set_length(3 + 2 * (SIZES.len() * IN_FLIGHT.len()) as u64);
     let report = measure(path, &bar)?;
     bar.finish_and_clear();
     if a.json {
@@ -120,6 +126,10 @@ impl Drop for Temporary {
 fn measure(path: &Path, bar: &ProgressBar) -> Result<Report, Failure> {
     let cores = Cores::count();
     let n_threads = cores.threads();
+    // Before anything else: memory that was freed a moment ago isn't new to this machine.
+    let new = memory::available().map_or(FIRST_USE_BYTES, |n| FIRST_USE_BYTES.min(n / 4));
+    let memory_first_use_rate = probe::first_use_rate(new as usize, MEMORY_TIME)?;
+    bar.inc(1);
     let mut memory_rate = [0.0; 2];
     for (rate, n) in memory_rate.iter_mut().zip([1, n_threads]) {
         *rate = probe::memory_rate(n, MEMORY_TIME)?;
@@ -152,6 +162,7 @@ fn measure(path: &Path, bar: &ProgressBar) -> Result<Report, Failure> {
         memory_group_limit: memory::group_limit(),
         page_bytes: probe::page_size(),
         huge_pages: probe::huge_pages(),
+        memory_first_use_rate,
         memory_rate,
         disk,
         no_direct,
@@ -227,6 +238,13 @@ fn limits(r: &Report) -> Vec<String> {
     if r.memory_rate[1] < 1.3 * r.memory_rate[0] && c.allowed > 1 {
         out.push("One thread reads memory about as fast as all: more threads won't make writing faster.".into());
     }
+    if r.memory_first_use_rate < SLOW_FIRST_USE {
+        out.push(format!(
+            "Memory is used for the first time at {}, as in a virtual machine that has given it back to its host: until its memory is in \
+             use, a model starts slowly, and experts are read slowly.",
+            rate(r.memory_first_use_rate)
+        ));
+    }
     if let Some(limit) = r.memory_group_limit {
         out.push(format!("A control group limits memory to {}; what is taken beyond is killed.", output::size(limit)));
     }
@@ -251,6 +269,7 @@ fn print(r: &Report, model: Option<&Path>) -> Result<String, std::fmt::Error> {
     line("memory", format!("{} could be taken now{limit}", r.memory_available.map_or_else(unknown, output::size)))?;
     line("memory speed", format!("{} by one thread, {} by all", rate(r.memory_rate[0]), rate(r.memory_rate[1])))?;
     let huge = r.huge_pages.clone().unwrap_or_else(unknown);
+    line("new memory", format!("{}, for what is used for the first time", rate(r.memory_first_use_rate)))?;
     line("pages", format!("{} bytes; huge ones: {huge}", r.page_bytes))?;
     line("read-ahead", r.read_ahead.map_or_else(unknown, output::size))?;
     let on = model.map_or("a temporary file".into(), |m| m.display().to_string());

@@ -178,6 +178,24 @@ pub fn memory_rate(n_threads: usize, time: Duration) -> io::Result<f64> {
     Ok(done.load(Relaxed) as f64 / began.elapsed().as_secs_f64())
 }
 
+/// Bytes a second at which one thread uses memory for the first time, of `n_bytes` or as much of it as `time` suffices for: the system
+/// clears pages, and where this machine is a virtual one that gave free memory back to its host, the host has to find them again.
+///
+/// # Errors
+/// When the system has no memory for it.
+pub fn first_use_rate(n_bytes: usize, time: Duration) -> io::Result<f64> {
+    let mut pages = Pages::new(n_bytes.next_multiple_of(HUGE))?;
+    let (mut n_touched, began) = (0, Instant::now());
+    for piece in pages.chunks_mut(HUGE) {
+        piece.chunks_mut(ALIGN as usize).for_each(|page| page[0] = 1);
+        n_touched += piece.len();
+        if began.elapsed() > time {
+            break;
+        }
+    }
+    Ok(n_touched as f64 / began.elapsed().as_secs_f64())
+}
+
 /// Reads all bytes; independent sums, so that none waits for another.
 fn sum(bytes: &[u8]) -> u64 {
     let mut sums = [0u64; 16];
@@ -237,6 +255,12 @@ mod tests {
         let rate = memory_rate(2, Duration::from_millis(30)).unwrap();
         assert!((1e8..1e13).contains(&rate), "{rate}");
         assert_eq!(sum(&[1; 256]), u64::from_le_bytes([1; 8]) * 32);
+    }
+
+    #[test]
+    fn memory_is_used_for_the_first_time_at_a_plausible_rate() {
+        let rate = first_use_rate(16 << 20, Duration::from_millis(50)).unwrap();
+        assert!((1e6..1e12).contains(&rate), "{rate}");
     }
 
     #[test]
