@@ -16,8 +16,8 @@ use std::path::PathBuf;
 /// Flags of `show`.
 #[derive(Args)]
 #[command(
-    after_help = "--kernels shows what this processor would use; ONCALL_ISA (scalar, avx2, avxvnni, avx512vnni, avx512amx, neon, neondot) forces \
-another instruction set, here as in every command. Which one is used changes no logit by a bit."
+    after_help = "--kernels shows what this processor would use; ONCALL_ISA (scalar, avx2, avxvnni, avx512vnni, avx512amx, neon, neondot, \
+neoni8mm) forces another instruction set, here as in every command. Which one is used changes no logit by a bit."
 )]
 pub(super) struct ShowArgs {
     /// The file, or the first of a split model's files [default: the model that is built in]

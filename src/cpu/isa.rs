@@ -20,6 +20,8 @@ pub enum Isa {
     Neon,
     /// arm64 with dotprod: 4 lanes, four byte products a lane in one instruction.
     NeonDot,
+    /// The same with i8mm: 2 rows times 2 tokens, eight bytes each, in one instruction.
+    NeonI8mm,
 }
 
 /// `ONCALL_ISA` asks for what isn't there.
@@ -35,8 +37,16 @@ pub enum IsaError {
 
 impl Isa {
     /// All of them, the slowest first.
-    pub const ALL: [Self; 7] =
-        [Self::Scalar, Self::Avx2, Self::AvxVnni, Self::Avx512Vnni, Self::Avx512Amx, Self::Neon, Self::NeonDot];
+    pub const ALL: [Self; 8] = [
+        Self::Scalar,
+        Self::Avx2,
+        Self::AvxVnni,
+        Self::Avx512Vnni,
+        Self::Avx512Amx,
+        Self::Neon,
+        Self::NeonDot,
+        Self::NeonI8mm,
+    ];
 
     /// The instruction set of this process: the fastest that the processor has, or the one that the
     /// environment variable `ONCALL_ISA` names. Decided once.
@@ -86,6 +96,8 @@ impl Isa {
             Self::Neon => true,
             #[cfg(target_arch = "aarch64")]
             Self::NeonDot => std::arch::is_aarch64_feature_detected!("dotprod"),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonI8mm => Self::NeonDot.is_available() && std::arch::is_aarch64_feature_detected!("i8mm"),
             #[allow(unreachable_patterns)]
             _ => false,
         }
@@ -101,6 +113,7 @@ impl Isa {
             Self::Avx512Amx => "avx512amx",
             Self::Neon => "neon",
             Self::NeonDot => "neondot",
+            Self::NeonI8mm => "neoni8mm",
         }
     }
 

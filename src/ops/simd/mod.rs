@@ -108,7 +108,7 @@ fn run_on<K: Kernel>(isa: Isa, k: K) -> K::Out {
         Isa::Avx2 | Isa::AvxVnni if isa.is_available() => unsafe { x86::run_avx2(k) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon | Isa::NeonDot => unsafe { neon::run_neon(k) },
+        Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => unsafe { neon::run_neon(k) },
         _ => k.run::<scalar::Scalar>(),
     }
 }

@@ -51,10 +51,12 @@ struct Open<V: Vector> {
 type Sums<V, const N: usize, const R: usize> = [[<V as Vector>::F; R]; N];
 
 impl<L: Block32> Blocks<L> {
+    /// With `PANEL`, for many tokens.
     #[inline(always)]
-    fn open<V: Vector>(v: V, b: Block<V, L>) -> Open<V> {
+    fn open<V: Vector, const PANEL: bool>(v: V, b: Block<V, L>) -> Open<V> {
         let min = if L::MIN { L::min(v, b) } else { v.splat_f32(NO_SCALE) };
-        Open { codes: L::codes(v, b), scale: L::scale(v, b), min }
+        let codes = L::codes(v, b);
+        Open { codes: if PANEL { v.panel(codes, L::ZERO) } else { codes }, scale: L::scale(v, b), min }
     }
 
     /// Adds a block's part of the dot products of some groups of rows with block `i` of some tokens.
@@ -62,14 +64,18 @@ impl<L: Block32> Blocks<L> {
     /// # Safety
     /// The tokens have a block `i`.
     #[inline(always)]
-    unsafe fn step<V: Vector, const N: usize, const R: usize>(
+    unsafe fn step<V: Vector, const PANEL: bool, const N: usize, const R: usize>(
         v: V,
         w: &[Open<V>; R],
         x: &[Act; N],
         i: usize,
         sums: &mut Sums<V, N, R>,
     ) {
-        let zero = if L::BITS == 8 { V::SIGNED_ZERO } else { L::ZERO };
+        let zero = match L::BITS {
+            8 => V::SIGNED_ZERO,
+            _ if PANEL && V::PANEL_SIGNED => 0,
+            _ => L::ZERO,
+        };
         // SAFETY: the tokens have a block `i`, by the caller's promise, of 32 integers.
         unsafe {
             let mut isums = [[v.splat(0); R]; N];
@@ -79,7 +85,9 @@ impl<L: Block32> Blocks<L> {
                 }
             }
             let q = std::array::from_fn(|t| x[t].q.add(32 * i));
-            let mut isums = v.dots(isums, std::array::from_fn(|r| &w[r].codes), q, L::BITS);
+            let codes = std::array::from_fn(|r| &w[r].codes);
+            let mut isums =
+                if PANEL { v.panel_dots(isums, codes, q, L::BITS) } else { v.dots(isums, codes, q, L::BITS) };
             for t in 0..N {
                 // Where registers are few, what the sums begin with would be moved to the stack and back.
                 if !V::MANY_REGISTERS {
@@ -115,7 +123,7 @@ impl<L: Block32> Blocks<L> {
         let mut sums = *acc;
         for (i, w) in panel.iter().enumerate() {
             // SAFETY: the caller's promise.
-            unsafe { Self::step(v, w, x, first + i, &mut sums) };
+            unsafe { Self::step::<_, true, N, R>(v, w, x, first + i, &mut sums) };
         }
         *acc = sums;
     }
@@ -141,7 +149,7 @@ impl<L: Block32> Blocks<L> {
                 for (i, w) in panel.iter_mut().enumerate() {
                     // SAFETY: the job's promise.
                     let b = unsafe { Block::new(v, job.w.add(((g + r) * job.n_blocks + first + i) * bytes)) };
-                    w[r] = Self::open(v, b);
+                    w[r] = Self::open::<_, true>(v, b);
                 }
             }
             let next: [*const u8; R] =
@@ -193,7 +201,7 @@ impl<L: Block32> Kernel for Blocks<L> {
                     let at = job.w.add((g * job.n_blocks + i) * bytes);
                     let b = Block::new(v, at);
                     b.prefetch(0, 1);
-                    Self::step(v, &[Self::open(v, b)], x, i, &mut acc);
+                    Self::step::<_, false, T, 1>(v, &[Self::open::<_, false>(v, b)], x, i, &mut acc);
                 }
             }
             for t in 0..T {

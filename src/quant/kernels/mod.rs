@@ -218,9 +218,11 @@ mod on_amx {
 }
 
 #[cfg(target_arch = "aarch64")]
-instruction_set!(on_neon, neon::Neon<false>, "neon", 6 x 1, usize::MAX);
+instruction_set!(on_neon, neon::Neon<{ neon::BASE }>, "neon", 4 x 2, usize::MAX);
 #[cfg(target_arch = "aarch64")]
-instruction_set!(on_neondot, neon::Neon<true>, "neon,dotprod", 6 x 1, usize::MAX);
+instruction_set!(on_neondot, neon::Neon<{ neon::DOT }>, "neon,dotprod", 4 x 2, MAX_GEMV);
+#[cfg(target_arch = "aarch64")]
+instruction_set!(on_neoni8mm, neon::Neon<{ neon::I8MM }>, "neon,dotprod,i8mm", 4 x 2, MAX_GEMV);
 
 /// Plain Rust, which isn't for speed: one small function serves any number of tokens.
 mod on_scalar {
@@ -275,6 +277,8 @@ fn of<K: Kernel>(isa: Isa) -> Option<&'static Kernels> {
         Isa::Neon => Some(const { &on_neon::kernels::<K>() }),
         #[cfg(target_arch = "aarch64")]
         Isa::NeonDot => Some(const { &on_neondot::kernels::<K>() }),
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonI8mm => Some(const { &on_neoni8mm::kernels::<K>() }),
         Isa::Scalar => Some(const { &on_scalar::kernels::<K>() }),
         #[allow(unreachable_patterns)]
         _ => None,

@@ -1,22 +1,8 @@
-//! The vector operations on NEON: four lanes, with or without the dot product instructions.
+//! The vector operations on NEON: four lanes, at three levels, which share all but their products of bytes.
 
 use super::vector::Vector;
 use core::arch::aarch64::*;
 use core::arch::asm;
-
-/// Proof of NEON, and with `DOT` of dotprod.
-#[derive(Clone, Copy)]
-pub(super) struct Neon<const DOT: bool>(());
-
-impl<const DOT: bool> Neon<DOT> {
-    /// # Safety
-    /// The processor has [`Isa::Neon`](crate::cpu::Isa), or with `DOT` [`Isa::NeonDot`](crate::cpu::Isa), and so has the
-    /// caller's `target_feature`.
-    #[inline(always)]
-    pub(super) unsafe fn new() -> Self {
-        Self(())
-    }
-}
 
 /// Intrinsics in a method of [`Neon`].
 macro_rules! op {
@@ -28,7 +14,7 @@ macro_rules! op {
 
 /// `sdot` of four lanes of weights and four activations, which are lane `$i` of `$q`: not an intrinsic on stable Rust yet.
 macro_rules! sdot {
-    ($sum:ident, $w:expr, $q:ident, $i:literal) => {
+    ($sum:expr, $w:expr, $q:expr, $i:literal) => {
         // SAFETY: `self` proves that the processor has the instruction.
         unsafe {
             asm!(
@@ -40,10 +26,142 @@ macro_rules! sdot {
     };
 }
 
-impl<const DOT: bool> Vector for Neon<DOT> {
+/// `smmla` of two rows' eight weights and two tokens' eight activations, likewise.
+macro_rules! smmla {
+    ($sum:expr, $w:expr, $q:expr) => {
+        // SAFETY: `self` proves that the processor has the instruction.
+        unsafe {
+            asm!(
+                "smmla {sum:v}.4s, {w:v}.16b, {q:v}.16b",
+                sum = inout(vreg) $sum, w = in(vreg) $w, q = in(vreg) $q,
+                options(pure, nomem, nostack, preserves_flags)
+            )
+        }
+    };
+}
+
+/// The levels of [`Neon`]: what every arm64 has, dotprod, and i8mm besides.
+pub(super) const BASE: u32 = 0;
+pub(super) const DOT: u32 = 1;
+pub(super) const I8MM: u32 = 2;
+
+/// Proof of NEON at a level.
+#[derive(Clone, Copy)]
+pub(super) struct Neon<const LEVEL: u32>(());
+
+impl<const LEVEL: u32> Neon<LEVEL> {
+    /// # Safety
+    /// The processor has [`Isa::Neon`](crate::cpu::Isa), [`Isa::NeonDot`](crate::cpu::Isa) or
+    /// [`Isa::NeonI8mm`](crate::cpu::Isa), as the level says, and so has the caller's `target_feature`.
+    #[inline(always)]
+    pub(super) unsafe fn new() -> Self {
+        Self(())
+    }
+
+    /// Activations `4 * j` and on of `4 * n` at `q`, in every lane: out of sixteen that are loaded at once, where there are so many.
+    ///
+    /// # Safety
+    /// They can be read.
+    #[inline(always)]
+    unsafe fn four(self, q: *const i8, j: usize, n: usize) -> uint32x4_t {
+        if j / 4 * 4 + 4 > n {
+            return op!(vdupq_n_u32(q.add(4 * j).cast::<u32>().read_unaligned()));
+        }
+        let q = op!(vreinterpretq_u32_s8(vld1q_s8(q.add(j / 4 * 16))));
+        op!(match j % 4 {
+            0 => vdupq_laneq_u32::<0>(q),
+            1 => vdupq_laneq_u32::<1>(q),
+            2 => vdupq_laneq_u32::<2>(q),
+            _ => vdupq_laneq_u32::<3>(q),
+        })
+    }
+
+    /// `dots` with `sdot`: sixteen activations of each token, lane by lane. Loops of a few instructions, which the compiler unrolls:
+    /// whole dot products one after the other it kept in a loop, and the sums on the stack.
+    ///
+    /// # Safety
+    /// As for [`dots`](Vector::dots), the level is at least [`DOT`], and `K` is a multiple of four.
+    #[inline(always)]
+    unsafe fn lane_dots<const K: usize, const N: usize, const R: usize>(
+        self,
+        start: [[uint32x4_t; R]; N],
+        w: [&[uint32x4_t; K]; R],
+        q: [*const i8; N],
+    ) -> [[uint32x4_t; R]; N] {
+        let mut sums = start;
+        for i in 0..K / 4 {
+            let mut acts = [op!(vdupq_n_s8(0)); N];
+            for t in 0..N {
+                acts[t] = op!(vld1q_s8(q[t].add(16 * i)));
+            }
+            macro_rules! lane {
+                ($l:literal) => {
+                    for r in 0..R {
+                        let w = w[r][4 * i + $l];
+                        for t in 0..N {
+                            sdot!(sums[t][r], w, acts[t], $l);
+                        }
+                    }
+                };
+            }
+            lane!(0);
+            lane!(1);
+            lane!(2);
+            lane!(3);
+        }
+        sums
+    }
+
+    /// The dot products of a [`panel`](Vector::panel) with `smmla`, whose operands are two rows and two tokens, eight bytes each. A
+    /// token that is left over is its own partner.
+    ///
+    /// # Safety
+    /// As for [`dots`](Vector::dots), the level is [`I8MM`], and `K` is a multiple of four.
+    #[inline(always)]
+    unsafe fn pair_dots<const K: usize, const N: usize, const R: usize>(
+        self,
+        w: [&[uint32x4_t; K]; R],
+        q: [*const i8; N],
+    ) -> [[uint32x4_t; R]; N] {
+        let n_pairs = N.div_ceil(2);
+        let zero = self.splat(0);
+        // Rows 0 and 1, rows 2 and 3, each with both tokens of a pair.
+        let (mut first, mut last) = ([[zero; R]; N], [[zero; R]; N]);
+        for i in 0..K / 4 {
+            let mut acts = [[op!(vdupq_n_u64(0)); 2]; N];
+            for p in 0..n_pairs {
+                let (a, b) = (q[2 * p], q[(2 * p + 1).min(N - 1)]);
+                let (a, b) = op!((vld1q_s8(a.add(16 * i)), vld1q_s8(b.add(16 * i))));
+                let (a, b) = op!((vreinterpretq_u64_s8(a), vreinterpretq_u64_s8(b)));
+                acts[p] = op!([vtrn1q_u64(a, b), vtrn2q_u64(a, b)]);
+            }
+            for eight in 0..2 {
+                for r in 0..R {
+                    let (top, bottom) = (w[r][4 * i + 2 * eight], w[r][4 * i + 2 * eight + 1]);
+                    for p in 0..n_pairs {
+                        smmla!(first[p][r], top, acts[p][eight]);
+                        smmla!(last[p][r], bottom, acts[p][eight]);
+                    }
+                }
+            }
+        }
+        let mut sums = [[zero; R]; N];
+        for t in 0..N {
+            for r in 0..R {
+                let (first, last) = (first[t / 2][r], last[t / 2][r]);
+                sums[t][r] = op!(if t % 2 == 0 { vuzp1q_u32(first, last) } else { vuzp2q_u32(first, last) });
+            }
+        }
+        sums
+    }
+}
+
+impl<const LEVEL: u32> Vector for Neon<LEVEL> {
     const LANES: usize = 4;
     const MANY_REGISTERS: bool = true;
     const SIGNED_ZERO: i32 = 0;
+    const BY_LANE: bool = true;
+    const PANEL_SIGNED: bool = true;
     type I = uint32x4_t;
     type F = float32x4_t;
 
@@ -86,11 +204,9 @@ impl<const DOT: bool> Vector for Neon<DOT> {
     unsafe fn store_f32(self, p: *mut f32, x: Self::F) {
         op!(vst1q_f32(p, x))
     }
+    /// Nothing is asked for: on no arm64 was it seen to help, and of the instructions of Q4_0's `gemv` it took a tenth.
     #[inline(always)]
-    fn prefetch(self, p: *const u8) {
-        // SAFETY: a hint, which any address may be given to.
-        unsafe { asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nomem, nostack, preserves_flags)) }
-    }
+    fn prefetch(self, _: *const u8) {}
 
     #[inline(always)]
     fn splat(self, x: u32) -> Self::I {
@@ -109,6 +225,26 @@ impl<const DOT: bool> Vector for Neon<DOT> {
         op!(vshlq_u32(a, vdupq_n_s32(n.cast_signed())))
     }
     #[inline(always)]
+    unsafe fn splat_sums(self, p: *const i16, first: usize, shift: u32) -> [Self::I; 8] {
+        op!({
+            let (a, b) = (vld1q_s16(p), vld1q_s16(p.add(8)));
+            let sums = if first == 0 { vuzp1q_s16(a, b) } else { vuzp2q_s16(a, b) };
+            let shift = vdupq_n_s32(shift.cast_signed());
+            let low = vreinterpretq_u32_s32(vshlq_s32(vmovl_s16(vget_low_s16(sums)), shift));
+            let high = vreinterpretq_u32_s32(vshlq_s32(vmovl_high_s16(sums), shift));
+            [
+                vdupq_laneq_u32::<0>(low),
+                vdupq_laneq_u32::<1>(low),
+                vdupq_laneq_u32::<2>(low),
+                vdupq_laneq_u32::<3>(low),
+                vdupq_laneq_u32::<0>(high),
+                vdupq_laneq_u32::<1>(high),
+                vdupq_laneq_u32::<2>(high),
+                vdupq_laneq_u32::<3>(high),
+            ]
+        })
+    }
+    #[inline(always)]
     fn shr(self, a: Self::I, n: u32) -> Self::I {
         op!(vshlq_u32(a, vdupq_n_s32(-n.cast_signed())))
     }
@@ -125,6 +261,10 @@ impl<const DOT: bool> Vector for Neon<DOT> {
         op!(vmlaq_u32(c, a, b))
     }
     #[inline(always)]
+    fn high_nibbles(self, a: Self::I) -> Self::I {
+        op!(vreinterpretq_u32_u8(vshrq_n_u8::<4>(vreinterpretq_u8_u32(a))))
+    }
+    #[inline(always)]
     fn lookup(self, table: &[i8; 16], codes: Self::I) -> Self::I {
         op!(vreinterpretq_u32_u8(vqtbl1q_u8(vld1q_u8(table.as_ptr().cast()), vreinterpretq_u8_u32(codes))))
     }
@@ -137,7 +277,7 @@ impl<const DOT: bool> Vector for Neon<DOT> {
     /// Without the dot product instructions: products of bytes are added up in 16 bits as often as surely fits, then in pairs in 32.
     #[inline(always)]
     unsafe fn dot<const N: usize>(self, start: Self::I, w: &[Self::I; N], q: *const i8, bits: u32) -> Self::I {
-        if DOT {
+        if LEVEL >= DOT {
             let mut sum = start;
             let (fours, rest) = w.as_chunks::<4>();
             for (i, w) in fours.iter().enumerate() {
@@ -153,42 +293,111 @@ impl<const DOT: bool> Vector for Neon<DOT> {
             }
             return sum;
         }
-        // 2^15 / (127 * (2^bits - 1)), and with 8 bits 2^15 / (127 * 128).
-        let narrow = match bits {
-            0..=5 => 8,
-            6 => 4,
-            _ => 2,
-        };
+        // So many products of 127 and 2^bits fit into 16 bits: those of a row's even and odd columns apart, or added up.
+        let (narrow, together) = if bits <= 5 { (128 >> bits, true) } else { (256 >> bits.min(7), false) };
         let (mut low, mut high) = op!((vdupq_n_s16(0), vdupq_n_s16(0)));
-        let (mut wide_low, mut wide_high) = op!((vdupq_n_s32(0), vdupq_n_s32(0)));
+        let (mut wide_low, mut wide_high) = op!((vreinterpretq_s32_u32(start), vdupq_n_s32(0)));
         let mut j = 0;
         while j < N {
-            let q = op!(vreinterpret_s8_u32(vdup_n_u32(q.add(4 * j).cast::<u32>().read_unaligned())));
-            let w = op!(vreinterpretq_s8_u32(w[j]));
+            let (w, q) = op!((vreinterpretq_s8_u32(w[j]), vreinterpretq_s8_u32(self.four(q, j, N))));
             if j % narrow == 0 {
-                (low, high) = op!((vmull_s8(vget_low_s8(w), q), vmull_s8(vget_high_s8(w), q)));
+                (low, high) = op!((vmull_s8(vget_low_s8(w), vget_low_s8(q)), vmull_high_s8(w, q)));
             } else {
-                (low, high) = op!((vmlal_s8(low, vget_low_s8(w), q), vmlal_s8(high, vget_high_s8(w), q)));
+                (low, high) = op!((vmlal_s8(low, vget_low_s8(w), vget_low_s8(q)), vmlal_high_s8(high, w, q)));
             }
             j += 1;
-            if j % narrow == 0 || j == N {
+            let full = j % narrow == 0 || j == N;
+            if full && together {
+                wide_low = op!(vpadalq_s16(wide_low, vpaddq_s16(low, high)));
+            } else if full && j <= narrow {
+                (wide_low, wide_high) = op!((vpaddlq_s16(low), vpaddlq_s16(high)));
+            } else if full {
                 (wide_low, wide_high) = op!((vpadalq_s16(wide_low, low), vpadalq_s16(wide_high, high)));
             }
+        }
+        if together {
+            return op!(vreinterpretq_u32_s32(wide_low));
         }
         op!(vaddq_u32(start, vreinterpretq_u32_s32(vpaddq_s32(wide_low, wide_high))))
     }
 
     #[inline(always)]
+    unsafe fn dots<const K: usize, const N: usize, const R: usize>(
+        self,
+        start: [[Self::I; R]; N],
+        w: [&[Self::I; K]; R],
+        q: [*const i8; N],
+        bits: u32,
+    ) -> [[Self::I; R]; N] {
+        if LEVEL >= DOT && K.is_multiple_of(4) {
+            // SAFETY: the caller's promise.
+            return unsafe { self.lane_dots(start, w, q) };
+        }
+        let mut sums = start;
+        for t in 0..N {
+            for r in 0..R {
+                // SAFETY: the caller's promise.
+                sums[t][r] = unsafe { self.dot(start[t][r], w[r], q[t], bits) };
+            }
+        }
+        sums
+    }
+
+    /// Less `zero`, so that no sum has to begin with anything; and with `smmla` neighbouring columns four bytes a row by turns.
+    #[inline(always)]
+    fn panel<const K: usize>(self, codes: [Self::I; K], zero: i32) -> [Self::I; K] {
+        let zero = op!(vdupq_n_u8(zero as u8));
+        let codes = codes.map(|w| op!(vreinterpretq_u32_u8(vsubq_u8(vreinterpretq_u8_u32(w), zero))));
+        if LEVEL < I8MM {
+            return codes;
+        }
+        std::array::from_fn(|j| {
+            let (even, odd) = (codes[j / 2 * 2], codes[j / 2 * 2 + 1]);
+            op!(if j.is_multiple_of(2) { vzip1q_u32(even, odd) } else { vzip2q_u32(even, odd) })
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn panel_dots<const K: usize, const N: usize, const R: usize>(
+        self,
+        start: [[Self::I; R]; N],
+        w: [&[Self::I; K]; R],
+        q: [*const i8; N],
+        bits: u32,
+    ) -> [[Self::I; R]; N] {
+        if LEVEL < I8MM {
+            // SAFETY: the caller's promise.
+            return unsafe { self.dots(start, w, q, bits) };
+        }
+        // SAFETY: the caller's promise.
+        let mut sums = unsafe { self.pair_dots(w, q) };
+        for t in 0..N {
+            for r in 0..R {
+                sums[t][r] = self.add_i32(start[t][r], sums[t][r]);
+            }
+        }
+        sums
+    }
+
+    /// The lanes of `a`, then those of `b`.
+    #[inline(always)]
+    fn pair(self, a: Self::I, b: Self::I) -> Self::I {
+        op!(vreinterpretq_u32_u16(vuzp1q_u16(vreinterpretq_u16_u32(a), vreinterpretq_u16_u32(b))))
+    }
+
+    #[inline(always)]
     unsafe fn dot_pairs(self, start: Self::I, w: Self::I, p: *const i16) -> Self::I {
-        let (w, q) =
-            op!((vreinterpretq_s16_u32(w), vreinterpretq_s16_u32(vdupq_n_u32(p.cast::<u32>().read_unaligned()))));
-        let products = op!(vpaddq_s32(vmull_s16(vget_low_s16(w), vget_low_s16(q)), vmull_high_s16(w, q)));
-        op!(vaddq_u32(start, vreinterpretq_u32_s32(products)))
+        op!({
+            let (sum, w) = (vreinterpretq_s32_u32(start), vreinterpretq_s16_u32(w));
+            let pair = vreinterpret_s16_u32(vset_lane_u32::<0>(p.cast::<u32>().read_unaligned(), vdup_n_u32(0)));
+            let sum = vmlal_lane_s16::<0>(sum, vget_low_s16(w), pair);
+            vreinterpretq_u32_s32(vmlal_high_lane_s16::<1>(sum, w, pair))
+        })
     }
 
     #[inline(always)]
     fn multiply_add(self, sum: Self::I, w: Self::I) -> Self::I {
-        if DOT {
+        if LEVEL >= DOT {
             let (mut sum, factor) = (sum, sum);
             let w = op!(vreinterpretq_s8_u32(w));
             sdot!(sum, factor, w, 0);

@@ -31,6 +31,8 @@ pub fn multiply_rate(isa: Isa, time: Duration) -> f64 {
         Isa::Neon => super::on_neon::MULTIPLY,
         #[cfg(target_arch = "aarch64")]
         Isa::NeonDot => super::on_neondot::MULTIPLY,
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonI8mm => super::on_neoni8mm::MULTIPLY,
         _ => super::on_scalar::MULTIPLY,
     };
     let (began, mut best) = (Instant::now(), 0.0f64);

@@ -105,10 +105,16 @@ impl<L: Superblock> Superblocks<L> {
         if L::BITS == 8 { V::SIGNED_ZERO } else { L::ZERO }
     }
 
-    /// Whether the sums of the activations matter.
+    /// The same in a panel.
     #[inline(always)]
-    const fn needs_sums<V: Vector>() -> bool {
-        L::MIN || Self::zero::<V>() != 0
+    const fn panel_zero<V: Vector>() -> i32 {
+        if L::BITS != 8 && V::PANEL_SIGNED { 0 } else { Self::zero::<V>() }
+    }
+
+    /// Whether `fused` begins a sub-block's sum with what codes less zero differ from codes by, as blocks of 32 do.
+    #[inline(always)]
+    const fn begins_with_zero<V: Vector>() -> bool {
+        V::BY_LANE && L::SUB == 16 && !L::MIN && Self::zero::<V>() != 0
     }
 
     /// What the activations' sums are multiplied by in sub-blocks `j` and `j + 1`, as two numbers of 16 bits: the offsets, or, where
@@ -116,7 +122,7 @@ impl<L: Superblock> Superblocks<L> {
     #[inline(always)]
     pub(super) fn pair<V: Vector>(v: V, head: &L::Head<V>, j: usize) -> V::I {
         let of = |j| if L::MIN { L::min(v, head, j) } else { L::scale(v, head, j) };
-        v.or(v.and(of(j), v.splat(0xffff)), v.shl(of(j + 1), 16))
+        v.pair(of(j), of(j + 1))
     }
 
     #[inline(always)]
@@ -136,7 +142,10 @@ impl<L: Superblock> Superblocks<L> {
         for j in 0..8 * Self::SUBS {
             panel.factors[j] = v.factor(L::scale(v, &head, j));
         }
-        if Self::needs_sums::<V>() {
+        for codes in &mut panel.codes {
+            *codes = v.panel(*codes, L::ZERO);
+        }
+        if L::MIN || Self::panel_zero::<V>() != 0 {
             for j in 0..4 * Self::SUBS {
                 panel.pairs[j] = Self::pair(v, &head, 2 * j);
             }
@@ -162,6 +171,31 @@ impl<L: Superblock> Superblocks<L> {
         for half in 0..2 {
             let k = half % Self::SUBS;
             let mut sums = dots[k];
+            if Self::begins_with_zero::<V>() && half < Self::SUBS {
+                for t in 0..N {
+                    // SAFETY: the token has these sub-blocks, by the caller's promise.
+                    let zeros =
+                        unsafe { v.splat_sums(Self::sums_at(&x[t], i, 0), k, Self::zero::<V>().trailing_zeros()) };
+                    for s in 0..8 {
+                        sums[s][t] = zeros[s];
+                    }
+                }
+            }
+            if V::BY_LANE {
+                b.prefetch(half, 2);
+                let w: [_; 4] = std::array::from_fn(|j| L::column(v, b, half, j));
+                for s in 0..8 {
+                    for t in 0..N {
+                        // SAFETY: the token has these sixteen activations, by the caller's promise.
+                        unsafe {
+                            let q = x[t].q.add(256 * i + 32 * s + 16 * half);
+                            sums[s][t] = v.dot(sums[s][t], &w.map(|column| column[s]), q, L::BITS);
+                        }
+                    }
+                }
+                dots[k] = sums;
+                continue;
+            }
             for j in 0..columns {
                 let j = j % 4;
                 b.prefetch(4 * half + j, 8);
@@ -186,7 +220,8 @@ impl<L: Superblock> Superblocks<L> {
                 sums[t] = v.mul_add_i32(dots[j % Self::SUBS][j / Self::SUBS][t], scale, sums[t]);
             }
         }
-        if Self::needs_sums::<V>() {
+        let zero = if Self::begins_with_zero::<V>() { 0 } else { Self::zero::<V>() };
+        if L::MIN || zero != 0 {
             for j in 0..4 * Self::SUBS {
                 let pair = Self::pair(v, &head, 2 * j);
                 for t in 0..N {
@@ -198,7 +233,8 @@ impl<L: Superblock> Superblocks<L> {
         let (d, dmin) = (L::d(v, &head), L::dmin(v, &head));
         for t in 0..N {
             // SAFETY: the token has this superblock, by the caller's promise.
-            acc[t] = unsafe { Self::total(v, (sums[t], offsets[t]), (d, dmin), *x[t].d.add(i), acc[t]) };
+            let da = unsafe { *x[t].d.add(i) };
+            acc[t] = Self::total(v, zero, (sums[t], offsets[t]), (d, dmin), da, acc[t]);
         }
     }
 
@@ -214,8 +250,15 @@ impl<L: Superblock> Superblocks<L> {
 
     /// `acc` and a superblock's part: its integers, which are exact, times its scales and the activations'.
     #[inline(always)]
-    fn total<V: Vector>(v: V, (sum, offset): (V::I, V::I), (d, dmin): (V::F, V::F), da: f32, acc: V::F) -> V::F {
-        let (zero, da) = (Self::zero::<V>(), v.splat_f32(da));
+    fn total<V: Vector>(
+        v: V,
+        zero: i32,
+        (sum, offset): (V::I, V::I),
+        (d, dmin): (V::F, V::F),
+        da: f32,
+        acc: V::F,
+    ) -> V::F {
+        let da = v.splat_f32(da);
         let sum = if zero == 0 { sum } else { v.add_i32(sum, v.shl(offset, zero.trailing_zeros())) };
         let acc = v.fma(v.to_f32(sum), v.mul(d, da), acc);
         if L::MIN { v.fma(v.to_f32(offset), v.mul(dmin, da), acc) } else { acc }
@@ -269,7 +312,7 @@ impl<L: Superblock> Superblocks<L> {
                 unsafe { Self::step(v, w, x, i, s, &mut sums) };
             }
             let mut offsets = [[v.splat(0); R]; N];
-            if Self::needs_sums::<V>() {
+            if L::MIN || Self::panel_zero::<V>() != 0 {
                 for j in 0..4 * Self::SUBS {
                     for t in 0..N {
                         for r in 0..R {
@@ -285,7 +328,8 @@ impl<L: Superblock> Superblocks<L> {
                 for r in 0..R {
                     // SAFETY: the caller's promise.
                     let da = unsafe { *x[t].d.add(i) };
-                    acc[t][r] = Self::total(v, (sums[t][r], offsets[t][r]), (w[r].d, w[r].dmin), da, acc[t][r]);
+                    let (sums, scales) = ((sums[t][r], offsets[t][r]), (w[r].d, w[r].dmin));
+                    acc[t][r] = Self::total(v, Self::panel_zero::<V>(), sums, scales, da, acc[t][r]);
                 }
             }
         }

@@ -12,7 +12,7 @@ pub(crate) fn low<V: Vector>(v: V, a: V::I) -> V::I {
 /// The high nibbles of each byte.
 #[inline(always)]
 pub(crate) fn high<V: Vector>(v: V, a: V::I) -> V::I {
-    low(v, v.shr(a, 4))
+    v.high_nibbles(a)
 }
 
 /// Nibble `n` (0 low, 1 high) of each byte.

@@ -12,6 +12,10 @@ pub(crate) trait Vector: Copy + 'static {
     const MANY_REGISTERS: bool;
     /// What [`signed`](Self::signed) adds to weights.
     const SIGNED_ZERO: i32;
+    /// Whether a product takes one lane of a register for all lanes, so that activations are best read sixteen at a time.
+    const BY_LANE: bool = false;
+    /// Whether [`panel`](Self::panel) takes away the code that stands for zero.
+    const PANEL_SIGNED: bool = false;
     /// Integer lanes, or four bytes a lane.
     type I: Copy;
     /// f32 lanes.
@@ -74,6 +78,16 @@ pub(crate) trait Vector: Copy + 'static {
         // SAFETY: the caller's promise.
         self.shl(self.splat(unsafe { p.read() }.cast_unsigned()), shift)
     }
+    /// Every second of the sixteen numbers at `p`, from number `first` (0 or 1) on, in every lane, shifted left by `shift`.
+    ///
+    /// # Safety
+    /// They can be read.
+    #[inline(always)]
+    unsafe fn splat_sums(self, p: *const i16, first: usize, shift: u32) -> [Self::I; 8] {
+        // SAFETY: the caller's promise.
+        let number = |i: usize| unsafe { i32::from(p.add(2 * i + first).read()).cast_unsigned() };
+        std::array::from_fn(|i| self.shl(self.splat(number(i)), shift))
+    }
     /// Lanes shifted right by `n`, zeros coming in.
     fn shr(self, a: Self::I, n: u32) -> Self::I;
     /// Lanes shifted right by `n`, copies of the sign coming in.
@@ -82,6 +96,11 @@ pub(crate) trait Vector: Copy + 'static {
     fn add_i32(self, a: Self::I, b: Self::I) -> Self::I;
     /// `a * b + c` of signed lanes.
     fn mul_add_i32(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I;
+    /// The high nibbles of each byte.
+    #[inline(always)]
+    fn high_nibbles(self, a: Self::I) -> Self::I {
+        self.and(self.shr(a, 4), self.splat(0x0f0f_0f0f))
+    }
     /// The bytes of `codes`, each 0..=15, looked up in the table.
     fn lookup(self, table: &[i8; 16], codes: Self::I) -> Self::I;
 
@@ -116,13 +135,36 @@ pub(crate) trait Vector: Copy + 'static {
         sums
     }
 
+    /// Codes that are unpacked once for many tokens, as [`panel_dots`](Self::panel_dots) takes them. The code `zero` stands for zero.
+    #[inline(always)]
+    fn panel<const K: usize>(self, codes: [Self::I; K], zero: i32) -> [Self::I; K] {
+        let _ = zero;
+        codes
+    }
+
+    /// [`dots`](Self::dots) of codes that went through [`panel`](Self::panel).
+    ///
+    /// # Safety
+    /// As for `dot`, for each token.
+    #[inline(always)]
+    unsafe fn panel_dots<const K: usize, const N: usize, const R: usize>(
+        self,
+        start: [[Self::I; R]; N],
+        w: [&[Self::I; K]; R],
+        q: [*const i8; N],
+        bits: u32,
+    ) -> [[Self::I; R]; N] {
+        // SAFETY: the caller's promise.
+        unsafe { self.dots(start, w, q, bits) }
+    }
+
     /// Signed numbers of at most eight bits in each lane, as [`scaled_dots`](Self::scaled_dots) takes them.
     #[inline(always)]
     fn factor(self, a: Self::I) -> Self::I {
         a
     }
 
-    /// As [`dots`](Self::dots), each dot product times its row's factor: exact in 32 bits.
+    /// As [`panel_dots`](Self::panel_dots), each dot product times its row's factor: exact in 32 bits.
     ///
     /// # Safety
     /// As for `dot`, for each token.
@@ -137,7 +179,7 @@ pub(crate) trait Vector: Copy + 'static {
     ) -> [[Self::I; R]; N] {
         let mut sums = start;
         // SAFETY: the caller's promise.
-        let dots = unsafe { self.dots([[self.splat(0); R]; N], w, q, bits) };
+        let dots = unsafe { self.panel_dots([[self.splat(0); R]; N], w, q, bits) };
         for t in 0..N {
             for r in 0..R {
                 sums[t][r] = self.mul_add_i32(dots[t][r], factor[r], sums[t][r]);
@@ -146,7 +188,13 @@ pub(crate) trait Vector: Copy + 'static {
         sums
     }
 
-    /// `start` plus the products of the two signed 16-bit numbers in each lane with the two at `p`.
+    /// Signed numbers of 16 bits in the lanes of `a` and of `b`, as [`dot_pairs`](Self::dot_pairs) takes them.
+    #[inline(always)]
+    fn pair(self, a: Self::I, b: Self::I) -> Self::I {
+        self.or(self.and(a, self.splat(0xffff)), self.shl(b, 16))
+    }
+
+    /// `start` plus the products of the two numbers of each lane's [`pair`](Self::pair) with the two at `p`.
     ///
     /// # Safety
     /// They can be read.
