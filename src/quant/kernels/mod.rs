@@ -218,7 +218,7 @@ mod on_amx {
 }
 
 #[cfg(target_arch = "aarch64")]
-instruction_set!(on_neon, neon::Neon<{ neon::BASE }>, "neon", 4 x 2, usize::MAX);
+instruction_set!(on_neon, neon::Neon<{ neon::BASE }>, "neon", 2 x 1, MAX_GEMV);
 #[cfg(target_arch = "aarch64")]
 instruction_set!(on_neondot, neon::Neon<{ neon::DOT }>, "neon,dotprod", 4 x 2, MAX_GEMV);
 #[cfg(target_arch = "aarch64")]
@@ -278,7 +278,10 @@ fn of<K: Kernel>(isa: Isa) -> Option<&'static Kernels> {
         #[cfg(target_arch = "aarch64")]
         Isa::NeonDot => Some(const { &on_neondot::kernels::<K>() }),
         #[cfg(target_arch = "aarch64")]
-        Isa::NeonI8mm => Some(const { &on_neoni8mm::kernels::<K>() }),
+        // For few tokens it would only turn weights and sums round more often (Q4_K, two tokens: 45 instructions, 36).
+        Isa::NeonI8mm => {
+            Some(const { &Kernels { gemv: on_neondot::kernels::<K>().gemv, ..on_neoni8mm::kernels::<K>() } })
+        }
         Isa::Scalar => Some(const { &on_scalar::kernels::<K>() }),
         #[allow(unreachable_patterns)]
         _ => None,

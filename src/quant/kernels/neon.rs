@@ -160,7 +160,10 @@ impl<const LEVEL: u32> Vector for Neon<LEVEL> {
     const LANES: usize = 4;
     const MANY_REGISTERS: bool = true;
     const SIGNED_ZERO: i32 = 0;
+    const PRODUCTS: usize = if LEVEL >= I8MM { 8 } else { 4 };
     const BY_LANE: bool = true;
+    /// More sums, or products of 16 bits besides, don't fit into the registers: twice the instructions.
+    const FUSED: usize = if LEVEL >= DOT { 1 } else { 0 };
     const PANEL_SIGNED: bool = true;
     type I = uint32x4_t;
     type F = float32x4_t;
@@ -397,6 +400,11 @@ impl<const LEVEL: u32> Vector for Neon<LEVEL> {
 
     #[inline(always)]
     fn multiply_add(self, sum: Self::I, w: Self::I) -> Self::I {
+        if LEVEL >= I8MM {
+            let (mut sum, factor) = (sum, sum);
+            smmla!(sum, factor, w);
+            return sum;
+        }
         if LEVEL >= DOT {
             let (mut sum, factor) = (sum, sum);
             let w = op!(vreinterpretq_s8_u32(w));

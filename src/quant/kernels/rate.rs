@@ -56,5 +56,5 @@ pub(super) fn multiply<V: Vector>(v: V, n: usize) -> u64 {
         }
     }
     black_box(&sums);
-    (n * SUMS * V::LANES * 4 * 2) as u64
+    (n * SUMS * V::LANES * V::PRODUCTS * 2) as u64
 }

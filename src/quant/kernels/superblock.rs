@@ -95,6 +95,12 @@ pub(super) fn four() -> usize {
     black_box(4)
 }
 
+/// The same, known where nothing is lost by it.
+#[inline(always)]
+fn columns<V: Vector>() -> usize {
+    if V::BY_LANE { 4 } else { four() }
+}
+
 impl<L: Superblock> Superblocks<L> {
     /// Sub-blocks of 32 weights: one, or two.
     pub(super) const SUBS: usize = 32 / L::SUB;
@@ -403,7 +409,7 @@ impl<L: Superblock> Kernel for Superblocks<L> {
     unsafe fn gemv<V: Vector, const T: usize>(v: V, job: &Job<'_>) {
         let x: &[Act; T] = job.x.try_into().expect("as many tokens as the kernel is for");
         let bytes = L::BYTES * V::LANES;
-        let columns = four();
+        let columns = columns::<V>();
         let zero = v.splat_f32(0.0);
         let mut panel = [Panel::nothing(v)];
         for g in 0..job.n_groups {
@@ -412,7 +418,7 @@ impl<L: Superblock> Kernel for Superblocks<L> {
                 // SAFETY: the job's promise: the groups' blocks and the tokens' blocks are there.
                 unsafe {
                     let b = Block::new(v, job.w.add((g * job.n_blocks + i) * bytes));
-                    if T == 1 || V::MANY_REGISTERS && (L::SUB == 32 || T == 2) {
+                    if T <= V::FUSED && (T == 1 || V::MANY_REGISTERS && (L::SUB == 32 || T == 2)) {
                         let (pairs, odd) = x.as_chunks::<2>();
                         let (pair_acc, odd_acc) = acc.as_chunks_mut::<2>();
                         for (x, acc) in pairs.iter().zip(pair_acc) {
@@ -438,7 +444,7 @@ impl<L: Superblock> Kernel for Superblocks<L> {
 
     #[inline(always)]
     unsafe fn gemm<V: Vector, const N: usize, const R: usize>(v: V, job: &Job<'_>) {
-        let (columns, zero) = (four(), v.splat_f32(NO_SCALE));
+        let (columns, zero) = (columns::<V>(), v.splat_f32(NO_SCALE));
         let nothing = Panel::nothing(v);
         let (mut panel, mut acc) = ([[nothing; R]; DEPTH], [[zero; R]; MAX_TOKENS]);
         let together = job.n_groups / R * R;

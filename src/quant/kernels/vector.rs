@@ -14,6 +14,10 @@ pub(crate) trait Vector: Copy + 'static {
     const SIGNED_ZERO: i32;
     /// Whether a product takes one lane of a register for all lanes, so that activations are best read sixteen at a time.
     const BY_LANE: bool = false;
+    /// Products of bytes in each lane of [`multiply_add`](Self::multiply_add).
+    const PRODUCTS: usize = 4;
+    /// The most tokens with which superblocks are multiplied as they are unpacked, without being stored in between.
+    const FUSED: usize = usize::MAX;
     /// Whether [`panel`](Self::panel) takes away the code that stands for zero.
     const PANEL_SIGNED: bool = false;
     /// Integer lanes, or four bytes a lane.
