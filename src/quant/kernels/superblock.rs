@@ -148,8 +148,10 @@ impl<L: Superblock> Superblocks<L> {
         for j in 0..8 * Self::SUBS {
             panel.factors[j] = v.factor(L::scale(v, &head, j));
         }
-        for codes in &mut panel.codes {
-            *codes = v.panel(*codes, L::ZERO);
+        if V::PANEL_SIGNED {
+            for codes in &mut panel.codes {
+                *codes = v.panel(*codes, L::ZERO);
+            }
         }
         if L::MIN || Self::panel_zero::<V>() != 0 {
             for j in 0..4 * Self::SUBS {
