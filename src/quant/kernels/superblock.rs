@@ -161,6 +161,47 @@ impl<L: Superblock> Superblocks<L> {
         (panel.d, panel.dmin) = (L::d(v, &head), L::dmin(v, &head));
     }
 
+    /// `sums` and the products of weights `16 * half` and on, sixteen, of each 32 of superblock `i` with some tokens.
+    ///
+    /// # Safety
+    /// The tokens have a superblock `i`.
+    #[inline(always)]
+    unsafe fn half<V: Vector, const N: usize>(
+        v: V,
+        b: Block<V, L>,
+        columns: usize,
+        x: &[Act; N],
+        (i, half): (usize, usize),
+        mut sums: [[V::I; N]; 8],
+    ) -> [[V::I; N]; 8] {
+        let first = 256 * i + 16 * half;
+        if V::BY_LANE {
+            b.prefetch(half, 2);
+            let w: [_; 4] = std::array::from_fn(|j| L::column(v, b, half, j));
+            for s in 0..8 {
+                for t in 0..N {
+                    let w = w.map(|column| column[s]);
+                    // SAFETY: the token has these sixteen activations, by the caller's promise.
+                    sums[s][t] = unsafe { v.dot(sums[s][t], &w, x[t].q.add(first + 32 * s), L::BITS) };
+                }
+            }
+            return sums;
+        }
+        for j in 0..columns {
+            let j = j % 4;
+            b.prefetch(4 * half + j, 8);
+            let column = L::column(v, b, half, j);
+            for s in 0..8 {
+                for t in 0..N {
+                    // SAFETY: the token has these four activations, by the caller's promise.
+                    sums[s][t] =
+                        unsafe { v.dot(sums[s][t], &[column[s]], x[t].q.add(first + 32 * s + 4 * j), L::BITS) };
+                }
+            }
+        }
+        sums
+    }
+
     /// Adds superblock `i`'s part to the dot products with some tokens, without storing its codes.
     ///
     /// # Safety
@@ -189,36 +230,8 @@ impl<L: Superblock> Superblocks<L> {
                     }
                 }
             }
-            if V::BY_LANE {
-                b.prefetch(half, 2);
-                let w: [_; 4] = std::array::from_fn(|j| L::column(v, b, half, j));
-                for s in 0..8 {
-                    for t in 0..N {
-                        // SAFETY: the token has these sixteen activations, by the caller's promise.
-                        unsafe {
-                            let q = x[t].q.add(256 * i + 32 * s + 16 * half);
-                            sums[s][t] = v.dot(sums[s][t], &w.map(|column| column[s]), q, L::BITS);
-                        }
-                    }
-                }
-                dots[k] = sums;
-                continue;
-            }
-            for j in 0..columns {
-                let j = j % 4;
-                b.prefetch(4 * half + j, 8);
-                let column = L::column(v, b, half, j);
-                for s in 0..8 {
-                    for t in 0..N {
-                        // SAFETY: the token has these four activations, by the caller's promise.
-                        unsafe {
-                            let q = x[t].q.add(256 * i + 32 * s + 16 * half + 4 * j);
-                            sums[s][t] = v.dot(sums[s][t], &[column[s]], q, L::BITS);
-                        }
-                    }
-                }
-            }
-            dots[k] = sums;
+            // SAFETY: the caller's promise.
+            dots[k] = unsafe { Self::half(v, b, columns, x, (i, half), sums) };
         }
         let head = L::head(v, b);
         let (mut sums, mut offsets) = ([v.splat(0); N], [v.splat(0); N]);
