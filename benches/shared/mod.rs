@@ -90,7 +90,7 @@ pub fn run_in_group(limit: u64, model: &Path, command: &Command) -> Ran {
 /// Reads holes of a file until its page cache fills the memory that was free, as files do on a machine that has been up for a while.
 ///
 /// A virtual machine may hand free memory back to its host (free page reporting) and get it again by a fault for each page, at 0.3 GB/s
-/// instead of 10 on one machine: whoever fills memory first pays that, on the processors that should compute. There a run in half of
+/// on one machine, where memory that was freed just before came at 2.5: whoever fills memory first pays that, on the processors that should compute. There a run in half of
 /// the model's memory computed 30 % faster once no memory was free.
 fn fill_free_memory() {
     /// The file, and how much of it has been read.

@@ -235,7 +235,7 @@ fn limits(r: &Report) -> Vec<String> {
     if c.allowed < c.online {
         out.push(format!("This process may run on {} of the machine's {} processors.", c.allowed, c.online));
     }
-    if r.memory_rate[1] < 1.3 * r.memory_rate[0] && c.allowed > 1 {
+    if r.memory_rate[1] < 1.3 * r.memory_rate[0] && c.threads() > 1 {
         out.push("One thread reads memory about as fast as all: more threads won't make writing faster.".into());
     }
     if r.memory_first_use_rate < SLOW_FIRST_USE {
