@@ -200,7 +200,9 @@ impl<L: Block32> Kernel for Blocks<L> {
                 unsafe {
                     let at = job.w.add((g * job.n_blocks + i) * bytes);
                     let b = Block::new(v, at);
-                    b.prefetch(0, 1);
+                    if T >= V::ASKS_FROM {
+                        b.prefetch(0, 1);
+                    }
                     Self::step::<_, false, T, 1>(v, &[Self::open::<_, false>(v, b)], x, i, &mut acc);
                 }
             }

@@ -88,7 +88,9 @@ impl<L: Number> Kernel for Numbers<L> {
                         // SAFETY: the job's promise: the groups' columns and the tokens' activations are there.
                         unsafe {
                             let b = Block::new(v, job.w.add((g * job.n_blocks + k0 + k) * bytes));
-                            b.prefetch(0, 1);
+                            if T >= V::ASKS_FROM {
+                                b.prefetch(0, 1);
+                            }
                             let w = L::value(v, b);
                             for t in 0..T {
                                 p[t][k] = Self::step(v, w, &x[t], k0 + k, p[t][k]);

@@ -169,14 +169,16 @@ impl<L: Superblock> Superblocks<L> {
     unsafe fn half<V: Vector, const N: usize>(
         v: V,
         b: Block<V, L>,
-        columns: usize,
+        (columns, ask): (usize, bool),
         x: &[Act; N],
         (i, half): (usize, usize),
         mut sums: [[V::I; N]; 8],
     ) -> [[V::I; N]; 8] {
         let first = 256 * i + 16 * half;
         if V::BY_LANE {
-            b.prefetch(half, 2);
+            if ask {
+                b.prefetch(half, 2);
+            }
             let w: [_; 4] = std::array::from_fn(|j| L::column(v, b, half, j));
             for s in 0..8 {
                 for t in 0..N {
@@ -189,7 +191,9 @@ impl<L: Superblock> Superblocks<L> {
         }
         for j in 0..columns {
             let j = j % 4;
-            b.prefetch(4 * half + j, 8);
+            if ask {
+                b.prefetch(4 * half + j, 8);
+            }
             let column = L::column(v, b, half, j);
             for s in 0..8 {
                 for t in 0..N {
@@ -202,7 +206,7 @@ impl<L: Superblock> Superblocks<L> {
         sums
     }
 
-    /// Adds superblock `i`'s part to the dot products with some tokens, without storing its codes.
+    /// Adds superblock `i`'s part to the dot products with some tokens, without storing its codes; if `ask`, weights are asked for ahead.
     ///
     /// # Safety
     /// The tokens have a superblock `i`.
@@ -210,7 +214,7 @@ impl<L: Superblock> Superblocks<L> {
     unsafe fn fused<V: Vector, const N: usize>(
         v: V,
         b: Block<V, L>,
-        columns: usize,
+        (columns, ask): (usize, bool),
         x: &[Act; N],
         i: usize,
         acc: &mut [V::F; N],
@@ -231,7 +235,7 @@ impl<L: Superblock> Superblocks<L> {
                 }
             }
             // SAFETY: the caller's promise.
-            dots[k] = unsafe { Self::half(v, b, columns, x, (i, half), sums) };
+            dots[k] = unsafe { Self::half(v, b, (columns, ask), x, (i, half), sums) };
         }
         let head = L::head(v, b);
         let (mut sums, mut offsets) = ([v.splat(0); N], [v.splat(0); N]);
@@ -436,14 +440,16 @@ impl<L: Superblock> Kernel for Superblocks<L> {
                     if T <= V::FUSED && (T == 1 || V::MANY_REGISTERS && (L::SUB == 32 || T == 2)) {
                         let (pairs, odd) = x.as_chunks::<2>();
                         let (pair_acc, odd_acc) = acc.as_chunks_mut::<2>();
+                        let mut ask = T >= V::ASKS_FROM;
                         for (x, acc) in pairs.iter().zip(pair_acc) {
-                            Self::fused(v, b, columns, x, i, acc);
+                            Self::fused(v, b, (columns, ask), x, i, acc);
+                            ask = false;
                         }
                         if let ([x], [acc]) = (odd, odd_acc) {
-                            Self::fused(v, b, columns, &[*x], i, std::array::from_mut(acc));
+                            Self::fused(v, b, (columns, ask), &[*x], i, std::array::from_mut(acc));
                         }
                     } else {
-                        Self::open(v, b, columns, true, &mut panel[0]);
+                        Self::open(v, b, columns, T >= V::ASKS_FROM, &mut panel[0]);
                         let mut sums = acc.map(|sum| [sum]);
                         Self::tile(v, std::slice::from_ref(&panel), i, x, &mut sums);
                         acc = sums.map(|[sum]| sum);
