@@ -143,8 +143,10 @@ impl<L: Block32> Blocks<L> {
         let bytes = L::BYTES * V::LANES;
         let acc = &mut acc[..job.x.len()];
         acc.fill([v.splat_f32(0.0); R]);
-        for first in (0..job.n_blocks).step_by(DEPTH) {
-            let panel = &mut panel[..DEPTH.min(job.n_blocks - first)];
+        // Panels of one depth: what is left of 18 blocks after 16 would have sums loaded and stored for two.
+        let depth = job.n_blocks.div_ceil(job.n_blocks.div_ceil(DEPTH).max(1)).max(1);
+        for first in (0..job.n_blocks).step_by(depth) {
+            let panel = &mut panel[..depth.min(job.n_blocks - first)];
             for r in 0..R {
                 for (i, w) in panel.iter_mut().enumerate() {
                     // SAFETY: the job's promise.
