@@ -195,6 +195,7 @@ impl<L: Block32> Kernel for Blocks<L> {
     unsafe fn gemv<V: Vector, const T: usize>(v: V, job: &Job<'_>) {
         let x: &[Act; T] = job.x.try_into().expect("as many tokens as the kernel is for");
         let bytes = L::BYTES * V::LANES;
+        let ask = job.ask::<V>();
         for g in 0..job.n_groups {
             let mut acc = [[v.splat_f32(0.0)]; T];
             for i in 0..job.n_blocks {
@@ -202,9 +203,7 @@ impl<L: Block32> Kernel for Blocks<L> {
                 unsafe {
                     let at = job.w.add((g * job.n_blocks + i) * bytes);
                     let b = Block::new(v, at);
-                    if T >= V::ASKS_FROM {
-                        b.prefetch(0, 1);
-                    }
+                    b.prefetch(ask, 0, 1);
                     Self::step::<_, false, T, 1>(v, &[Self::open::<_, false>(v, b)], x, i, &mut acc);
                 }
             }

@@ -2,6 +2,8 @@
 
 use std::marker::PhantomData;
 
+use super::vector::Vector;
+
 /// The most tokens of one job: the accumulators of a group for that many stay in the cache.
 pub(crate) const MAX_TOKENS: usize = 128;
 
@@ -34,6 +36,16 @@ impl Act {
     };
 }
 
+/// Which weights `gemv` asks for ahead of their use.
+#[derive(Clone, Copy)]
+pub(crate) struct Ask {
+    /// Bytes from where it reads.
+    pub ahead: usize,
+    /// Line `line` of each `n_lines`; other goes ask for the others.
+    pub line: usize,
+    pub n_lines: usize,
+}
+
 /// Some groups of a matrix times some tokens.
 ///
 /// Whoever makes one promises: `n_groups` packed groups of `n_blocks` blocks a row can be read at `w`; each token of `x`
@@ -46,10 +58,17 @@ pub(crate) struct Job<'a> {
     pub out: *mut f32,
     /// From one token's row of `out` to the next, in f32.
     pub stride: usize,
+    pub ask: Ask,
     pub lives: PhantomData<&'a mut f32>,
 }
 
 impl Job<'_> {
+    /// What `gemv` asks for. One go over the weights needn't, if it has few tokens.
+    #[inline(always)]
+    pub fn ask<V: Vector>(&self) -> Option<Ask> {
+        (self.x.len() >= V::ASKS_FROM || self.ask.n_lines > 1).then_some(self.ask)
+    }
+
     /// Where the element of a token and of a row, counted from the first group's first, goes.
     ///
     /// # Safety

@@ -8,6 +8,7 @@
 
 use std::marker::PhantomData;
 
+use super::job::Ask;
 use super::vector::Vector;
 
 /// A run of fields of a block, and the byte of the file's block where it begins.
@@ -31,9 +32,6 @@ pub(crate) trait Layout: 'static {
     const BYTES: usize;
     /// All of its fields, in the order in which they are packed. Block offsets below are offsets in this order.
     const FIELDS: &'static [Field];
-    /// How many bytes ahead of their use weights are asked for. Without asking, four tokens at a time reach half the
-    /// bandwidth (the work between two loads is too long for the processor to look past), one token nine tenths.
-    const AHEAD: usize = 4096;
 }
 
 /// The blocks of a group of rows at one position.
@@ -59,15 +57,16 @@ impl<V: Vector, L: Layout> Block<V, L> {
         Self { v, at, layout: PhantomData }
     }
 
-    /// Asks for part `part` of `n_parts` of the bytes that come [`AHEAD`](Layout::AHEAD) after these, a cache line at a time.
+    /// Asks for part `part` of `n_parts` of the bytes that come some way after these, a cache line at a time.
     #[inline(always)]
-    pub(super) fn prefetch(self, part: usize, n_parts: usize) {
+    pub(super) fn prefetch(self, ask: Option<Ask>, part: usize, n_parts: usize) {
+        let Some(ask) = ask else { return };
         let bytes = L::BYTES * V::LANES;
         let (start, end) = (bytes * part / n_parts, bytes * (part + 1) / n_parts);
-        let mut at = start;
+        let mut at = start + 64 * ask.line;
         while at < end {
-            self.v.prefetch(self.at.wrapping_add(L::AHEAD + at));
-            at += 64;
+            self.v.prefetch(self.at.wrapping_add(ask.ahead + at));
+            at += 64 * ask.n_lines;
         }
     }
 

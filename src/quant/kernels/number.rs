@@ -80,6 +80,7 @@ impl<L: Number> Kernel for Numbers<L> {
     unsafe fn gemv<V: Vector, const T: usize>(v: V, job: &Job<'_>) {
         let x: &[Act; T] = job.x.try_into().expect("as many tokens as the kernel is for");
         let bytes = L::BYTES * V::LANES;
+        let ask = job.ask::<V>();
         for g in 0..job.n_groups {
             let mut p: [Partial<V>; T] = [[v.splat_f32(0.0); 4]; T];
             for k0 in (0..job.n_blocks).step_by(4) {
@@ -88,9 +89,7 @@ impl<L: Number> Kernel for Numbers<L> {
                         // SAFETY: the job's promise: the groups' columns and the tokens' activations are there.
                         unsafe {
                             let b = Block::new(v, job.w.add((g * job.n_blocks + k0 + k) * bytes));
-                            if T >= V::ASKS_FROM {
-                                b.prefetch(0, 1);
-                            }
+                            b.prefetch(ask, 0, 1);
                             let w = L::value(v, b);
                             for t in 0..T {
                                 p[t][k] = Self::step(v, w, &x[t], k0 + k, p[t][k]);

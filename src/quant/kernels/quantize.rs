@@ -191,7 +191,8 @@ mod tests {
     #[test]
     fn halves_are_those_of_the_library() {
         // Every 251st number, which meets every exponent with every kind of rest.
-        for bits in (0..=u32::MAX).step_by(251).chain([0x477f_efff, 0x477f_f000, 0x387f_ffff, 0x3880_0000, 0x3300_0000]) {
+        for bits in (0..=u32::MAX).step_by(251).chain([0x477f_efff, 0x477f_f000, 0x387f_ffff, 0x3880_0000, 0x3300_0000])
+        {
             let x = f32::from_bits(bits);
             let (ours, theirs) = (through_half(x), half::f16::from_f32(x).to_f32());
             assert!(ours.to_bits() == theirs.to_bits() || x.is_nan() && ours.is_nan(), "{x:e}: {ours:e}, {theirs:e}");

@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::marker::PhantomData;
 
-use super::job::{Act, Job, MAX_TOKENS};
+use super::job::{Act, Ask, Job, MAX_TOKENS};
 use super::layout::{Ahead, Block, Layout};
 use super::vector::Vector;
 use super::{Kernel, NO_SCALE};
@@ -132,13 +132,11 @@ impl<L: Superblock> Superblocks<L> {
     }
 
     #[inline(always)]
-    fn open<V: Vector>(v: V, b: Block<V, L>, columns: usize, ahead: bool, panel: &mut Panel<V>) {
+    fn open<V: Vector>(v: V, b: Block<V, L>, columns: usize, ask: Option<Ask>, panel: &mut Panel<V>) {
         let head = L::head(v, b);
         for half in 0..2 {
             for j in 0..columns {
-                if ahead {
-                    b.prefetch(4 * half + j % 4, 8);
-                }
+                b.prefetch(ask, 4 * half + j % 4, 8);
                 let column = L::column(v, b, half, j % 4);
                 for s in 0..8 {
                     panel.codes[s][4 * half + j % 4] = column[s];
@@ -169,16 +167,14 @@ impl<L: Superblock> Superblocks<L> {
     unsafe fn half<V: Vector, const N: usize>(
         v: V,
         b: Block<V, L>,
-        (columns, ask): (usize, bool),
+        (columns, ask): (usize, Option<Ask>),
         x: &[Act; N],
         (i, half): (usize, usize),
         mut sums: [[V::I; N]; 8],
     ) -> [[V::I; N]; 8] {
         let first = 256 * i + 16 * half;
         if V::BY_LANE {
-            if ask {
-                b.prefetch(half, 2);
-            }
+            b.prefetch(ask, half, 2);
             let w: [_; 4] = std::array::from_fn(|j| L::column(v, b, half, j));
             for s in 0..8 {
                 for t in 0..N {
@@ -191,9 +187,7 @@ impl<L: Superblock> Superblocks<L> {
         }
         for j in 0..columns {
             let j = j % 4;
-            if ask {
-                b.prefetch(4 * half + j, 8);
-            }
+            b.prefetch(ask, 4 * half + j, 8);
             let column = L::column(v, b, half, j);
             for s in 0..8 {
                 for t in 0..N {
@@ -206,7 +200,7 @@ impl<L: Superblock> Superblocks<L> {
         sums
     }
 
-    /// Adds superblock `i`'s part to the dot products with some tokens, without storing its codes; if `ask`, weights are asked for ahead.
+    /// Adds superblock `i`'s part to the dot products with some tokens, without storing its codes.
     ///
     /// # Safety
     /// The tokens have a superblock `i`.
@@ -214,7 +208,7 @@ impl<L: Superblock> Superblocks<L> {
     unsafe fn fused<V: Vector, const N: usize>(
         v: V,
         b: Block<V, L>,
-        (columns, ask): (usize, bool),
+        (columns, ask): (usize, Option<Ask>),
         x: &[Act; N],
         i: usize,
         acc: &mut [V::F; N],
@@ -382,7 +376,7 @@ impl<L: Superblock> Superblocks<L> {
                 for (i, w) in panel.iter_mut().enumerate() {
                     // SAFETY: the job's promise.
                     let b = unsafe { Block::new(v, job.w.add(((g + r) * job.n_blocks + first + i) * bytes)) };
-                    Self::open(v, b, columns, false, &mut w[r]);
+                    Self::open(v, b, columns, None, &mut w[r]);
                 }
             }
             let next: [*const u8; R] =
@@ -428,7 +422,7 @@ impl<L: Superblock> Kernel for Superblocks<L> {
     unsafe fn gemv<V: Vector, const T: usize>(v: V, job: &Job<'_>) {
         let x: &[Act; T] = job.x.try_into().expect("as many tokens as the kernel is for");
         let bytes = L::BYTES * V::LANES;
-        let columns = columns::<V>();
+        let (columns, ask) = (columns::<V>(), job.ask::<V>());
         let zero = v.splat_f32(0.0);
         let mut panel = [Panel::nothing(v)];
         for g in 0..job.n_groups {
@@ -440,16 +434,16 @@ impl<L: Superblock> Kernel for Superblocks<L> {
                     if T <= V::FUSED && (T == 1 || V::MANY_REGISTERS && (L::SUB == 32 || T == 2)) {
                         let (pairs, odd) = x.as_chunks::<2>();
                         let (pair_acc, odd_acc) = acc.as_chunks_mut::<2>();
-                        let mut ask = T >= V::ASKS_FROM;
+                        let mut ask = ask;
                         for (x, acc) in pairs.iter().zip(pair_acc) {
                             Self::fused(v, b, (columns, ask), x, i, acc);
-                            ask = false;
+                            ask = None;
                         }
                         if let ([x], [acc]) = (odd, odd_acc) {
                             Self::fused(v, b, (columns, ask), &[*x], i, std::array::from_mut(acc));
                         }
                     } else {
-                        Self::open(v, b, columns, T >= V::ASKS_FROM, &mut panel[0]);
+                        Self::open(v, b, columns, ask, &mut panel[0]);
                         let mut sums = acc.map(|sum| [sum]);
                         Self::tile(v, std::slice::from_ref(&panel), i, x, &mut sums);
                         acc = sums.map(|[sum]| sum);

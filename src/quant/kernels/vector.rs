@@ -16,7 +16,7 @@ pub(crate) trait Vector: Copy + 'static {
     const BY_LANE: bool = false;
     /// Products of bytes in each lane of [`multiply_add`](Self::multiply_add).
     const PRODUCTS: usize = 4;
-    /// The fewest tokens with which `gemv` asks for weights ahead.
+    /// The fewest tokens with which one go of `gemv` asks for weights ahead.
     const ASKS_FROM: usize = 1;
     /// The most tokens with which superblocks are multiplied as they are unpacked, without being stored in between.
     const FUSED: usize = usize::MAX;
