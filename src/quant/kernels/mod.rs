@@ -20,6 +20,7 @@ mod avx2;
 mod avx512;
 mod block32;
 mod job;
+mod lanes;
 mod layout;
 #[cfg(target_arch = "aarch64")]
 mod neon;

@@ -4,6 +4,7 @@ use std::marker::PhantomData;
 
 use super::Kernel;
 use super::job::{Act, Job, MAX_TOKENS};
+use super::lanes::Lanes;
 use super::layout::{Ahead, Block, Layout};
 use super::plain::{Task, run_on};
 use super::vector::Vector;
@@ -171,7 +172,7 @@ impl Task for Row<'_> {
     type Out = f32;
 
     #[inline(always)]
-    fn run(self) -> f32 {
+    fn run<L: Lanes>(self, _: L) -> f32 {
         const CHUNK: usize = 256;
         let mut w = [0.0; CHUNK];
         let mut p = [0.0f32; 4];

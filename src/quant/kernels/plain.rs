@@ -1,5 +1,6 @@
 //! Plain Rust compiled for an instruction set: loops that the compiler vectorises well enough.
 
+use super::lanes::{self, Lanes};
 use crate::cpu::Isa;
 
 /// Something to do with the instructions of one set.
@@ -7,7 +8,7 @@ pub(super) trait Task {
     /// What comes of it.
     type Out;
     /// Must be `#[inline(always)]`.
-    fn run(self) -> Self::Out;
+    fn run<L: Lanes>(self, lanes: L) -> Self::Out;
 }
 
 /// Runs a task with the instructions of `isa`.
@@ -16,11 +17,13 @@ pub(super) fn run_on<T: Task>(isa: Isa, task: T) -> T::Out {
     {
         #[target_feature(enable = "avx2,fma,f16c")]
         fn avx2<T: Task>(task: T) -> T::Out {
-            task.run()
+            // SAFETY: the function has the features.
+            task.run(unsafe { lanes::Avx2::new() })
         }
         #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
         fn avx512<T: Task>(task: T) -> T::Out {
-            task.run()
+            // SAFETY: as above.
+            task.run(unsafe { lanes::Avx512::new() })
         }
         assert!(isa.is_available());
         match isa {
@@ -32,5 +35,5 @@ pub(super) fn run_on<T: Task>(isa: Isa, task: T) -> T::Out {
         }
     }
     let _ = isa;
-    task.run()
+    task.run(lanes::Plain)
 }

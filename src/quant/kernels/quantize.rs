@@ -1,7 +1,8 @@
 //! Quantises rows of activations faster than [`act`](crate::quant::act), with the same integers and scales, and sums the integers.
 //!
-//! Plain loops over whole blocks, which the compiler vectorises for the instruction set of the function that they're inlined into.
+//! Loops over whole blocks, inlined into functions that have an instruction set's features.
 
+use super::lanes::Lanes;
 use super::plain::{Task, run_on};
 use crate::cpu::Isa;
 use crate::quant::act::or_exact;
@@ -46,14 +47,14 @@ impl Task for (&[f32], Q8_0<'_>) {
     type Out = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run<L: Lanes>(self, lanes: L) {
         let (src, to) = self;
-        for (i, block) in src.as_chunks::<32>().0.iter().enumerate() {
-            let amax = largest_size(block);
+        for (i, (block, q)) in src.as_chunks::<32>().0.iter().zip(to.q.as_chunks_mut().0).enumerate() {
+            let amax = lanes.largest_size(block);
             let exact = amax / 127.0;
             let d = through_half(exact);
             let id = if d > 0.0 { 127.0 / amax } else { 0.0 };
-            let [low, high] = scale_and_sum(block, id, &mut to.q[32 * i..][..32]);
+            let [low, high] = lanes.scale_and_sum(block, id, q);
             let sum = (low + high) as f32 * exact;
             to.d[i] = d;
             to.negated_sum[i] = -(low + high);
@@ -66,10 +67,10 @@ impl Task for (&[f32], Q8K<'_>) {
     type Out = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run<L: Lanes>(self, lanes: L) {
         let (src, to) = self;
         for (b, block) in src.as_chunks::<256>().0.iter().enumerate() {
-            let amax = largest_size(block);
+            let amax = lanes.largest_size(block);
             // The scale has the sign of the first that is so large.
             let has_it = |chunk: &&[f32; 16]| chunk.iter().fold(false, |found, x| found | (x.abs() == amax));
             let chunk = block.as_chunks::<16>().0.iter().find(has_it);
@@ -78,9 +79,10 @@ impl Task for (&[f32], Q8K<'_>) {
             let id = -127.0 / if negative { -amax } else { amax };
             let id = if id.is_finite() { id } else { 0.0 };
             to.d[b] = if id != 0.0 { 1.0 / id } else { 0.0 };
-            for (s, sub) in block.as_chunks::<32>().0.iter().enumerate() {
+            let q = to.q[256 * b..][..256].as_chunks_mut().0;
+            for (s, (sub, q)) in block.as_chunks::<32>().0.iter().zip(q).enumerate() {
                 let at = 8 * b + s;
-                let [low, high] = scale_and_sum(sub, id, &mut to.q[32 * at..][..32]);
+                let [low, high] = lanes.scale_and_sum(sub, id, q);
                 // At most 32 * 127 in size.
                 to.negated_sum.0[2 * at..2 * at + 2].copy_from_slice(&[-low as i16, -high as i16]);
                 to.negated_sum.1[at] = -(low + high) as i16;
@@ -108,44 +110,6 @@ fn through_half(x: f32) -> f32 {
     } else {
         x * f32::INFINITY
     }
-}
-
-/// The size of the number that is largest in size.
-#[inline(always)]
-fn largest_size<const N: usize>(x: &[f32; N]) -> f32 {
-    let mut lanes = [0.0f32; 16];
-    for x in x.as_chunks::<16>().0 {
-        for (lane, x) in lanes.iter_mut().zip(x) {
-            *lane = if x.abs() > *lane { x.abs() } else { *lane };
-        }
-    }
-    let mut n = 8;
-    while n > 0 {
-        for i in 0..n {
-            lanes[i] = if lanes[i + n] > lanes[i] { lanes[i + n] } else { lanes[i] };
-        }
-        n /= 2;
-    }
-    lanes[0]
-}
-
-/// `src * id` rounded to nearest (ties to even) and held within -127..=127; the sums of the first and of the second 16.
-#[inline(always)]
-fn scale_and_sum(src: &[f32; 32], id: f32, q: &mut [i8]) -> [i32; 2] {
-    /// See [`nearest`](crate::quant::act::nearest).
-    const SHIFT: f32 = 12_582_912.0;
-    let mut sums = [0; 2];
-    for (half, (x, q)) in src.as_chunks::<16>().0.iter().zip(q.as_chunks_mut::<16>().0).enumerate() {
-        let mut lanes = [0i32; 16];
-        for (lane, x) in lanes.iter_mut().zip(x) {
-            *lane = (((x * id + SHIFT).to_bits() & 0x7f_ffff) as i32 - 0x40_0000).clamp(-127, 127);
-        }
-        for (q, lane) in q.iter_mut().zip(lanes) {
-            *q = lane as i8;
-        }
-        sums[half] = lanes.iter().sum();
-    }
-    sums
 }
 
 #[cfg(test)]
