@@ -155,41 +155,57 @@ impl<L: Number> Kernel for Numbers<L> {
     }
 }
 
-/// The dot product of one row in the file's layout: the format's `vec_dot`, several times faster where fused multiply-add
+/// The dot products of some rows in the file's layout: the format's `vec_dot` of each, several times faster where fused multiply-add
 /// is an instruction that plain code may not assume. A router of eight experts has no full group of rows.
-pub(super) fn dot_row(isa: Isa, format: &Format, row: &[u8], x: &[f32]) -> f32 {
-    assert_eq!(row.len(), x.len() * format.block_bytes);
-    run_on(isa, Row { format, row, x })
+pub(super) fn dot_rows(isa: Isa, format: &Format, rows: &[u8], x: &[f32], out: &mut [f32]) {
+    assert_eq!(rows.len(), out.len() * x.len() * format.block_bytes);
+    run_on(isa, Rows { format, rows, x, out });
 }
 
-struct Row<'a> {
+struct Rows<'a> {
     format: &'a Format,
-    row: &'a [u8],
+    rows: &'a [u8],
     x: &'a [f32],
+    out: &'a mut [f32],
 }
 
-impl Task for Row<'_> {
-    type Out = f32;
+/// Rows side by side, so that their sums needn't wait for each other.
+const ROWS: usize = 8;
+/// Columns that are unpacked at once.
+const COLUMNS: usize = 256;
+
+impl Task for Rows<'_> {
+    type Out = ();
 
     #[inline(always)]
-    fn run<L: Lanes>(self, _: L) -> f32 {
-        const CHUNK: usize = 256;
-        let mut w = [0.0; CHUNK];
-        let mut p = [0.0f32; 4];
-        for (row, x) in self.row.chunks(CHUNK * self.format.block_bytes).zip(self.x.chunks(CHUNK)) {
-            let w = &mut w[..x.len()];
-            (self.format.dequantize_row)(row, w);
-            let (w, w_tail) = w.as_chunks::<4>();
-            let (x, x_tail) = x.as_chunks::<4>();
-            for (w, x) in w.iter().zip(x) {
-                for i in 0..4 {
-                    p[i] = w[i].mul_add(x[i], p[i]);
+    fn run<L: Lanes>(self, _: L) {
+        let row_bytes = self.x.len() * self.format.block_bytes;
+        let mut w = [[0.0; COLUMNS]; ROWS];
+        for (n, out) in self.out.chunks_mut(ROWS).enumerate() {
+            let rows = &self.rows[n * ROWS * row_bytes..][..out.len() * row_bytes];
+            let mut p = [[0.0f32; 4]; ROWS];
+            for (c, x) in self.x.chunks(COLUMNS).enumerate() {
+                for (row, w) in rows.chunks(row_bytes).zip(&mut w) {
+                    let row = &row[c * COLUMNS * self.format.block_bytes..];
+                    (self.format.dequantize_row)(&row[..x.len() * self.format.block_bytes], &mut w[..x.len()]);
+                }
+                let (fours, rest) = x.as_chunks::<4>();
+                for (k, x) in fours.iter().enumerate() {
+                    for (p, w) in p.iter_mut().zip(&w) {
+                        for i in 0..4 {
+                            p[i] = w[4 * k + i].mul_add(x[i], p[i]);
+                        }
+                    }
+                }
+                for (i, x) in rest.iter().enumerate() {
+                    for (p, w) in p.iter_mut().zip(&w) {
+                        p[i] = w[4 * fours.len() + i].mul_add(*x, p[i]);
+                    }
                 }
             }
-            for (i, (w, x)) in w_tail.iter().zip(x_tail).enumerate() {
-                p[i] = w.mul_add(*x, p[i]);
+            for (out, p) in out.iter_mut().zip(p) {
+                *out = (p[0] + p[1]) + (p[2] + p[3]);
             }
         }
-        (p[0] + p[1]) + (p[2] + p[3])
     }
 }

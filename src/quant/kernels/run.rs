@@ -219,16 +219,17 @@ fn run<const N: usize>(w: Packed<'_>, groups: &Range<usize>, x: &Acts, tokens: &
         }
     }
     if groups.end > full {
-        for row in full * kernels.lanes..w.n_rows {
-            let weights = &w.data[row * w.row_bytes..][..w.row_bytes];
-            for (i, token) in tokens.iter().enumerate() {
-                let x = x.row(format, *token as usize);
-                let y = match format.act {
-                    ActKind::F32 => number::dot_row(w.isa, format, weights, x.f32),
-                    _ => (format.vec_dot)(weights, x),
-                };
-                // SAFETY: as above.
-                unsafe { *out.data.add((first + i) * out.stride + row) = y };
+        let rest = full * kernels.lanes..w.n_rows;
+        let rows = &w.data[rest.start * w.row_bytes..rest.end * w.row_bytes];
+        for (i, token) in tokens.iter().enumerate() {
+            let x = x.row(format, *token as usize);
+            // SAFETY: as above.
+            let out = unsafe {
+                std::slice::from_raw_parts_mut(out.data.add((first + i) * out.stride + rest.start), rest.len())
+            };
+            match format.act {
+                ActKind::F32 => number::dot_rows(w.isa, format, rows, x.f32, out),
+                _ => rows.chunks(w.row_bytes).zip(out).for_each(|(row, y)| *y = (format.vec_dot)(row, x)),
             }
         }
     }
