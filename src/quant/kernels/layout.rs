@@ -118,29 +118,37 @@ impl<V: Vector, L: Layout> Block<V, L> {
     }
 }
 
-/// Weights that will be wanted next, asked for little by little while something else is computed.
+/// Weights that will be wanted next, asked for little by little while something else is computed: many lines at once would be waited for.
 pub(super) struct Ahead<const R: usize> {
     at: [*const u8; R],
-    n_bytes: usize,
-    n_steps: usize,
-    done: usize,
+    /// Lines that have been asked for of each.
+    asked: u32,
+    /// Lines to have asked for by now, and those that a step adds, in parts of 65536.
+    due: u32,
+    step: u32,
 }
 
 impl<const R: usize> Ahead<R> {
-    /// `n_bytes` from each `at`, which may be anything, over `n_steps` steps.
+    /// `n_bytes`, at most 2 MiB, from each `at`, which may be anything, over `n_steps` steps.
     #[inline(always)]
     pub(super) fn new(at: [*const u8; R], n_bytes: usize, n_steps: usize) -> Self {
-        Self { at, n_bytes, n_steps, done: 0 }
+        Self { at, asked: 0, due: 0, step: ((n_bytes.div_ceil(64) << 16) / n_steps) as u32 }
+    }
+
+    /// Nothing.
+    #[inline(always)]
+    pub(super) fn nothing() -> Self {
+        Self { at: [std::ptr::null(); R], asked: 0, due: 0, step: 0 }
     }
 
     /// Asks for the part of `n` steps.
     #[inline(always)]
     pub(super) fn ask<V: Vector>(&mut self, v: V, n: usize) {
-        let from = self.n_bytes * self.done / self.n_steps;
-        self.done += n;
-        let to = self.n_bytes * self.done / self.n_steps;
-        for at in (from..to).step_by(64) {
-            self.at.iter().for_each(|start| v.prefetch(start.wrapping_add(at)));
+        self.due = self.due.wrapping_add(self.step.wrapping_mul(n as u32));
+        while self.asked < self.due >> 16 {
+            let line = 64 * self.asked as usize;
+            self.at.iter().for_each(|start| v.prefetch(start.wrapping_add(line)));
+            self.asked += 1;
         }
     }
 }

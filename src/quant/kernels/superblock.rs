@@ -323,8 +323,10 @@ impl<L: Superblock> Superblocks<L> {
         first: usize,
         x: &[Act; N],
         acc: &mut Sums<V::F, N, R>,
+        ahead: &mut Ahead<R>,
     ) {
         for (i, w) in (first..).zip(panel) {
+            ahead.ask(v, N);
             let mut sums = [[v.splat(0); R]; N];
             for s in 0..8 {
                 // SAFETY: the caller's promise.
@@ -381,25 +383,22 @@ impl<L: Superblock> Superblocks<L> {
             }
             let next: [*const u8; R] =
                 std::array::from_fn(|r| job.w.wrapping_add(((g + r) * job.n_blocks + first + panel.len()) * bytes));
-            let mut ahead = Ahead::new(next, panel.len() * bytes, job.x.len());
+            let mut ahead = Ahead::new(next, panel.len() * bytes, job.x.len() * panel.len());
             let (x, rest) = job.x.as_chunks::<N>();
             let (a, acc) = acc.as_chunks_mut::<N>();
             for (x, acc) in x.iter().zip(a) {
-                ahead.ask(v, N);
                 // SAFETY: the job's promise.
-                unsafe { Self::tile(v, panel, first, x, acc) };
+                unsafe { Self::tile(v, panel, first, x, acc, &mut ahead) };
             }
             let (x, rest) = rest.as_chunks::<2>();
             let (a, acc) = acc.as_chunks_mut::<2>();
             for (x, acc) in x.iter().zip(a) {
-                ahead.ask(v, 2);
                 // SAFETY: the job's promise.
-                unsafe { Self::tile(v, panel, first, x, acc) };
+                unsafe { Self::tile(v, panel, first, x, acc, &mut ahead) };
             }
             for (x, acc) in rest.iter().zip(acc) {
-                ahead.ask(v, 1);
                 // SAFETY: the job's promise.
-                unsafe { Self::tile(v, panel, first, &[*x], std::array::from_mut(acc)) };
+                unsafe { Self::tile(v, panel, first, &[*x], std::array::from_mut(acc), &mut ahead) };
             }
         }
         for (t, acc) in acc.iter().enumerate() {
@@ -445,7 +444,7 @@ impl<L: Superblock> Kernel for Superblocks<L> {
                     } else {
                         Self::open(v, b, columns, ask, &mut panel[0]);
                         let mut sums = acc.map(|sum| [sum]);
-                        Self::tile(v, std::slice::from_ref(&panel), i, x, &mut sums);
+                        Self::tile(v, std::slice::from_ref(&panel), i, x, &mut sums, &mut Ahead::nothing());
                         acc = sums.map(|[sum]| sum);
                     }
                 }
