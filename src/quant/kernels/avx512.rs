@@ -55,7 +55,8 @@ impl Vector for Avx512 {
     const MANY_REGISTERS: bool = true;
     const SIGNED_ZERO: i32 = 128;
     /// With fewer, work between two loads is short enough for the processor to look past it, and asking only takes its places for
-    /// lines on their way (Zen 4, from memory, one token: Q6_K 22 for 27 GB/s with one thread, 31.5 for 34.8 with two; Q4_0 26.3 for 27.5 and 32 for 33).
+    /// lines on their way (Zen 4, from memory, one token, GB/s with and without asking: Q6_K 22 and 27 with one thread, 31.5 and
+    /// 34.8 with two; Q4_0 26.3 and 27.5, 32 and 33).
     const ASKS_FROM: usize = 3;
     type I = __m512i;
     type F = __m512;

@@ -118,7 +118,8 @@ impl<V: Vector, L: Layout> Block<V, L> {
     }
 }
 
-/// Weights that will be wanted next, asked for little by little while something else is computed: many lines at once would be waited for.
+/// Weights that will be wanted next, asked for little by little while something else is computed: many lines at once would be
+/// waited for.
 pub(super) struct Ahead<const R: usize> {
     at: [*const u8; R],
     /// Lines that have been asked for of each.
@@ -132,7 +133,7 @@ impl<const R: usize> Ahead<R> {
     /// `n_bytes`, at most 2 MiB, from each `at`, which may be anything, over `n_steps` steps.
     #[inline(always)]
     pub(super) fn new(at: [*const u8; R], n_bytes: usize, n_steps: usize) -> Self {
-        Self { at, asked: 0, due: 0, step: ((n_bytes.div_ceil(64) << 16) / n_steps) as u32 }
+        Self { at, asked: 0, due: 0, step: (n_bytes.div_ceil(64) << 16).div_ceil(n_steps) as u32 }
     }
 
     /// Nothing.

@@ -1,4 +1,4 @@
-//! Plain Rust compiled for an instruction set: loops that the compiler vectorises well enough.
+//! Plain Rust compiled for an instruction set: loops that the compiler vectorises well enough, with [`Lanes`] for what it doesn't.
 
 use super::lanes::{self, Lanes};
 use crate::cpu::Isa;

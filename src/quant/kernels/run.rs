@@ -175,8 +175,8 @@ pub fn matmul_groups(w: Packed<'_>, groups: Range<usize>, x: &Acts, tokens: &[u3
     }
 }
 
-/// How many bytes ahead of their use one go of `gemv` asks for weights. Without asking, four tokens at a time reach half the
-/// bandwidth (the work between two loads is too long for the processor to look past), one token nine tenths.
+/// How many bytes ahead of their use one go of `gemv` asks for weights, if it does. Without asking, four tokens at a time reach half
+/// the bandwidth: the work between two loads is too long for the processor to look past.
 const AHEAD: usize = 4096;
 
 /// Up to `N` tokens, whose rows of `out` begin at `first`.
@@ -229,7 +229,11 @@ fn run<const N: usize>(w: Packed<'_>, groups: &Range<usize>, x: &Acts, tokens: &
             };
             match format.act {
                 ActKind::F32 => number::dot_rows(w.isa, format, rows, x.f32, out),
-                _ => rows.chunks(w.row_bytes).zip(out).for_each(|(row, y)| *y = (format.vec_dot)(row, x)),
+                _ => {
+                    for (r, y) in out.iter_mut().enumerate() {
+                        *y = (format.vec_dot)(&rows[r * w.row_bytes..][..w.row_bytes], x);
+                    }
+                }
             }
         }
     }
