@@ -68,14 +68,18 @@ fn the_table_goes_from_the_smallest_budget_to_no_reads() {
         let last = rows.last().unwrap();
         assert_eq!((&last["bytes"], &last["hit_rate"]), (&plan["no_reads_bytes"], &Value::from(1.0)));
         assert_eq!(last["bytes_per_token"], 0);
-        let beside = plan["beside_s"].as_f64().unwrap();
-        assert!(beside >= last["compute_s"].as_f64().unwrap());
+        let number = |name: &str| plan[name].as_f64().unwrap();
+        let (beside, rate, rate_beside) = (number("beside_s"), number("disk_rate"), number("disk_rate_beside"));
+        assert!(beside >= number("compute_s") && rate_beside <= rate);
         for row in rows {
-            let (compute, disk) = (row["compute_s"].as_f64().unwrap(), row["disk_s"].as_f64().unwrap());
-            let speed = row["tokens_per_s"].as_f64().unwrap();
-            // The longer of the two, where computing is slower while there is reading.
-            let token = disk + compute * (1.0 - disk / beside).max(0.0);
-            assert!((speed * token - 1.0).abs() < 1e-6, "{row}");
+            let of_row = |name: &str| row[name].as_f64().unwrap();
+            let (compute, bytes) = (of_row("compute_s"), of_row("bytes_per_token"));
+            assert!((of_row("disk_s") - bytes / rate).abs() < 1e-9, "{row}");
+            // Both go on together, slowed, until one is done; the other goes on alone.
+            let read = bytes / rate_beside;
+            let rest =
+                if read < beside { compute * (1.0 - read / beside) } else { (read - beside) * rate_beside / rate };
+            assert!((of_row("tokens_per_s") * (read.min(beside) + rest) - 1.0).abs() < 1e-6, "{row}");
         }
         assert!(rows[0]["tokens_per_s"].as_f64() <= last["tokens_per_s"].as_f64(), "{plan}");
     }

@@ -20,8 +20,8 @@ use std::time::Duration;
 #[derive(Args)]
 #[command(
     after_help = "Only the file's header is read, so a download that isn't finished will do. The machine is measured for about a second:
-matrices of the model's formats, alone and beside random reads of an expert's size on the model's disk (`oncall doctor` shows more).
-A token takes the longer of computing and reading, which slow each other down. Which experts find themselves at hand is a forecast: from made-up routing
+matrices of the model's formats and random reads of an expert's size on the model's disk, each alone and both together (`oncall doctor` shows more).
+Computing and reading go on together and slow each other down. Which experts find themselves at hand is a forecast: from made-up routing
 that is as unequal as trained models', from a trace of a real run (--trace), or for the worst case (--routing uniform).
 
 Examples:
@@ -177,6 +177,7 @@ fn plan(
         beside_s: compute_s * disk.as_ref().map_or(1.0, |d| d.slowdown),
         expert_bytes: o.used_expert_bytes,
         disk_rate: disk.as_ref().ok().map(|d| d.disk_rate),
+        disk_rate_beside: disk.as_ref().ok().map(|d| d.disk_rate_beside),
     };
     let (smallest, whole) = (needs.smallest(), needs.no_reads());
     let between = [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
@@ -245,11 +246,15 @@ fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt:
     line("this machine", format!("{spare} of memory, {} by {} threads", rate(p.memory_rate), o.n_threads))?;
     line(
         "",
-        p.cost.disk_rate.map_or_else(
+        p.cost.disk_rate.zip(p.cost.disk_rate_beside).map_or_else(
             || format!("no disk rate: {}", p.no_disk_rate.as_deref().unwrap_or("")),
-            |r| {
-                let beside = 1e3 * p.cost.beside_s;
-                format!("{} from the disk beside computing, which takes {beside:.1} ms a token meanwhile", rate(r))
+            |(alone, beside)| {
+                let ms = 1e3 * p.cost.beside_s;
+                format!(
+                    "{} of experts from the disk, {} beside computing, which takes {ms:.1} ms a token meanwhile",
+                    rate(alone),
+                    rate(beside)
+                )
             },
         ),
     )?;

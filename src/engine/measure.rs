@@ -9,22 +9,24 @@ use std::io;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// Computing and reading at the same time, which share the cores and the memory.
+/// Reading, and computing and reading at the same time: they share the cores and the memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Beside {
-    /// How many times as long computing takes as it does alone.
+    /// How many times as long computing takes beside reading as it does alone.
     pub slowdown: f64,
-    /// Bytes of experts a second that are read and packed.
+    /// Bytes of experts a second that are read and packed while nothing computes.
     pub disk_rate: f64,
+    /// The same while all threads compute.
+    pub disk_rate_beside: f64,
 }
 
-/// How long a format is measured, and reading.
+/// How long a format is measured, and a round of reading.
 const TIME: Duration = Duration::from_millis(120);
-const DISK_TIME: Duration = Duration::from_millis(300);
+const DISK_TIME: Duration = Duration::from_millis(200);
 
 impl Outline {
     /// Seconds that a token's matrices take here with everything at hand, measured on made-up matrices of the same formats:
-    /// as large as the model's, or large enough that no cache holds them.
+    /// as large as the model's, or large enough that no cache holds them. Threads wait for each other as often as in the model.
     ///
     /// # Errors
     /// When the system refuses threads or memory.
@@ -32,22 +34,29 @@ impl Outline {
         let team = Team::new(self.n_threads).map_err(system)?;
         let mut seconds = 0.0;
         for a in &self.active {
-            seconds += a.bytes as f64 / Made::new(a, Isa::get()?).map_err(system)?.rate(&team);
+            seconds += a.bytes as f64 / Made::new(a, Isa::get()?, self.step_bytes()).map_err(system)?.rate(&team);
         }
         Ok(seconds)
     }
 
-    /// What reading experts and packing them costs computing, and the other way round: as many lanes as the store has read
-    /// pieces of experts' size at random places while all threads compute.
+    /// Bytes of weights between two moments at which threads wait for each other, in the mean.
+    fn step_bytes(&self) -> usize {
+        let bytes: u64 = self.active.iter().map(|a| a.bytes).sum();
+        bytes as usize / (STEPS_A_LAYER * self.config.n_layer).max(1)
+    }
+
+    /// How fast experts are read and packed, alone and beside computing, and what it costs computing: as many lanes as the store
+    /// has read pieces of experts' size at random places, at first while nothing computes, then while all threads do.
     ///
     /// # Errors
     /// When the system refuses threads or memory, and a read's.
     pub fn measure_beside(&self, disk: &DiskProbe) -> Result<Beside, EngineError> {
         let most = self.active.iter().max_by_key(|a| a.bytes);
-        let (Some(a), isa) = (most, Isa::get()?) else { return Ok(Beside { slowdown: 1.0, disk_rate: f64::INFINITY }) };
+        let (Some(a), isa) = (most, Isa::get()?) else {
+            return Ok(Beside { slowdown: 1.0, disk_rate: f64::INFINITY, disk_rate_beside: f64::INFINITY });
+        };
         let team = Team::new(self.n_threads).map_err(system)?;
-        let mut made = Made::new(a, isa).map_err(system)?;
-        let alone = made.rate(&team);
+        let mut made = Made::new(a, isa, self.step_bytes()).map_err(system)?;
         let (n_rows, row_bytes) = self.part.as_ref().map_or((1, 4096), |p| (p.piece_rows(), p.row_bytes()));
         let slots = (0..READ_LANES).map(|_| Slots::new(n_rows * row_bytes).map(Mutex::new));
         let slots: Vec<Mutex<Slots>> = slots.collect::<io::Result<_>>().map_err(system)?;
@@ -56,8 +65,14 @@ impl Outline {
             let mut slots = slots[lane].lock().unwrap_or_else(|e| e.into_inner());
             pack(p.format, isa, n_rows, p.n_cols, &bytes[..n_rows * row_bytes], slots.next(n_rows * row_bytes));
         };
-        let (rate, beside) = std::thread::scope(|s| {
-            let reading = s.spawn(|| disk.rate(n_rows * row_bytes, READ_LANES, DISK_TIME, &into_slot));
+        let read = || {
+            let rate = disk.rate(n_rows * row_bytes, READ_LANES, DISK_TIME, &into_slot);
+            rate.map(|r| r.again).map_err(|source| EngineError::System { what: "reads of the model's file", source })
+        };
+        let disk_rate = read()?;
+        let alone = made.rate(&team);
+        let (disk_rate_beside, beside) = std::thread::scope(|s| {
+            let reading = s.spawn(read);
             let (began, mut n_bytes) = (Instant::now(), 0);
             while !reading.is_finished() {
                 made.once(&team);
@@ -66,8 +81,8 @@ impl Outline {
             let beside = n_bytes as f64 / began.elapsed().as_secs_f64();
             (reading.join().unwrap_or_else(|p| std::panic::resume_unwind(p)), beside)
         });
-        let disk_rate = rate.map_err(|source| EngineError::System { what: "reads of the model's file", source })?.again;
-        Ok(Beside { slowdown: (alone / beside).max(1.0), disk_rate })
+        let disk_rate_beside = disk_rate_beside?.min(disk_rate);
+        Ok(Beside { slowdown: (alone / beside).max(1.0), disk_rate, disk_rate_beside })
     }
 }
 
@@ -102,10 +117,14 @@ impl Slots {
     }
 }
 
-/// Columns of a made-up matrix: whole blocks of every format.
-const COLUMNS: usize = 2048;
-/// More than last-level caches hold of one program's data.
-const MAX_BYTES: u64 = 96 << 20;
+/// Several times what last-level caches hold: of 96 MiB a cache of 32 kept enough to make computing 15 to 25 % too fast, 192 and 384
+/// differed by less than 5 %.
+const MAX_BYTES: u64 = 192 << 20;
+/// Whole blocks of every format, whatever a header claims.
+const MAX_COLUMNS: usize = 16384;
+/// Moments in a layer at which threads wait for each other: after the projections, attention, its output, the router, gate and up,
+/// and down.
+const STEPS_A_LAYER: usize = 6;
 
 /// A matrix of zeros, and one token to multiply it with. Zeros are as much work as anything: no kernel looks for them, and no denormal
 /// slows it. Packed they are the same zeros.
@@ -113,45 +132,53 @@ struct Made {
     of: Active,
     isa: Isa,
     n_rows: usize,
+    n_cols: usize,
+    /// Rows, in groups, that the team does before it waits for all.
+    step_groups: usize,
     pages: Pages,
     acts: Acts,
     out: Vec<f32>,
 }
 
 impl Made {
-    fn new(a: &Active, isa: Isa) -> io::Result<Self> {
-        let row_bytes = COLUMNS / a.format.block_len * a.format.block_bytes;
+    fn new(a: &Active, isa: Isa, step_bytes: usize) -> io::Result<Self> {
+        let n_cols = a.n_cols.clamp(a.format.block_len, MAX_COLUMNS);
+        let row_bytes = n_cols / a.format.block_len * a.format.block_bytes;
         let n_rows = (a.all.min(MAX_BYTES) as usize / row_bytes).next_multiple_of(64).max(64);
         let mut pages = Pages::new(n_rows * row_bytes)?;
         pages.chunks_mut(4096).for_each(|p| p[0] = 0);
         let mut acts = Acts::default();
-        acts.reset(1, COLUMNS, &[a.format.act]);
-        acts.put(0, &vec![1.0; COLUMNS]);
-        Ok(Made { of: *a, isa, n_rows, pages, acts, out: vec![0.0; n_rows] })
+        acts.reset(1, n_cols, &[a.format.act]);
+        acts.put(0, &vec![1.0; n_cols]);
+        let n_groups = Packed::new(a.format, isa, n_rows, n_cols, &pages).n_groups();
+        let step_groups = (step_bytes * n_groups).div_ceil(pages.len()).clamp(1, n_groups);
+        Ok(Made { of: *a, isa, n_rows, n_cols, step_groups, pages, acts, out: vec![0.0; n_rows] })
     }
 
     /// The token goes through the matrix.
     fn once(&mut self, team: &Team) {
-        let w = Packed::new(self.of.format, self.isa, self.n_rows, COLUMNS, &self.pages);
-        let step = w.n_groups().div_ceil(8 * team.n_threads()).max(1);
+        let w = Packed::new(self.of.format, self.isa, self.n_rows, self.n_cols, &self.pages);
+        let task = self.step_groups.div_ceil(8 * team.n_threads()).max(1);
         let (out, acts) = (OutRows::new(&mut self.out, self.n_rows), &self.acts);
-        team.run(w.n_groups().div_ceil(step), &|i| {
-            matmul_groups(w, i * step..((i + 1) * step).min(w.n_groups()), acts, &[0], out);
-        });
+        for first in (0..w.n_groups()).step_by(self.step_groups) {
+            let end = (first + self.step_groups).min(w.n_groups());
+            team.run((end - first).div_ceil(task), &|i| {
+                matmul_groups(w, first + i * task..(first + (i + 1) * task).min(end), acts, &[0], out);
+            });
+        }
     }
 
-    /// Bytes a second, alone.
+    /// Bytes a second, alone: the middle one of several times.
     fn rate(&mut self, team: &Team) -> f64 {
         self.once(team);
-        let (began, mut best, mut n) = (Instant::now(), f64::INFINITY, 0);
-        // The best of a few: what disturbs a measurement only makes it slower.
-        while n < 3 || began.elapsed() < TIME {
+        let (began, mut seconds) = (Instant::now(), Vec::new());
+        while seconds.len() < 3 || began.elapsed() < TIME {
             let t = Instant::now();
             self.once(team);
-            best = best.min(t.elapsed().as_secs_f64());
-            n += 1;
+            seconds.push(t.elapsed().as_secs_f64());
         }
-        self.pages.len() as f64 / best.max(1e-9)
+        seconds.sort_by(f64::total_cmp);
+        self.pages.len() as f64 / seconds[seconds.len() / 2].max(1e-9)
     }
 }
 

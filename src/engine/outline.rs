@@ -42,6 +42,8 @@ pub struct Active {
     pub bytes: u64,
     /// Bytes of all weights in it.
     pub all: u64,
+    /// Columns of the matrix of which a token reads most.
+    pub n_cols: usize,
 }
 
 impl Outline {
@@ -100,15 +102,19 @@ pub(super) fn layer_bytes(gguf: &Gguf, n_layer: usize, n_expert: usize) -> Vec<(
 /// What a token reads: every matrix once, of the experts those that are used, of the embedding a row.
 fn active(gguf: &Gguf, n: u64, used: u64) -> Vec<Active> {
     let tied = gguf.tensor("output.weight").is_none();
-    let mut formats: BTreeMap<u32, Active> = BTreeMap::new();
+    let mut formats: BTreeMap<u32, (u64, Active)> = BTreeMap::new();
     for t in gguf.tensors() {
         let bytes = match &*t.name {
             "token_embd.weight" if !tied => continue,
             _ if is_expert(t) => t.n_bytes / n * used,
             _ => t.n_bytes,
         };
-        let a = formats.entry(t.format.id).or_insert(Active { format: t.format, bytes: 0, all: 0 });
+        let start = (0, Active { format: t.format, bytes: 0, all: 0, n_cols: 0 });
+        let (most, a) = formats.entry(t.format.id).or_insert(start);
         (a.bytes, a.all) = (a.bytes + bytes, a.all + t.n_bytes);
+        if bytes > *most {
+            (*most, a.n_cols) = (bytes, t.dim(0) as usize);
+        }
     }
-    formats.into_values().collect()
+    formats.into_values().map(|f| f.1).collect()
 }

@@ -141,16 +141,26 @@ pub struct Cost {
     pub beside_s: f64,
     /// Bytes of the experts that it uses.
     pub expert_bytes: u64,
-    /// The disk's rate for experts while all threads compute, in bytes a second; `None` where nobody has measured it.
+    /// Bytes of experts a second that are read and packed while nothing computes; `None` where nobody has measured it.
     pub disk_rate: Option<f64>,
+    /// The same while all threads compute.
+    pub disk_rate_beside: Option<f64>,
 }
 
 impl Cost {
-    /// Seconds of a token that reads for `disk_s`: the longer of computing and reading, where computing is slower while there is
-    /// reading beside it.
-    fn token_s(&self, disk_s: f64) -> f64 {
-        let computed = disk_s / self.beside_s.max(1e-9);
-        disk_s + self.compute_s * (1.0 - computed).max(0.0)
+    /// Seconds of a token that reads so many bytes, `None` where the disk's rates aren't known: computing and reading go on together
+    /// and slow each other down, until one is done and the other has the machine to itself.
+    fn token_s(&self, bytes: u64) -> Option<f64> {
+        if bytes == 0 {
+            return Some(self.compute_s);
+        }
+        let (alone, beside) = (self.disk_rate?, self.disk_rate_beside?);
+        let left = bytes as f64 - self.beside_s * beside;
+        if left >= 0.0 {
+            return Some(self.beside_s + left / alone);
+        }
+        let read_s = bytes as f64 / beside;
+        Some(read_s + self.compute_s * (1.0 - read_s / self.beside_s))
     }
 }
 
@@ -171,9 +181,9 @@ pub struct Forecast {
     pub bytes_per_token: u64,
     /// Seconds of a token's computing.
     pub compute_s: f64,
-    /// Seconds of a token's reading, which goes on beside the computing.
+    /// Seconds that a token's reading takes alone; it goes on beside the computing.
     pub disk_s: Option<f64>,
-    /// Tokens written in a second: the longer of the two, which slow each other down.
+    /// Tokens written in a second: computing and reading go on together and slow each other down.
     pub tokens_per_s: Option<f64>,
 }
 
@@ -195,7 +205,7 @@ pub fn forecast(needs: &Needs, cost: &Cost, routing: &Routing, budget: u64, n_kv
         bytes_per_token,
         compute_s: cost.compute_s,
         disk_s,
-        tokens_per_s: disk_s.map(|d| 1.0 / cost.token_s(d).max(1e-9)),
+        tokens_per_s: cost.token_s(bytes_per_token).map(|s| 1.0 / s.max(1e-9)),
     })
 }
 
@@ -279,7 +289,9 @@ mod tests {
 
     #[test]
     fn a_token_costs_the_larger_of_computing_and_reading() {
-        let cost = Cost { compute_s: 0.01, beside_s: 0.01, expert_bytes: 1000, disk_rate: Some(10_000.0) };
+        let rate = Some(10_000.0);
+        let cost =
+            Cost { compute_s: 0.01, beside_s: 0.01, expert_bytes: 1000, disk_rate: rate, disk_rate_beside: rate };
         let f = |budget| forecast(&NEEDS, &cost, &Routing::Uniform, budget, 10).unwrap();
         // A short block leaves fifteen tokens' buffers to the slots.
         let half = f(NEEDS.no_reads() - 2000 - 150);
@@ -288,7 +300,10 @@ mod tests {
         assert!((f(NEEDS.no_reads()).tokens_per_s.unwrap() - 100.0).abs() < 1e-9);
         // Half as fast while there is reading: of 10 ms alone and 20 beside, 5 ms of reading leave three quarters.
         let slowed = Cost { beside_s: 0.02, ..cost };
-        assert_eq!([0.0, 0.005, 0.02, 0.03].map(|disk_s| slowed.token_s(disk_s)), [0.01, 0.0125, 0.02, 0.03]);
+        assert_eq!([0, 50, 200, 300].map(|bytes| slowed.token_s(bytes).unwrap()), [0.01, 0.0125, 0.02, 0.03]);
+        // Beside computing half is read in the same time: after 20 ms 100 bytes are there, and the rest comes at the full rate.
+        let both = Cost { disk_rate_beside: Some(5_000.0), ..slowed };
+        assert_eq!([0, 50, 100, 300].map(|bytes| both.token_s(bytes).unwrap()), [0.01, 0.015, 0.02, 0.04]);
         let blind = Cost { disk_rate: None, ..cost };
         assert_eq!(forecast(&NEEDS, &blind, &Routing::Uniform, NEEDS.smallest(), 10).unwrap().tokens_per_s, None);
         assert!(forecast(&NEEDS, &blind, &Routing::Uniform, NEEDS.no_reads(), 10).unwrap().tokens_per_s.is_some());
