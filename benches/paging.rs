@@ -89,9 +89,9 @@ struct Row {
     /// as long as at least one lane read or packed what it had read.
     #[serde(skip_serializing_if = "Option::is_none")]
     bound: Option<f64>,
-    /// Tokens a second that `oncall plan` foretold in the same group.
+    /// Tokens a second that `oncall plan` foretold in the same group: for experts that the disk has read before, and at first.
     #[serde(skip_serializing_if = "Option::is_none")]
-    forecast: Option<f64>,
+    forecast: Option<(f64, f64)>,
     /// Seconds from the command to the first token after a short prompt, and those in which the disk reads the dense weights once.
     #[serde(skip_serializing_if = "Option::is_none")]
     start: Option<(f64, f64)>,
@@ -124,7 +124,7 @@ fn report(a: &Args, r: &Row) {
         return println!("{}", serde_json::to_string(r).expect("plain numbers"));
     }
     let bound = r.bound.map_or(String::new(), |b| format!(", {:.0} % of the bound", 100.0 * b));
-    let forecast = r.forecast.map_or(String::new(), |f| format!(", forecast {f:.2}"));
+    let forecast = r.forecast.map_or(String::new(), |f| format!(", forecast {:.2} ({:.2} at first)", f.0, f.1));
     let start = r.start.map_or(String::new(), |(s, dense)| format!(", starts in {s:.2} s, dense weights {dense:.2} s"));
     let load = r.load.map_or(String::new(), |(us, them)| format!(", after loading for {us:.2} and {them:.2} s"));
     println!(
@@ -240,7 +240,7 @@ fn compare(a: &Args, name: &str, path: &Path, budget: &str, readahead: u32) -> V
     let start = (median(starts.into_iter()), of_plans(|p| p.dense_s));
     let decode = Row {
         bound: Some(bound),
-        forecast: Some(of_plans(|p| p.tokens_per_s)),
+        forecast: Some((of_plans(|p| p.tokens_per_s), of_plans(|p| p.first_tokens_per_s))),
         start: Some(start),
         ..row("decode", |r| r.decode)
     };
@@ -259,6 +259,7 @@ fn oncall(a: &Args, command: &str, path: &Path, bytes: u64) -> Command {
 /// What `oncall plan` says of a budget.
 struct Plan {
     tokens_per_s: f64,
+    first_tokens_per_s: f64,
     dense_s: f64,
 }
 
@@ -271,7 +272,8 @@ fn planned(a: &Args, path: &Path, bytes: u64) -> Plan {
     let number = |v: &serde_json::Value| v.as_f64().expect("a number");
     Plan {
         tokens_per_s: number(&of["tokens_per_s"]),
-        dense_s: number(&plan["dense_bytes"]) / number(&plan["disk_rate"]),
+        first_tokens_per_s: number(&of["first_tokens_per_s"]),
+        dense_s: number(&plan["dense_bytes"]) / number(&plan["first_rate"]),
     }
 }
 

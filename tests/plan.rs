@@ -80,6 +80,7 @@ fn the_table_goes_from_the_smallest_budget_to_no_reads() {
             let rest =
                 if read < beside { compute * (1.0 - read / beside) } else { (read - beside) * rate_beside / rate };
             assert!((of_row("tokens_per_s") * (read.min(beside) + rest) - 1.0).abs() < 1e-6, "{row}");
+            assert!(of_row("first_tokens_per_s") <= of_row("tokens_per_s") * (1.0 + 1e-9), "{row}");
         }
         assert!(rows[0]["tokens_per_s"].as_f64() <= last["tokens_per_s"].as_f64(), "{plan}");
     }

@@ -177,6 +177,7 @@ fn plan(
         beside_s: compute_s * disk.as_ref().map_or(1.0, |d| d.slowdown),
         expert_bytes: o.used_expert_bytes,
         disk_rate: disk.as_ref().ok().map(|d| d.disk_rate),
+        first_rate: disk.as_ref().ok().map(|d| d.first_rate),
         disk_rate_beside: disk.as_ref().ok().map(|d| d.disk_rate_beside),
     };
     let (smallest, whole) = (needs.smallest(), needs.no_reads());
@@ -244,20 +245,7 @@ fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt:
     line("no more reads", format!("from {} on", size(p.no_reads_bytes)))?;
     let spare = budget.map_or("unknown".into(), size);
     line("this machine", format!("{spare} of memory, {} by {} threads", rate(p.memory_rate), o.n_threads))?;
-    line(
-        "",
-        p.cost.disk_rate.zip(p.cost.disk_rate_beside).map_or_else(
-            || format!("no disk rate: {}", p.no_disk_rate.as_deref().unwrap_or("")),
-            |(alone, beside)| {
-                let ms = 1e3 * p.cost.beside_s;
-                format!(
-                    "{} of experts from the disk, {} beside computing, which takes {ms:.1} ms a token meanwhile",
-                    rate(alone),
-                    rate(beside)
-                )
-            },
-        ),
-    )?;
+    line("", disk(p))?;
     let assumed = match p.routing {
         Assumption::Typical => "made-up routing, as unequal as trained models'",
         Assumption::Uniform => "all experts used alike: the worst case",
@@ -269,18 +257,20 @@ fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt:
         "table",
         format!("for writing with {seen} tokens in the context; memory that more of them need comes from the slots"),
     )?;
+    line("", "at first is while the disk hasn't read the experts before".into())?;
     writeln!(
         out,
-        "\n{:>10} {:>10} {:>9} {:>7} {:>10} {:>11} {:>9} {:>10}",
-        "memory", "for slots", "experts", "hits", "read", "compute", "disk", "tokens/s"
+        "\n{:>10} {:>10} {:>9} {:>7} {:>10} {:>11} {:>9} {:>10} {:>9}",
+        "memory", "for slots", "experts", "hits", "read", "compute", "disk", "tokens/s", "at first"
     )?;
     for f in &p.budgets {
         let disk = f.disk_s.map_or("?".into(), |s| format!("{:.1} ms", 1e3 * s));
-        let speed = f.tokens_per_s.map_or("?".into(), |t| format!("{t:.1}"));
+        let [speed, first] =
+            [f.tokens_per_s, f.first_tokens_per_s].map(|t| t.map_or("?".into(), |t| format!("{t:.1}")));
         let mark = if Some(f.bytes) == budget { "  <" } else { "" };
         writeln!(
             out,
-            "{:>10} {:>10} {:>7.1} % {:>5.1} % {:>10} {:>8.1} ms {disk:>9} {speed:>10}{mark}",
+            "{:>10} {:>10} {:>7.1} % {:>5.1} % {:>10} {:>8.1} ms {disk:>9} {speed:>10} {first:>9}{mark}",
             size(f.bytes),
             size(f.slots_bytes),
             100.0 * f.slot_share,
@@ -290,6 +280,21 @@ fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt:
         )?;
     }
     Ok(out)
+}
+
+/// What was measured of the disk.
+fn disk(p: &Plan) -> String {
+    let c = &p.cost;
+    let (Some(again), Some(first), Some(beside)) = (c.disk_rate, c.first_rate, c.disk_rate_beside) else {
+        return format!("no disk rate: {}", p.no_disk_rate.as_deref().unwrap_or(""));
+    };
+    format!(
+        "{} of experts from the disk, {} at first, {} beside computing, which takes {:.1} ms a token meanwhile",
+        rate(again),
+        rate(first),
+        rate(beside),
+        1e3 * c.beside_s
+    )
 }
 
 fn rate(bytes_per_s: f64) -> String {

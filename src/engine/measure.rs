@@ -2,7 +2,7 @@
 
 use super::outline::{Active, Outline};
 use super::{EngineError, READ_LANES};
-use crate::cpu::probe::DiskProbe;
+use crate::cpu::probe::{DiskProbe, Rate};
 use crate::cpu::{Isa, Pages, Team};
 use crate::ops::matmul::{Acts, OutRows, Packed, matmul_groups, pack};
 use std::io;
@@ -16,6 +16,8 @@ pub struct Beside {
     pub slowdown: f64,
     /// Bytes of experts a second that are read and packed while nothing computes.
     pub disk_rate: f64,
+    /// The same of what wasn't read before, or long ago ([`Rate::first`]).
+    pub first_rate: f64,
     /// The same while all threads compute.
     pub disk_rate_beside: f64,
 }
@@ -53,7 +55,8 @@ impl Outline {
     pub fn measure_beside(&self, disk: &DiskProbe) -> Result<Beside, EngineError> {
         let most = self.active.iter().max_by_key(|a| a.bytes);
         let (Some(a), isa) = (most, Isa::get()?) else {
-            return Ok(Beside { slowdown: 1.0, disk_rate: f64::INFINITY, disk_rate_beside: f64::INFINITY });
+            let rate = f64::INFINITY;
+            return Ok(Beside { slowdown: 1.0, disk_rate: rate, first_rate: rate, disk_rate_beside: rate });
         };
         let team = Team::new(self.n_threads).map_err(system)?;
         let mut made = Made::new(a, isa, self.step_bytes()).map_err(system)?;
@@ -67,9 +70,9 @@ impl Outline {
         };
         let read = || {
             let rate = disk.rate(n_rows * row_bytes, READ_LANES, DISK_TIME, &into_slot);
-            rate.map(|r| r.again).map_err(|source| EngineError::System { what: "reads of the model's file", source })
+            rate.map_err(|source| EngineError::System { what: "reads of the model's file", source })
         };
-        let disk_rate = read()?;
+        let Rate { first, again: disk_rate } = read()?;
         let alone = made.rate(&team);
         let (disk_rate_beside, beside) = std::thread::scope(|s| {
             let reading = s.spawn(read);
@@ -81,8 +84,13 @@ impl Outline {
             let beside = n_bytes as f64 / began.elapsed().as_secs_f64();
             (reading.join().unwrap_or_else(|p| std::panic::resume_unwind(p)), beside)
         });
-        let disk_rate_beside = disk_rate_beside?.min(disk_rate);
-        Ok(Beside { slowdown: (alone / beside).max(1.0), disk_rate, disk_rate_beside })
+        let disk_rate_beside = disk_rate_beside?.again.min(disk_rate);
+        Ok(Beside {
+            slowdown: (alone / beside).max(1.0),
+            disk_rate,
+            first_rate: first.min(disk_rate),
+            disk_rate_beside,
+        })
     }
 }
 

@@ -143,18 +143,21 @@ pub struct Cost {
     pub expert_bytes: u64,
     /// Bytes of experts a second that are read and packed while nothing computes; `None` where nobody has measured it.
     pub disk_rate: Option<f64>,
-    /// The same while all threads compute.
+    /// The same of what wasn't read before, or long ago: what is below a virtual disk may keep what is read again.
+    pub first_rate: Option<f64>,
+    /// As `disk_rate`, while all threads compute.
     pub disk_rate_beside: Option<f64>,
 }
 
 impl Cost {
-    /// Seconds of a token that reads so many bytes, `None` where the disk's rates aren't known: computing and reading go on together
-    /// and slow each other down, until one is done and the other has the machine to itself.
-    fn token_s(&self, bytes: u64) -> Option<f64> {
+    /// Seconds of a token that reads so many bytes, at this rate when nothing computes; `None` where the rates aren't known. Computing
+    /// and reading go on together and slow each other down, until one is done and the other has the machine to itself.
+    fn token_s(&self, bytes: u64, alone: Option<f64>) -> Option<f64> {
         if bytes == 0 {
             return Some(self.compute_s);
         }
-        let (alone, beside) = (self.disk_rate?, self.disk_rate_beside?);
+        let alone = alone?;
+        let beside = self.disk_rate_beside?.min(alone);
         let left = bytes as f64 - self.beside_s * beside;
         if left >= 0.0 {
             return Some(self.beside_s + left / alone);
@@ -185,6 +188,8 @@ pub struct Forecast {
     pub disk_s: Option<f64>,
     /// Tokens written in a second: computing and reading go on together and slow each other down.
     pub tokens_per_s: Option<f64>,
+    /// The same while the disk hasn't read the experts before.
+    pub first_tokens_per_s: Option<f64>,
 }
 
 /// The forecast for a budget, for writing while the KV cache holds so many blocks; `None` if the budget is too small for the
@@ -195,6 +200,7 @@ pub fn forecast(needs: &Needs, cost: &Cost, routing: &Routing, budget: u64, n_kv
     let slot_share = needs.share(slots);
     let hit_rate = routing.hit_rate(slot_share);
     let bytes_per_token = (cost.expert_bytes as f64 * (1.0 - hit_rate)) as u64;
+    let speed = |rate| cost.token_s(bytes_per_token, rate).map(|s| 1.0 / s.max(1e-9));
     let disk_s = if bytes_per_token == 0 { Some(0.0) } else { cost.disk_rate.map(|r| bytes_per_token as f64 / r) };
     Some(Forecast {
         bytes: budget,
@@ -205,7 +211,8 @@ pub fn forecast(needs: &Needs, cost: &Cost, routing: &Routing, budget: u64, n_kv
         bytes_per_token,
         compute_s: cost.compute_s,
         disk_s,
-        tokens_per_s: cost.token_s(bytes_per_token).map(|s| 1.0 / s.max(1e-9)),
+        tokens_per_s: speed(cost.disk_rate),
+        first_tokens_per_s: speed(cost.first_rate),
     })
 }
 
@@ -290,21 +297,28 @@ mod tests {
     #[test]
     fn a_token_costs_the_larger_of_computing_and_reading() {
         let rate = Some(10_000.0);
-        let cost =
-            Cost { compute_s: 0.01, beside_s: 0.01, expert_bytes: 1000, disk_rate: rate, disk_rate_beside: rate };
+        let cost = Cost {
+            compute_s: 0.01,
+            beside_s: 0.01,
+            expert_bytes: 1000,
+            disk_rate: rate,
+            first_rate: Some(5_000.0),
+            disk_rate_beside: rate,
+        };
         let f = |budget| forecast(&NEEDS, &cost, &Routing::Uniform, budget, 10).unwrap();
         // A short block leaves fifteen tokens' buffers to the slots.
         let half = f(NEEDS.no_reads() - 2000 - 150);
         assert_eq!((half.hit_rate, half.bytes_per_token), (0.5, 500));
         assert!((half.tokens_per_s.unwrap() - 20.0).abs() < 1e-9);
+        assert!((half.first_tokens_per_s.unwrap() - 10.0).abs() < 1e-9);
         assert!((f(NEEDS.no_reads()).tokens_per_s.unwrap() - 100.0).abs() < 1e-9);
         // Half as fast while there is reading: of 10 ms alone and 20 beside, 5 ms of reading leave three quarters.
         let slowed = Cost { beside_s: 0.02, ..cost };
-        assert_eq!([0, 50, 200, 300].map(|bytes| slowed.token_s(bytes).unwrap()), [0.01, 0.0125, 0.02, 0.03]);
+        assert_eq!([0, 50, 200, 300].map(|bytes| slowed.token_s(bytes, rate).unwrap()), [0.01, 0.0125, 0.02, 0.03]);
         // Beside computing half is read in the same time: after 20 ms 100 bytes are there, and the rest comes at the full rate.
         let both = Cost { disk_rate_beside: Some(5_000.0), ..slowed };
-        assert_eq!([0, 50, 100, 300].map(|bytes| both.token_s(bytes).unwrap()), [0.01, 0.015, 0.02, 0.04]);
-        let blind = Cost { disk_rate: None, ..cost };
+        assert_eq!([0, 50, 100, 300].map(|bytes| both.token_s(bytes, rate).unwrap()), [0.01, 0.015, 0.02, 0.04]);
+        let blind = Cost { disk_rate: None, first_rate: None, disk_rate_beside: None, ..cost };
         assert_eq!(forecast(&NEEDS, &blind, &Routing::Uniform, NEEDS.smallest(), 10).unwrap().tokens_per_s, None);
         assert!(forecast(&NEEDS, &blind, &Routing::Uniform, NEEDS.no_reads(), 10).unwrap().tokens_per_s.is_some());
     }
