@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_costs_the_larger_of_computing_and_reading() {
+    fn computing_and_reading_go_on_together() {
         let rate = Some(10_000.0);
         let cost = Cost {
             compute_s: 0.01,
