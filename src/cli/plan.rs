@@ -19,7 +19,7 @@ use std::time::Duration;
 /// Flags of `plan`.
 #[derive(Args)]
 #[command(
-    after_help = "Only the file's header is read, so a download that isn't finished will do. The machine is measured for about a second:
+    after_help = "Only the file's header is read, so a download that isn't finished will do. The machine is measured for about two seconds:
 matrices of the model's formats and random reads of an expert's size on the model's disk, each alone and both together (`oncall doctor` shows more).
 Computing and reading go on together and slow each other down. Which experts find themselves at hand is a forecast: from made-up routing
 that is as unequal as trained models', from a trace of a real run (--trace), or for the worst case (--routing uniform).
