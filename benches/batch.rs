@@ -1,7 +1,7 @@
 //! Many sequences against one, in the same budget; and against llama.cpp's parallel sequences.
 //!
-//! `cargo bench --bench batch -- --model smolmoe --format q4_0 --sequences 32`; with `--features llama-cpp` (clang, cmake) beside
-//! llama.cpp's own batched decoding. Runs alternate and medians count, since machines are shared and noisy.
+//! `cargo bench --bench batch -- --model smolmoe --format q4_0 --sequences 32`; after `benches/native` and with
+//! `--features llama-cpp` (clang, cmake) beside llama.cpp's own batched decoding. Runs alternate and medians count, since machines are shared and noisy.
 //!
 //! `--budget 25%` pages: of the file's size, for everything. Then one sequence and many run in turn, each in a process of its own
 //! inside a control group of the budget (root is needed) with nothing of it in the page cache, each with the memory divided as is best for it.
@@ -347,7 +347,8 @@ fn prefix(a: &Args, name: &str, path: &Path, n: usize) {
 /// llama.cpp's rate for the same work, in the better of its two modes.
 #[cfg(feature = "llama-cpp")]
 fn reference(a: &Args, path: &Path, n: usize) -> Box<dyn FnMut() -> Option<f64>> {
-    use common::llama::{Kv, Mode, Model, Options};
+    use common::llama::{Kv, Mode, Model, Options, require};
+    require(oncall::cpu::Isa::get().expect("an instruction set"));
     let (predict, threads) = (a.predict, a.threads as i32);
     let options = Options {
         n_ctx: (n * 256) as u32,

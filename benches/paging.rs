@@ -1,6 +1,6 @@
 //! Models larger than their memory: oncall against llama.cpp's mapping under the same limit, side by side in one run.
 //!
-//! `cargo bench --features llama-cpp --bench paging -- --model olmoe-1b-7b --budget 25%,50%` (needs clang and cmake; root, for
+//! `benches/native cargo bench --features llama-cpp --bench paging -- --model olmoe-1b-7b --budget 25%,50%` (needs clang and cmake; root, for
 //! memory control groups and the device's read-ahead). Each engine runs in a process of its own inside a control group of the
 //! budget, with nothing of the model in the page cache, in turn; medians of the runs count.
 
@@ -9,7 +9,8 @@ mod common;
 mod shared;
 
 use clap::Parser;
-use common::llama::{Kv, Mode, Model, Options};
+use common::llama::{self, Kv, Mode, Model, Options};
+use oncall::cpu::Isa;
 use oncall::engine::{Engine, EngineOptions, Memory};
 use serde::{Deserialize, Serialize};
 use shared::{in_group, median, model, run_in_group};
@@ -109,6 +110,7 @@ fn main() {
         let run = if engine == "ours" { ours(&a) } else { theirs(&a) };
         return println!("{}", serde_json::to_string(&run).expect("plain numbers"));
     }
+    llama::require(Isa::get().expect("an instruction set"));
     for name in &a.model {
         let path = model(name, &a.format);
         for budget in &a.budget {

@@ -1,16 +1,17 @@
 //! oncall and llama.cpp on the same file, in turn: speed as a ratio, measured side by side in one run.
 //!
-//! `cargo bench --features llama-cpp --bench versus -- --model smolmoe` (needs clang and cmake). Both engines take the same
+//! `benches/native cargo bench --features llama-cpp --bench versus -- --model smolmoe` (needs clang and cmake). Both engines take the same
 //! tokens; each pair of runs gives one ratio and the median counts, since machines are shared and noisy. llama.cpp runs
-//! in both of its modes, plain and repacked; the better one is compared with. Models that aren't there are made.
+//! in both of its modes, plain and repacked; the better one is compared with. Models that aren't there are made; one that doesn't fit
+//! into memory three times is loaded anew for each run, one engine at a time.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
 mod shared;
 
 use clap::Parser;
-use common::llama::{Context, Kv, Mode, Model, Options};
-use oncall::cpu::Pages;
+use common::llama::{self, Context, Kv, Mode, Model, Options};
+use oncall::cpu::{Pages, memory};
 use oncall::engine::{Engine, EngineOptions, Memory, Session};
 use oncall::gguf::Tensor;
 use oncall::ops::matmul::multiply_rate;
@@ -63,6 +64,8 @@ struct Row {
     theirs: f64,
     /// Which of llama.cpp's modes was the better one.
     their_mode: String,
+    /// The instruction sets that llama.cpp was compiled for.
+    their_isa: Vec<String>,
     /// The median of the pairs' ratios.
     ratio: f64,
     /// What we reach of the machine. Decoding: the active bytes against what a plain read loop gets from memory. Prefill: the
@@ -184,6 +187,30 @@ fn speed(phase: Phase, tokens: &[u32], side: &mut dyn Side) -> f64 {
     new.len() as f64 / began.elapsed().as_secs_f64()
 }
 
+/// One of the two engines: loaded when its turn comes, and dropped after it where both don't fit into memory.
+struct Turns<'a> {
+    load: Box<dyn Fn() -> Box<dyn Side> + 'a>,
+    loaded: Option<Box<dyn Side>>,
+    keep: bool,
+}
+
+impl Turns<'_> {
+    fn speed(&mut self, phase: Phase, tokens: &[u32]) -> f64 {
+        let side = self.loaded.get_or_insert_with(|| {
+            let mut side = (self.load)();
+            side.feed(&tokens[..phase.depth()]);
+            // Every expert that these tokens need is resident after it.
+            speed(phase, tokens, &mut *side);
+            side
+        });
+        let rate = speed(phase, tokens, &mut **side);
+        if !self.keep {
+            self.loaded = None;
+        }
+        rate
+    }
+}
+
 /// A model, and what is measured of it.
 struct Compared<'a> {
     name: &'a str,
@@ -196,64 +223,65 @@ struct Compared<'a> {
 
 impl Compared<'_> {
     fn run(&self, limits: &mut Limits) -> Row {
-        let (phase, n_ctx) = (self.phase, self.phase.n_tokens().next_multiple_of(1024));
-        let options = EngineOptions {
-            n_ctx: Some(n_ctx),
-            n_threads: Some(self.threads),
-            memory: Memory::Bytes(u64::MAX),
-            ..EngineOptions::default()
-        };
-        let engine = Engine::load(self.path, &options, &|_, _| ()).unwrap_or_else(|e| panic!("{e}"));
+        let engine = self.engine();
+        llama::require(engine.isa());
+        let phase = self.phase;
         let tokens = tokens(phase.n_tokens(), engine.config().n_vocab);
-        let mut session = engine.session();
-        // Every expert is resident from here on, or as good as.
-        session.feed(&tokens[..N_PREFILL.min(tokens.len())], &mut |_| true).expect("the tokens fit");
-        session.truncate(0);
-        Side::feed(&mut session, &tokens[..phase.depth()]);
-        speed(phase, &tokens, &mut session);
-        let mut best: Option<(f64, f64, f64, Mode)> = None;
-        for mode in [Mode::Plain, Mode::Repacked] {
-            if mode == Mode::Repacked && engine.config().arch == "deepseek2" {
-                continue; // llama.cpp aborts there
-            }
-            let threads = self.threads as i32;
-            let options = Options {
-                n_ctx: n_ctx as u32,
-                n_batch: 512,
-                n_threads: threads,
-                kv: Kv::F16,
-                flash_attn: true,
-                n_seq: 1,
-            };
-            let mut context = Model::load(self.path, mode).context(options);
-            Side::feed(&mut context, &tokens[..phase.depth()]);
-            speed(phase, &tokens, &mut context);
-            let runs: Vec<(f64, f64)> = (0..self.pairs)
-                .map(|_| (speed(phase, &tokens, &mut session), speed(phase, &tokens, &mut context)))
-                .collect();
-            let (a, b) = (median(runs.iter().map(|r| r.0)), median(runs.iter().map(|r| r.1)));
-            let ratio = median(runs.iter().map(|r| r.0 / r.1));
-            if best.is_none_or(|x| ratio < x.2) {
-                best = Some((a, b, ratio, mode));
-            }
-        }
-        let (ours, theirs, ratio, mode) = best.expect("two modes");
+        let per_token = match phase {
+            Phase::Decode(_) => engine.active_bytes() as f64 / limits.read(self.threads),
+            Phase::Prefill => active_ops(&engine) / limits.multiply(self.threads, &engine),
+        };
+        let isa = engine.isa().to_string();
+        let can_repack = engine.config().arch != "deepseek2"; // llama.cpp aborts there
+        drop(engine);
+
+        // Ours, llama.cpp's map of the file, and its second copy.
+        let size = std::fs::metadata(self.path).expect("the model's file").len();
+        let keep = memory::available().is_none_or(|a| a >= 3 * size);
+        let mut ours = Turns { load: Box::new(|| Box::new(self.engine().session())), loaded: None, keep };
+        let modes = [Mode::Plain, Mode::Repacked].into_iter().filter(|m| *m == Mode::Plain || can_repack);
+        let compared = modes.map(|mode| {
+            let mut theirs = Turns { load: Box::new(move || Box::new(self.context(mode))), loaded: None, keep };
+            let pair = |_| (ours.speed(phase, &tokens), theirs.speed(phase, &tokens));
+            let runs: Vec<(f64, f64)> = (0..self.pairs).map(pair).collect();
+            let median_of = |f: fn(&(f64, f64)) -> f64| median(runs.iter().map(f));
+            (median_of(|r| r.0), median_of(|r| r.1), median_of(|r| r.0 / r.1), mode)
+        });
+        let (ours, theirs, ratio, mode) = compared.min_by(|a, b| a.2.total_cmp(&b.2)).expect("a mode");
         Row {
             model: self.name.into(),
             format: self.format.into(),
             threads: self.threads,
-            isa: engine.isa().to_string(),
+            isa,
             phase: phase.name(),
             depth: phase.depth(),
             ours,
             theirs,
             their_mode: format!("{mode:?}").to_lowercase(),
+            their_isa: llama::instruction_sets(),
             ratio,
-            roofline: match phase {
-                Phase::Decode(_) => ours * engine.active_bytes() as f64 / limits.read(self.threads),
-                Phase::Prefill => ours * active_ops(&engine) / limits.multiply(self.threads, &engine),
-            },
+            roofline: ours * per_token,
         }
+    }
+
+    fn n_ctx(&self) -> usize {
+        self.phase.n_tokens().next_multiple_of(1024)
+    }
+
+    fn engine(&self) -> Engine {
+        let options = EngineOptions {
+            n_ctx: Some(self.n_ctx()),
+            n_threads: Some(self.threads),
+            memory: Memory::Bytes(u64::MAX),
+            ..EngineOptions::default()
+        };
+        Engine::load(self.path, &options, &|_, _| ()).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    fn context(&self, mode: Mode) -> Context {
+        let (n_ctx, n_threads) = (self.n_ctx() as u32, self.threads as i32);
+        let options = Options { n_ctx, n_batch: 512, n_threads, kv: Kv::F16, flash_attn: true, n_seq: 1 };
+        Model::load(self.path, mode).context(options)
     }
 }
 

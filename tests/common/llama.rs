@@ -13,6 +13,7 @@ use std::rc::Rc;
 use std::sync::Once;
 
 use llama_cpp_sys_2 as sys;
+use oncall::cpu::Isa;
 
 /// How llama.cpp holds the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +82,36 @@ pub fn init() {
             sys::llama_backend_init();
         }
     });
+}
+
+/// The instruction sets that ggml was compiled for, by its own names.
+pub fn instruction_sets() -> Vec<String> {
+    // SAFETY: the library returns a string of its own that ends in NUL.
+    let info = unsafe { CStr::from_ptr(sys::llama_print_system_info()) }.to_string_lossy();
+    let on = |part: &str| Some(part.rsplit(" : ").next()?.split_once(" = 1")?.0.trim().to_owned());
+    info.split('|').filter_map(on).collect()
+}
+
+/// Panics if ggml was compiled for less than `isa`: what is compared with it then says nothing.
+pub fn require(isa: Isa) {
+    let needed: &[&str] = match isa {
+        Isa::Scalar => &[],
+        Isa::Avx2 => &["AVX2", "FMA", "F16C"],
+        Isa::AvxVnni => &["AVX_VNNI"],
+        Isa::Avx512Vnni => &["AVX512", "AVX512_VNNI"],
+        Isa::Avx512Amx => &["AVX512_VNNI", "AMX_INT8"],
+        Isa::Neon => &["NEON"],
+        Isa::NeonDot => &["DOTPROD"],
+        Isa::NeonI8mm => &["MATMUL_INT8"],
+    };
+    let has = instruction_sets();
+    let lacks: Vec<&str> = needed.iter().copied().filter(|n| !has.iter().any(|h| h == n)).collect();
+    assert!(
+        lacks.is_empty(),
+        "llama.cpp was built without {}, and {isa} would be compared with less than it can do: run \
+        `cargo clean --release -p llama-cpp-sys-2`, then `benches/native` and this command, which builds it for this processor",
+        lacks.join(", ")
+    );
 }
 
 fn len_i32(len: usize) -> i32 {
