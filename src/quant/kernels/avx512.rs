@@ -166,6 +166,30 @@ impl Vector for Avx512 {
         sum
     }
 
+    /// A column of all tokens after the other, since a token's products wait for each other: with a token after the other the loop
+    /// alone reaches 81 % of the rate on registers, so 89 (Zen 4; 60 tokens, medians in turn: Q4_K 160 to 164 G weights times tokens a second, Q6_K 133 to 141).
+    #[inline(always)]
+    unsafe fn panel_dots<const K: usize, const N: usize, const R: usize>(
+        self,
+        start: [[Self::I; R]; N],
+        w: [&[Self::I; K]; R],
+        q: [*const i8; N],
+        _: u32,
+    ) -> [[Self::I; R]; N] {
+        let mut sums = start;
+        let mut j = 0;
+        while j < K {
+            for t in 0..N {
+                let q = op!(_mm512_set1_epi32(q[t].add(4 * j).cast::<i32>().read_unaligned()));
+                for r in 0..R {
+                    sums[t][r] = op!(_mm512_dpbusd_epi32(sums[t][r], w[r][j], q));
+                }
+            }
+            j += 1;
+        }
+        sums
+    }
+
     #[inline(always)]
     unsafe fn dot_pairs(self, start: Self::I, w: Self::I, p: *const i16) -> Self::I {
         op!(_mm512_dpwssd_epi32(start, w, _mm512_set1_epi32(p.cast::<i32>().read_unaligned())))
