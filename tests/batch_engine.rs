@@ -3,6 +3,7 @@
 use oncall::engine::{
     Engine, EngineError, EngineOptions, Event, Finish, Finished, Generation, GenerationParams, Piece, Queue, Request,
 };
+use oncall::session::grammar::Grammar;
 use oncall::session::sampler::SamplingParams;
 use std::sync::{Arc, Mutex};
 
@@ -110,9 +111,46 @@ fn random_request(engine: &Engine, r: &mut Random) -> Request {
         stop: [vec![], vec!["was".to_string()]][r.below(2)].clone(),
         ignore_eos: r.below(4) == 0,
         logprobs: [None, Some(0), Some(3)][r.below(3)],
+        grammar: (r.below(4) == 0).then(animal),
         ..GenerationParams::default()
     };
     Request { prompt, params, priority: r.below(3) as i32 - 1 }
+}
+
+/// JSON of which much is certain before it's written.
+fn animal() -> Grammar {
+    let schema = r#"{"type": "object", "additionalProperties": false, "required": ["appearance", "temperament"], "properties":
+        {"appearance": {"enum": ["striped", "spotted"]}, "temperament": {"enum": ["gentle", "grumpy"]}}}"#;
+    Grammar::json_schema(schema).unwrap()
+}
+
+/// What a grammar leaves no choice about costs no pass of its own, and is what a pass for each token gives.
+#[test]
+fn certain_tokens_share_a_pass() {
+    let engine = engine(options(1));
+    let prompt = engine.tokenizer().encode("Tom has a cat.", true, true);
+    for seed in 0..8 {
+        let request = |logprobs| {
+            let sampling = SamplingParams { seed: Some(seed), ..SamplingParams::default() };
+            let params =
+                GenerationParams { sampling, logprobs, grammar: Some(animal()), ..GenerationParams::default() };
+            Request { prompt: prompt.clone(), params, priority: 0 }
+        };
+        // Each token's log-probability takes a pass.
+        let each = alone(&engine, &request(Some(0)));
+        let before = engine.account();
+        let together = alone(&engine, &request(None));
+        let account = engine.account().since(&before);
+        assert_eq!((&each.tokens, &each.text, each.finish), (&together.tokens, &together.text, Finish::Stop));
+        assert_eq!(account.prefill.tokens, prompt.len() as u64, "they count as written, not as read");
+        let queue = Queue::new(&engine, 1);
+        let (log, on_event) = log();
+        queue.submit(request(None), on_event).unwrap();
+        queue.drive();
+        assert_eq!(got(&log).0, together);
+        let (passes, written) = (queue.stats().n_steps, together.tokens.len() as u64);
+        assert!(2 * passes < written, "{passes} passes for {written} tokens: {}", together.text);
+    }
 }
 
 /// Promise 2 for batches: 200 mixes of requests, sizes of the cache, chunks and sequences.

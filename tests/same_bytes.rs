@@ -105,7 +105,7 @@ fn neighbours_change_nothing() {
         let mut inputs: Vec<Input> = sessions
             .iter_mut()
             .zip(&texts)
-            .map(|(session, tokens)| Input { session, tokens, want: Want::All })
+            .map(|(session, tokens)| Input { session, tokens, written: false, want: Want::All })
             .collect();
         engine.forward(&mut inputs).unwrap();
         for (session, alone) in sessions.iter().zip(&alone) {
@@ -157,7 +157,7 @@ fn a_token_is_handed_out_before_it_is_computed() {
     let mut written = Vec::new();
     let decoded = || engine.account().decode.tokens as usize;
     while let Some(piece) = g.next().unwrap() {
-        assert_eq!((decoded(), g.pending()), (written.len(), piece.token));
+        assert_eq!((decoded(), g.pending()), (written.len(), piece.token.as_slice()));
         written.extend(piece.token);
     }
     assert_eq!((decoded(), written.len()), (2, 3));

@@ -135,8 +135,8 @@ impl Chat {
         let figures = result?;
         output::text("\n")?;
         // Without a template the session is all that is known of the conversation.
-        if let (None, Some(last)) = (&self.template, figures.pending) {
-            self.session.feed(&[last], &mut |_| true)?;
+        if self.template.is_none() {
+            self.session.feed(&figures.pending, &mut |_| true)?;
         }
         if std::io::stdin().is_terminal() {
             output::note(&figures.line());

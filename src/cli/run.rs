@@ -152,7 +152,7 @@ fn write(
         each(&piece.text)?;
     }
     (figures.n_written, figures.decode_s, figures.finish) = (g.n_written(), spent.as_secs_f64(), g.finish());
-    figures.pending = g.pending();
+    figures.pending = g.pending().to_vec();
     figures.n_decoded = session.tokens().len() - before;
     Ok(())
 }

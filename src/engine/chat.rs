@@ -28,7 +28,7 @@ impl Engine {
 
     /// What grammars are compiled with; made when it is first asked for.
     pub(super) fn grammars(&self) -> Result<&Grammars, GrammarError> {
-        let grammars = self.0.grammars.get_or_init(|| Grammars::new(self.tokenizer(), self.config().n_vocab));
+        let grammars = self.0.grammars.get_or_init(|| Grammars::new(self.0.tokenizer.clone(), self.config().n_vocab));
         grammars.as_ref().map_err(Clone::clone)
     }
 }

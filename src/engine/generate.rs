@@ -8,6 +8,7 @@ use crate::session::grammar::{Grammar, GrammarState};
 use crate::session::sampler::{Logprobs, Sampler, SamplingParams, logprobs};
 use crate::session::stop::StopMatcher;
 use crate::session::tokenizer::StreamDecoder;
+use std::collections::VecDeque;
 
 /// How to write.
 #[derive(Clone, Debug, Default)]
@@ -61,6 +62,8 @@ pub(super) struct Writer {
     stops: StopMatcher,
     decoder: StreamDecoder,
     grammar: Option<GrammarState>,
+    /// The next tokens, where the grammar leaves no choice.
+    forced: VecDeque<u32>,
     params: GenerationParams,
     n_written: usize,
     finish: Option<Finish>,
@@ -75,9 +78,10 @@ impl Writer {
         before.iter().for_each(|&t| sampler.accept(t));
         let stops = StopMatcher::new(params.stop.iter().cloned())?;
         let decoder = StreamDecoder::new(params.show_special);
-        let grammar = params.grammar.as_ref().map(|g| engine.grammars()?.start(g)).transpose()?;
+        let mut grammar = params.grammar.as_ref().map(|g| engine.grammars()?.start(g)).transpose()?;
+        let forced = grammar.as_mut().map_or(VecDeque::new(), |g| g.forced().into());
         let finish = (params.n_predict == Some(0)).then_some(Finish::Length);
-        Ok(Writer { sampler, stops, decoder, grammar, params, n_written: 0, finish, logits: Vec::new() })
+        Ok(Writer { sampler, stops, decoder, grammar, forced, params, n_written: 0, finish, logits: Vec::new() })
     }
 
     pub fn finish(&self) -> Option<Finish> {
@@ -97,17 +101,20 @@ impl Writer {
         self.params.n_predict
     }
 
+    /// Whether the next token is certain, so that [`Writer::next`] needs no logits for it.
+    pub fn knows_next(&self) -> bool {
+        self.finish.is_none() && !self.forced.is_empty() && self.params.logprobs.is_none()
+    }
+
     /// Chooses the token after `n_before` tokens, of which the last gave these logits (n_vocab). `None` if it is over;
     /// [`Writer::finish`] then says why, as it does with the last token.
     pub fn next(&mut self, engine: &Engine, logits: &[f32], n_before: usize) -> Result<Option<Piece>, EngineError> {
         if self.finish.is_some() {
             return Ok(None);
         }
-        self.logits.clear();
-        self.logits.extend_from_slice(logits);
-        let token = match &mut self.grammar {
-            None => self.sampler.sample(&mut self.logits)?,
-            Some(g) => self.sampler.sample_masked(&mut self.logits, g.mask()?)?,
+        let token = match self.forced.pop_front() {
+            Some(token) => token,
+            None => self.sample(logits)?,
         };
         let tokenizer = engine.tokenizer();
         if tokenizer.is_eog(token) && !self.params.ignore_eos {
@@ -132,11 +139,26 @@ impl Writer {
         Ok(Some(Piece { token: Some(token), text, logprobs }))
     }
 
+    fn sample(&mut self, logits: &[f32]) -> Result<u32, EngineError> {
+        self.logits.clear();
+        self.logits.extend_from_slice(logits);
+        Ok(match &mut self.grammar {
+            None => self.sampler.sample(&mut self.logits)?,
+            Some(g) => self.sampler.sample_masked(&mut self.logits, g.mask()?)?,
+        })
+    }
+
     /// Tells the grammar; whether the text is complete.
     fn accept(&mut self, token: u32) -> Result<bool, EngineError> {
         let Some(grammar) = &mut self.grammar else { return Ok(false) };
         grammar.accept(token)?;
-        Ok(grammar.is_complete())
+        if grammar.is_complete() {
+            return Ok(true);
+        }
+        if self.forced.is_empty() {
+            self.forced = grammar.forced().into();
+        }
+        Ok(false)
     }
 
     /// Ends it, and hands out what was held back.
@@ -157,8 +179,8 @@ impl Writer {
 pub struct Generation<'s> {
     session: &'s mut Session,
     writer: Writer,
-    /// The last token, if it isn't in the session yet.
-    pending: Option<u32>,
+    /// The last tokens, which aren't in the session yet.
+    pending: Vec<u32>,
 }
 
 impl<'s> Generation<'s> {
@@ -171,7 +193,7 @@ impl<'s> Generation<'s> {
             return Err(EngineError::Empty);
         }
         let writer = Writer::new(session.engine(), params, session.tokens())?;
-        Ok(Generation { session, writer, pending: None })
+        Ok(Generation { session, writer, pending: Vec::new() })
     }
 
     /// Why it ended, if it has.
@@ -189,10 +211,10 @@ impl<'s> Generation<'s> {
         self.writer.seed()
     }
 
-    /// The token written last, which isn't in the session yet: a token is handed out as soon as it's chosen, and computed when the next
-    /// one is asked for. Who goes on from the session feeds it.
-    pub fn pending(&self) -> Option<u32> {
-        self.pending
+    /// The token written last, which isn't in the session yet, and those before it that a grammar left no choice about: a token is
+    /// handed out as soon as it's known, and computed when another has to be chosen. Who goes on from the session feeds them.
+    pub fn pending(&self) -> &[u32] {
+        &self.pending
     }
 
     /// The next token and its text; `None` when it is over.
@@ -204,15 +226,15 @@ impl<'s> Generation<'s> {
         if self.writer.finish().is_some() {
             return Ok(None);
         }
-        if let Some(token) = self.pending {
-            self.session.feed(&[token], &mut |_| true)?;
-            self.pending = None;
+        while !self.pending.is_empty() && !self.writer.knows_next() {
+            let n = self.session.feed_written(&self.pending)?;
+            self.pending.drain(..n);
         }
         let engine = self.session.engine().clone();
         let all = self.session.logits();
         let last = &all[all.len() - engine.config().n_vocab..];
-        let piece = self.writer.next(&engine, last, self.session.tokens().len())?;
-        self.pending = piece.as_ref().and_then(|p| p.token);
+        let piece = self.writer.next(&engine, last, self.session.tokens().len() + self.pending.len())?;
+        self.pending.extend(piece.as_ref().and_then(|p| p.token));
         Ok(piece)
     }
 }

@@ -187,7 +187,7 @@ struct Inner {
     heat: Option<(PathBuf, Heat)>,
     kv: Arc<KvPool>,
     team: Team,
-    tokenizer: Tokenizer,
+    tokenizer: Arc<Tokenizer>,
     isa: Isa,
     n_ctx: usize,
     options: EngineOptions,
@@ -210,6 +210,8 @@ pub struct Input<'a> {
     pub session: &'a mut Session,
     /// Its next tokens.
     pub tokens: &'a [u32],
+    /// Whether they were written, not given: a pass of such tokens alone counts as writing.
+    pub written: bool,
     /// Which of their logits are wanted.
     pub want: Want,
 }
@@ -295,7 +297,7 @@ impl Engine {
             heat,
             kv,
             team,
-            tokenizer,
+            tokenizer: Arc::new(tokenizer),
             isa,
             n_ctx,
             options: o.clone(),
@@ -446,12 +448,12 @@ impl Engine {
             return Ok(Duration::ZERO);
         }
         let mut buffers: MutexGuard<'_, Buffers> = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
+        let is_decode = inputs.iter().all(|i| i.written || i.tokens.is_empty());
         let began = Instant::now();
         let before = self.store_stats();
         if let Some(store) = &e.store {
             store.begin_pass(inputs.iter().map(|i| i.tokens.len() as u64).max().unwrap_or(0));
         }
-        let n_inputs = inputs.len();
         let kv = KvBatch::new(inputs.iter_mut().map(|i| (i.session.kv_mut(), i.tokens.len())))?;
         // Many logits are as large as the buffers of a long block.
         let as_large_as = if wanted.len() > self.n_sessions() { self.budget().chunk } else { 1 };
@@ -467,7 +469,7 @@ impl Engine {
         e.recorder.as_ref().inspect(|r| r.discard());
         e.model.forward(&machine, &mut buffers, &e.gguf, &mut block)?;
         if let Some(r) = &e.recorder {
-            r.finish(if tokens.len() > n_inputs { trace::Phase::Prefill } else { trace::Phase::Decode })?;
+            r.finish(if is_decode { trace::Phase::Decode } else { trace::Phase::Prefill })?;
         }
         block.kv.advance();
         let took = began.elapsed();
@@ -475,7 +477,6 @@ impl Engine {
             store.end_pass(tokens.len(), took);
         }
         let mut account = e.account.lock().unwrap_or_else(|e| e.into_inner());
-        let is_decode = inputs.iter().all(|i| i.tokens.len() <= 1);
         let phase = if is_decode { &mut account.decode } else { &mut account.prefill };
         phase.add(tokens.len(), took, &self.store_stats().since(&before));
         drop(account);

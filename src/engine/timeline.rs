@@ -101,8 +101,20 @@ impl Session {
     }
 
     fn forward(&mut self, tokens: &[u32], want: Want) -> Result<(), EngineError> {
+        // Who feeds a token at a time writes.
+        let (engine, written) = (self.engine.clone(), tokens.len() <= 1);
+        engine.forward(&mut [Input { session: self, tokens, written, want }]).map(|_| ())
+    }
+
+    /// Puts the first of these tokens, which were written, at the end, in one pass; how many.
+    ///
+    /// # Errors
+    /// As [`Engine::forward`].
+    pub(super) fn feed_written(&mut self, tokens: &[u32]) -> Result<usize, EngineError> {
         let engine = self.engine.clone();
-        engine.forward(&mut [Input { session: self, tokens, want }]).map(|_| ())
+        let n = tokens.len().min(engine.budget().chunk.max(1));
+        engine.forward(&mut [Input { session: self, tokens: &tokens[..n], written: true, want: Want::Last }])?;
+        Ok(n)
     }
 
     /// Forgets the tokens from `len` on.

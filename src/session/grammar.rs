@@ -5,7 +5,7 @@
 
 use super::tokenizer::Tokenizer;
 use llguidance::api::TopLevelGrammar;
-use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, SimpleVob, TokEnv, TokRxInfo, TokTrie};
+use llguidance::toktrie::{InferenceCapabilities, SimpleVob, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -96,7 +96,28 @@ fn check_len(what: &'static str, source: &str) -> Result<(), GrammarError> {
     if source.len() > MAX_SOURCE { Err(GrammarError::TooLong { what, len: source.len() }) } else { Ok(()) }
 }
 
-/// What grammars are compiled with: a vocabulary as a tree of bytes.
+/// A vocabulary as llguidance sees it: a tree of bytes, and how the model's own tokeniser divides text.
+struct Vocabulary {
+    trie: TokTrie,
+    tokenizer: Arc<Tokenizer>,
+}
+
+impl TokenizerEnv for Vocabulary {
+    fn tok_trie(&self) -> &TokTrie {
+        &self.trie
+    }
+
+    fn tokenize_bytes(&self, text: &[u8]) -> Vec<u32> {
+        self.trie.tokenize_with_greedy_fallback(text, |text| self.tokenizer.encode_within(text))
+    }
+
+    /// So text that a grammar leaves no choice about gets the tokens that the model has learnt it as.
+    fn tokenize_is_canonical(&self) -> bool {
+        true
+    }
+}
+
+/// What grammars are compiled with.
 pub struct Grammars {
     factory: ParserFactory,
 }
@@ -106,7 +127,7 @@ impl Grammars {
     ///
     /// # Errors
     /// If the vocabulary has no token that ends a text.
-    pub fn new(tokenizer: &Tokenizer, n_vocab: usize) -> Result<Self, GrammarError> {
+    pub fn new(tokenizer: Arc<Tokenizer>, n_vocab: usize) -> Result<Self, GrammarError> {
         let end = tokenizer.eos().filter(|&t| tokenizer.is_eog(t)).or(tokenizer.eog_ids().first().copied());
         let end = end.filter(|&t| (t as usize) < n_vocab).ok_or(GrammarError::NoEnd)?;
         let word = |id: u32| {
@@ -116,7 +137,7 @@ impl Grammars {
         };
         let words: Vec<Vec<u8>> = (0..n_vocab as u32).map(word).collect();
         let trie = TokTrie::from(&TokRxInfo::new(n_vocab as u32, end), &words);
-        let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+        let env: TokEnv = Arc::new(Vocabulary { trie, tokenizer });
         let slices = llguidance::earley::SlicedBiasComputer::general_slices();
         let mut factory = ParserFactory::new(&env, InferenceCapabilities::default(), &slices).map_err(compile)?;
         factory.quiet().limits_mut().verbose_errors = false;
@@ -168,6 +189,11 @@ impl GrammarState {
         Ok(())
     }
 
+    /// The tokens that come next whatever the model thinks, because the grammar allows one text only; none if it leaves a choice.
+    pub fn forced(&mut self) -> Vec<u32> {
+        self.matcher.compute_ff_tokens()
+    }
+
     /// Whether the text is complete and can't go on.
     pub fn is_complete(&self) -> bool {
         self.matcher.is_stopped()
@@ -209,15 +235,20 @@ mod tests {
 
     /// Follows the grammar by choices among the allowed tokens until it ends.
     fn wander(grammar: &Grammar, choices: &[u16]) -> (String, bool) {
-        let t = tokenizer();
-        let grammars = Grammars::new(&t, t.n_vocab() + 3).unwrap();
+        let t = Arc::new(tokenizer());
+        let grammars = Grammars::new(t.clone(), t.n_vocab() + 3).unwrap();
         let mut state = grammars.start(grammar).unwrap();
         let mut bytes = Vec::new();
         for &c in choices {
+            let forced = state.forced();
             let mask = state.mask().unwrap().to_vec();
             let allowed: Vec<u32> =
                 (0..t.n_vocab() as u32 + 3).filter(|t| mask[*t as usize / 32] >> (t % 32) & 1 == 1).collect();
             let token = allowed[c as usize % allowed.len()];
+            assert!(
+                forced.is_empty() || forced[0] == token && allowed.len() == 1,
+                "{forced:?}, but allowed are {allowed:?}"
+            );
             assert_ne!(token, 0, "the unknown token isn't text");
             if token == 1 {
                 return (String::from_utf8(bytes).unwrap(), true);
@@ -254,7 +285,8 @@ mod tests {
     #[test]
     fn what_is_wrong_is_said() {
         let t = tokenizer();
-        let grammars = Grammars::new(&t, t.n_vocab()).unwrap();
+        let n_vocab = t.n_vocab();
+        let grammars = Grammars::new(Arc::new(t), n_vocab).unwrap();
         let start = |g: Grammar| grammars.start(&g).err().unwrap().to_string();
         assert!(Grammar::json_schema("{").unwrap_err().to_string().contains("EOF"));
         assert!(Grammar::json_schema("[]").unwrap_err().to_string().contains("object"));

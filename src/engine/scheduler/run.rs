@@ -75,6 +75,18 @@ impl Sequence {
         done < self.n_prompt && self.n_common(self.n_prompt, other) >= n.max(done) + WORTH_COPYING
     }
 
+    /// The next token, and those after it that need no further pass.
+    fn choose(&mut self) -> Result<Vec<Piece>, EngineError> {
+        let mut pieces = Vec::new();
+        loop {
+            let n_before = self.tokens.len() + pieces.len();
+            pieces.extend(self.writer.next(self.session.engine(), self.session.logits(), n_before)?);
+            if !self.writer.knows_next() {
+                return Ok(pieces);
+            }
+        }
+    }
+
     fn finish(mut self, finish: Finish) {
         let done = Finished {
             finish,
@@ -256,7 +268,8 @@ impl Scheduler {
         for (s, &n) in self.running.iter_mut().zip(n_tokens).filter(|(_, n)| **n > 0) {
             let at = s.session.tokens().len();
             let want = if at + n == s.tokens.len() { Want::Last } else { Want::Nothing };
-            inputs.push(Input { session: &mut s.session, tokens: &s.tokens[at..at + n], want });
+            let (tokens, written) = (&s.tokens[at..at + n], at >= s.n_prompt);
+            inputs.push(Input { session: &mut s.session, tokens, written, want });
         }
         if inputs.is_empty() {
             let pool = self.running[0].session.kv().pool();
@@ -279,9 +292,9 @@ impl Scheduler {
         }
         let choose = |(s, n): (&mut Sequence, &usize)| {
             let complete = *n > 0 && s.session.tokens().len() == s.tokens.len();
-            complete.then(|| s.writer.next(s.session.engine(), s.session.logits(), s.tokens.len()))
+            complete.then(|| s.choose())
         };
-        let pieces: Vec<Option<Result<Option<Piece>, EngineError>>> = if self.running.len() >= PARALLEL_CHOICES {
+        let pieces: Vec<Option<Result<Vec<Piece>, EngineError>>> = if self.running.len() >= PARALLEL_CHOICES {
             self.running.par_iter_mut().zip(n_tokens).map(choose).collect()
         } else {
             self.running.iter_mut().zip(n_tokens).map(choose).collect()
@@ -289,18 +302,16 @@ impl Scheduler {
         for (s, piece) in std::mem::take(&mut self.running).into_iter().zip(pieces) {
             match piece {
                 None => self.running.push(s),
-                Some(Ok(piece)) => self.hand_out(s, piece),
+                Some(Ok(pieces)) => self.hand_out(s, pieces),
                 Some(Err(e)) => self.fail(s, Arc::new(e)),
             }
         }
     }
 
-    fn hand_out(&mut self, mut s: Sequence, piece: Option<Piece>) {
-        if let Some(piece) = piece {
-            if let Some(token) = piece.token {
-                self.stats.n_written += 1;
-                s.tokens.push(token);
-            }
+    fn hand_out(&mut self, mut s: Sequence, pieces: Vec<Piece>) {
+        for piece in pieces {
+            self.stats.n_written += u64::from(piece.token.is_some());
+            s.tokens.extend(piece.token);
             s.sink.send(Event::Piece(piece));
         }
         match s.writer.finish() {

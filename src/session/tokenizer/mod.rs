@@ -100,8 +100,23 @@ impl Tokenizer {
         if add_special && self.add_bos {
             out.extend(self.bos());
         }
+        self.encode_parts(text, true, parse_special, &mut out);
+        if add_special && self.add_eos {
+            out.extend(self.eos());
+        }
+        out
+    }
+
+    /// The tokens of a text that stands within another: no space is put before it.
+    pub fn encode_within(&self, text: &str) -> Vec<u32> {
+        let mut out = Vec::new();
+        self.encode_parts(text, false, false, &mut out);
+        out
+    }
+
+    /// The beginning of a text counts as what comes after a special token.
+    fn encode_parts(&self, text: &str, mut after_special: bool, parse_special: bool, out: &mut Vec<u32>) {
         let mut merger = Merger::default();
-        let mut after_special = true; // the beginning counts as one
         self.specials.split(text, parse_special, |part| match part {
             Part::Token(id) => {
                 out.push(id);
@@ -110,16 +125,12 @@ impl Tokenizer {
             Part::Text(mut rest) => {
                 while !rest.is_empty() {
                     let (run, next) = rest.split_at(rest.floor_char_boundary(MAX_RUN));
-                    self.encode_run(run, after_special, &mut merger, &mut out);
+                    self.encode_run(run, after_special, &mut merger, out);
                     after_special = false;
                     rest = next;
                 }
             }
         });
-        if add_special && self.add_eos {
-            out.extend(self.eos());
-        }
-        out
     }
 
     fn encode_run(&self, text: &str, after_special: bool, merger: &mut Merger, out: &mut Vec<u32>) {
