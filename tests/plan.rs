@@ -66,8 +66,10 @@ fn the_table_goes_from_the_smallest_budget_to_no_reads() {
         let rows = plan["budgets"].as_array().unwrap();
         assert_eq!(rows[0]["bytes"], plan["smallest_bytes"]);
         let last = rows.last().unwrap();
-        assert_eq!((&last["bytes"], &last["hit_rate"]), (&plan["no_reads_bytes"], &Value::from(1.0)));
-        assert_eq!(last["bytes_per_token"], 0);
+        assert_eq!(last["bytes"], plan["no_reads_bytes"]);
+        // Nothing is read twice, but with typical routing the answer has yet to read some experts for the first time.
+        let at_hand = last["hit_rate"].as_f64().unwrap();
+        assert!(if routing == "uniform" { at_hand == 1.0 } else { (0.9..1.0).contains(&at_hand) }, "{last}");
         let number = |name: &str| plan[name].as_f64().unwrap();
         let (beside, rate, rate_beside) = (number("beside_s"), number("disk_rate"), number("disk_rate_beside"));
         assert!(beside >= number("compute_s") && rate_beside <= rate);

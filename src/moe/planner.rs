@@ -118,11 +118,11 @@ pub enum Routing {
 }
 
 impl Routing {
-    /// The share of expert uses that find the expert at hand when this share of all experts has a slot.
+    /// The share of an answer's expert uses that find the expert at hand when this share of all experts has a slot. Slots are empty
+    /// before its prompt: even where every expert has one, some are read for the first time (not with `Uniform`, which has no beginning).
     pub fn hit_rate(&self, share: f64) -> f64 {
         let share = share.clamp(0.0, 1.0);
         match self {
-            _ if share >= 1.0 => 1.0,
             Routing::Uniform => share,
             Routing::Recorded(t) | Routing::Typical(t) => {
                 let slots = share * (t.header.n_layer * t.header.n_expert) as f64;
@@ -218,8 +218,8 @@ pub fn forecast(needs: &Needs, cost: &Cost, routing: &Routing, budget: u64, n_kv
 
 /// Layers of a typical trace: enough that shares of slots between them are fine.
 const TYPICAL_LAYERS: usize = 8;
-/// Its tokens: so many to fill the slots, and so many that count.
-const TYPICAL_TOKENS: (u32, u32) = (96, 128);
+/// Its tokens: a prompt, and an answer, which counts.
+const TYPICAL_TOKENS: (u32, u32) = (32, 224);
 
 /// A made-up run of a model with so many experts whose routers are as unequal as trained ones: an expert's score is its own
 /// popularity, drawn once (standard deviation 1.8), and what lasts (1.2 times an autoregression of 0.5) and what doesn't
