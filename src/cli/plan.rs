@@ -21,7 +21,7 @@ use std::time::Duration;
 #[command(
     after_help = "Only the file's header is read, so a download that isn't finished will do. The machine is measured for about two seconds:
 matrices of the model's formats and random reads of an expert's size on the model's disk, each alone and both together (`oncall doctor` shows more).
-Computing and reading go on together and slow each other down. Which experts find themselves at hand is a forecast: from made-up routing
+Computing and reading go on together and slow each other down, layer by layer. Which experts find themselves at hand is a forecast: from made-up routing
 that is as unequal as trained models', from a trace of a real run (--trace), or for the worst case (--routing uniform).
 
 Examples:
@@ -176,6 +176,8 @@ fn plan(
         compute_s,
         beside_s: compute_s * disk.as_ref().map_or(1.0, |d| d.slowdown),
         expert_bytes: o.used_expert_bytes,
+        n_moe_layer: o.n_moe_layer,
+        n_expert_used: o.config.moe.as_ref().map_or(0, |m| m.router.n_expert_used),
         disk_rate: disk.as_ref().ok().map(|d| d.disk_rate),
         first_rate: disk.as_ref().ok().map(|d| d.first_rate),
         disk_rate_beside: disk.as_ref().ok().map(|d| d.disk_rate_beside),

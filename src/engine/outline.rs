@@ -23,6 +23,8 @@ pub struct Outline {
     pub kv_per_1k: u64,
     /// Bytes of one expert, on average over the layers; 0 for a dense model.
     pub expert_bytes: u64,
+    /// Layers with experts.
+    pub n_moe_layer: usize,
     /// Bytes of experts that a token uses.
     pub used_expert_bytes: u64,
     /// Weight bytes that a token reads in each format, with all bytes of the model in it.
@@ -66,6 +68,7 @@ impl Outline {
             n_ctx,
             kv_per_1k: block.saturating_mul(1024) / KV_BLOCK as u64,
             expert_bytes: all / (n * n_layers).max(1),
+            n_moe_layer: n_layers as usize,
             used_expert_bytes: all / n * used,
             active: active(gguf, n, used),
             part: experts.iter().max_by_key(|t| t.n_bytes).map(|t| part(t, n)),
