@@ -15,7 +15,7 @@ pub(super) struct Figures {
     pub prefill_s: f64,
     /// Tokens written.
     pub n_written: usize,
-    /// Passes of the model for them: the first comes with the prompt.
+    /// Those of them that went through the model, which the last ones needn't.
     pub n_decoded: usize,
     /// Seconds for these.
     pub decode_s: f64,

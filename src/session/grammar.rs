@@ -108,7 +108,9 @@ impl TokenizerEnv for Vocabulary {
     }
 
     fn tokenize_bytes(&self, text: &[u8]) -> Vec<u32> {
-        self.trie.tokenize_with_greedy_fallback(text, |text| self.tokenizer.encode_within(text))
+        let tokens = self.trie.tokenize_with_greedy_fallback(text, |text| self.tokenizer.encode_within(text));
+        // What the vocabulary can't spell comes back as the unknown token.
+        if self.trie.decode_raw(&tokens) == text { tokens } else { self.trie.greedy_tokenize(text) }
     }
 
     /// So text that a grammar leaves no choice about gets the tokens that the model has learnt it as.
