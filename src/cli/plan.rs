@@ -249,7 +249,7 @@ fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt:
     line("this machine", format!("{spare} of memory, {} by {} threads", rate(p.memory_rate), o.n_threads))?;
     line("", disk(p))?;
     let assumed = match p.routing {
-        Assumption::Typical => "made-up routing, as unequal as trained models'",
+        Assumption::Typical => "made-up routing, as unequal as trained models', from empty slots on",
         Assumption::Uniform => "all experts used alike: the worst case",
         Assumption::Trace => "the trace",
     };

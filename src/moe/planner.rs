@@ -249,7 +249,7 @@ const TYPICAL_TOKENS: (u32, u32) = (32, 224);
 
 /// A made-up run of a model with so many experts whose routers are as unequal as trained ones: an expert's score is its own
 /// popularity, drawn once (standard deviation 1.8), and what lasts (1.2 times an autoregression of 0.5) and what doesn't
-/// (1) of the text; the best `n_expert_used` are taken; the first layer has no popularity. Its hit rates are within 3 points
+/// (1) of the text; the best `n_expert_used` are taken; the first layer has no popularity. Its hit rates are within 5 points
 /// of the recorded Qwen3-30B-A3B's.
 pub fn typical_trace(n_expert: usize, n_expert_used: usize) -> Trace {
     let header = TraceHeader {
