@@ -20,9 +20,9 @@ pub(super) struct BenchArgs {
     /// Numbers of tokens to write
     #[arg(short = 'n', long = "predict", value_name = "N", value_delimiter = ',', default_value = "128")]
     n_predict: Vec<usize>,
-    /// Tokens in the context before the writing begins
-    #[arg(short = 'd', long, value_name = "N", default_value_t = 0)]
-    depth: usize,
+    /// Numbers of tokens in the context when the writing begins
+    #[arg(short, long, value_name = "N", value_delimiter = ',', default_value = "0")]
+    depth: Vec<usize>,
     /// Runs of each, after one that isn't counted
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repetitions: u32,
@@ -47,9 +47,47 @@ struct Row {
     gb_per_s: Option<f64>,
 }
 
+/// What is measured in one row of the table.
+#[derive(Clone, Copy)]
+enum Test {
+    Read { n: usize },
+    Write { n: usize, depth: usize },
+}
+
+impl Test {
+    /// Tokens in the context in the end.
+    fn n_ctx(self) -> usize {
+        match self {
+            Test::Read { n } => n,
+            Test::Write { n, depth } => depth + n,
+        }
+    }
+
+    /// Tokens that are measured.
+    fn n(self) -> usize {
+        match self {
+            Test::Read { n } | Test::Write { n, .. } => n,
+        }
+    }
+}
+
+impl std::fmt::Display for Test {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Test::Read { n } => write!(f, "pp{n}"),
+            Test::Write { n, depth: 0 } => write!(f, "tg{n}"),
+            Test::Write { n, depth } => write!(f, "tg{n} @ d{depth}"),
+        }
+    }
+}
+
 pub(super) fn run(mut a: BenchArgs) -> Result<(), Failure> {
-    let longest =
-        a.n_prompt.iter().copied().max().unwrap_or(0).max(a.depth + a.n_predict.iter().copied().max().unwrap_or(0));
+    // The deeper after the less deep: what the context holds already is kept.
+    a.depth.sort_unstable();
+    let read = a.n_prompt.iter().map(|&n| Test::Read { n });
+    let write = a.depth.iter().flat_map(|&depth| a.n_predict.iter().map(move |&n| Test::Write { n, depth }));
+    let tests: Vec<Test> = read.chain(write).filter(|t| t.n() > 0).collect();
+    let longest = tests.iter().map(|t| t.n_ctx()).max().unwrap_or(0);
     a.model.ctx_size = Some(a.model.ctx_size.unwrap_or(0).max(longest).max(1));
     output::catch_ctrl_c()?;
     let engine = a.model.load()?;
@@ -63,30 +101,18 @@ pub(super) fn run(mut a: BenchArgs) -> Result<(), Failure> {
             output::size(active)
         ))?;
     }
-    let tests = a.n_prompt.iter().map(|&n| (true, n)).chain(a.n_predict.iter().map(|&n| (false, n)));
-    for (prompt, n) in tests.filter(|t| t.1 > 0) {
-        let mut rates = Vec::new();
-        let bar = output::bar(&format!("{}{n}", if prompt { "pp" } else { "tg" }), "runs");
-        bar.set_length(u64::from(a.repetitions) + 1);
-        for _ in 0..=a.repetitions {
-            rates.push(n as f64 / if prompt { read(&engine, n)? } else { write(&engine, n, a.depth)? });
-            bar.inc(1);
-            if output::stopped() {
-                return Err(Failure::interrupted());
-            }
-        }
-        bar.finish_and_clear();
-        let (mean, deviation) = mean_and_deviation(&rates[1..]);
-        let depth = if prompt || a.depth == 0 { String::new() } else { format!(" @ d{}", a.depth) };
+    let mut session = engine.session();
+    for test in tests {
+        let (mean, deviation) = mean_and_deviation(&rates(&mut session, test, a.repetitions)?);
         let row = Row {
             model: a.model.name(),
             bytes: engine.gguf().total_bytes(),
             isa: engine.isa().to_string(),
             threads: engine.n_threads(),
-            test: format!("{}{n}{depth}", if prompt { "pp" } else { "tg" }),
+            test: test.to_string(),
             tokens_per_s: mean,
             deviation,
-            gb_per_s: (!prompt).then_some(mean * active as f64 / 1e9),
+            gb_per_s: matches!(test, Test::Write { .. }).then_some(mean * active as f64 / 1e9),
         };
         if a.json {
             output::json(&row)?;
@@ -101,23 +127,46 @@ pub(super) fn run(mut a: BenchArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Tokens a second in so many runs, after one that isn't counted.
+fn rates(session: &mut Session, test: Test, repetitions: u32) -> Result<Vec<f64>, Failure> {
+    let mut rates = Vec::new();
+    let bar = output::bar(&test.to_string(), "runs");
+    bar.set_length(u64::from(repetitions) + 1);
+    for _ in 0..=repetitions {
+        let seconds = match test {
+            Test::Read { n } => read(session, n)?,
+            Test::Write { n, depth } => write(session, n, depth)?,
+        };
+        rates.push(test.n() as f64 / seconds);
+        bar.inc(1);
+        if output::stopped() {
+            return Err(Failure::interrupted());
+        }
+    }
+    bar.finish_and_clear();
+    Ok(rates.split_off(1))
+}
+
 /// Tokens that differ, so that experts are used as a text would use them; the same in every run.
 fn tokens(engine: &Engine, n: usize) -> Vec<u32> {
     let n_vocab = engine.config().n_vocab as u64;
     (0..n as u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) % n_vocab).map(|t| t as u32).collect()
 }
 
-fn read(engine: &Engine, n: usize) -> Result<f64, EngineError> {
-    let mut session = engine.session();
+fn read(session: &mut Session, n: usize) -> Result<f64, EngineError> {
+    let tokens = tokens(session.engine(), n);
+    session.truncate(0);
     let began = Instant::now();
-    session.feed(&tokens(engine, n), &mut |_| true)?;
+    session.feed(&tokens, &mut |_| true)?;
     Ok(began.elapsed().as_secs_f64())
 }
 
-fn write(engine: &Engine, n: usize, depth: usize) -> Result<f64, EngineError> {
-    let tokens = tokens(engine, depth + n);
-    let mut session: Session = engine.session();
-    session.feed(&tokens[..depth], &mut |_| true)?;
+/// The context isn't read anew for each run.
+fn write(session: &mut Session, n: usize, depth: usize) -> Result<f64, EngineError> {
+    let tokens = tokens(session.engine(), depth + n);
+    session.truncate(depth);
+    let held = session.tokens().len();
+    session.feed(&tokens[held..depth], &mut |_| !output::stopped())?;
     let began = Instant::now();
     for t in &tokens[depth..] {
         session.feed(&[*t], &mut |_| !output::stopped())?;

@@ -4,11 +4,10 @@ use super::args::{CacheType, parse_memory};
 use super::replay::read_trace;
 use super::{Failure, output};
 use crate::cpu::probe::{self, DiskProbe, Mode};
-use crate::engine::measure::Beside;
 use crate::engine::outline::Outline;
 use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, EngineOptions, Memory};
 use crate::gguf::Gguf;
-use crate::moe::planner::{Cost, Forecast, Routing, forecast, typical_trace};
+use crate::moe::planner::{Cost, Forecast, Reading, Routing, forecast, typical_trace};
 use crate::ops::kv::KV_BLOCK;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -170,17 +169,14 @@ fn plan(
     let n_seen = o.n_ctx.min(SEEN);
     let kv_s = (o.kv_per_1k as f64 * n_seen as f64 / 1024.0) / memory_rate;
     let n_kv_blocks = n_seen.div_ceil(KV_BLOCK) as u64;
-    let disk = beside(a.model.as_deref(), o);
     let compute_s = o.measure_compute()? + kv_s;
+    let reading = reading(a.model.as_deref(), o, compute_s);
     let cost = Cost {
         compute_s,
-        beside_s: compute_s * disk.as_ref().map_or(1.0, |d| d.slowdown),
-        expert_bytes: o.used_expert_bytes,
+        used_expert_bytes: o.used_expert_bytes,
         n_moe_layer: o.n_moe_layer,
         n_expert_used: o.config.moe.as_ref().map_or(0, |m| m.router.n_expert_used),
-        disk_rate: disk.as_ref().ok().map(|d| d.disk_rate),
-        first_rate: disk.as_ref().ok().map(|d| d.first_rate),
-        disk_rate_beside: disk.as_ref().ok().map(|d| d.disk_rate_beside),
+        reading: reading.as_ref().ok().copied(),
     };
     let (smallest, whole) = (needs.smallest(), needs.no_reads());
     let between = [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
@@ -204,17 +200,17 @@ fn plan(
         routing: assumption,
         cost,
         memory_rate,
-        no_disk_rate: disk.err(),
+        no_disk_rate: reading.err(),
         budgets: budgets.into_iter().filter_map(|b| forecast(needs, &cost, routing, b, n_kv_blocks)).collect(),
     })
 }
 
 /// Computing and reading at once, with direct reads if the disk allows them; or why that isn't known.
-fn beside(model: Option<&Path>, o: &Outline) -> Result<Beside, String> {
+fn reading(model: Option<&Path>, o: &Outline, compute_s: f64) -> Result<Reading, String> {
     let path = model.ok_or("the model is in the program, not on a disk")?;
     let of_file = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
     let probe = DiskProbe::open(path, Mode::Direct).or_else(|_| DiskProbe::open(path, Mode::Buffered));
-    o.measure_beside(&probe.map_err(|e| of_file(&e))?).map_err(|e| of_file(&e))
+    o.measure_reading(&probe.map_err(|e| of_file(&e))?, compute_s).map_err(|e| of_file(&e))
 }
 
 fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt::Error> {
@@ -241,7 +237,7 @@ fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt:
                 size(p.expert_bytes)
             ),
         )?;
-        line("a token uses", format!("{} of experts", size(p.cost.expert_bytes)))?;
+        line("a token uses", format!("{} of experts", size(p.cost.used_expert_bytes)))?;
     }
     line("smallest budget", size(p.smallest_bytes))?;
     line("no more reads", format!("from {} on", size(p.no_reads_bytes)))?;
@@ -286,16 +282,15 @@ fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt:
 
 /// What was measured of the disk.
 fn disk(p: &Plan) -> String {
-    let c = &p.cost;
-    let (Some(again), Some(first), Some(beside)) = (c.disk_rate, c.first_rate, c.disk_rate_beside) else {
+    let Some(r) = p.cost.reading else {
         return format!("no disk rate: {}", p.no_disk_rate.as_deref().unwrap_or(""));
     };
     format!(
         "{} of experts from the disk, {} at first, {} beside computing, which takes {:.1} ms a token meanwhile",
-        rate(again),
-        rate(first),
-        rate(beside),
-        1e3 * c.beside_s
+        rate(r.disk_rate),
+        rate(r.first_rate),
+        rate(r.disk_rate_beside),
+        1e3 * r.beside_s
     )
 }
 

@@ -4,23 +4,11 @@ use super::outline::{Active, Outline};
 use super::{EngineError, READ_LANES};
 use crate::cpu::probe::{DiskProbe, Rate};
 use crate::cpu::{Isa, Pages, Team};
+use crate::moe::planner::Reading;
 use crate::ops::matmul::{Acts, OutRows, Packed, matmul_groups, pack};
 use std::io;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
-
-/// Reading, and computing and reading at the same time: they share the cores and the memory.
-#[derive(Clone, Copy, Debug)]
-pub struct Beside {
-    /// How many times as long computing takes beside reading as it does alone.
-    pub slowdown: f64,
-    /// Bytes of experts a second that are read and packed while nothing computes.
-    pub disk_rate: f64,
-    /// The same of what wasn't read before, or long ago ([`Rate::first`]).
-    pub first_rate: f64,
-    /// The same while all threads compute.
-    pub disk_rate_beside: f64,
-}
 
 /// How long a format is measured, and a round of reading.
 const TIME: Duration = Duration::from_millis(120);
@@ -47,16 +35,16 @@ impl Outline {
         bytes as usize / (STEPS_A_LAYER * self.config.n_layer).max(1)
     }
 
-    /// How fast experts are read and packed, alone and beside computing, and what it costs computing: as many lanes as the store
-    /// has read pieces of experts' size at random places, at first while nothing computes, then while all threads do.
+    /// How fast experts are read and packed, alone and beside computing, and what it costs a token that computes for so many seconds alone:
+    /// as many lanes as the store has read pieces of experts' size at random places, at first while nothing computes, then while all threads do.
     ///
     /// # Errors
     /// When the system refuses threads or memory, and a read's.
-    pub fn measure_beside(&self, disk: &DiskProbe) -> Result<Beside, EngineError> {
+    pub fn measure_reading(&self, disk: &DiskProbe, compute_s: f64) -> Result<Reading, EngineError> {
         let most = self.active.iter().max_by_key(|a| a.bytes);
         let (Some(a), isa) = (most, Isa::get()?) else {
             let rate = f64::INFINITY;
-            return Ok(Beside { slowdown: 1.0, disk_rate: rate, first_rate: rate, disk_rate_beside: rate });
+            return Ok(Reading { beside_s: compute_s, disk_rate: rate, first_rate: rate, disk_rate_beside: rate });
         };
         let team = Team::new(self.n_threads).map_err(system)?;
         let mut made = Made::new(a, isa, self.step_bytes()).map_err(system)?;
@@ -85,8 +73,8 @@ impl Outline {
             (reading.join().unwrap_or_else(|p| std::panic::resume_unwind(p)), beside)
         });
         let disk_rate_beside = disk_rate_beside?.again.min(disk_rate);
-        Ok(Beside {
-            slowdown: (alone / beside).max(1.0),
+        Ok(Reading {
+            beside_s: compute_s * (alone / beside).max(1.0),
             disk_rate,
             first_rate: first.min(disk_rate),
             disk_rate_beside,

@@ -137,43 +137,57 @@ impl Routing {
 pub struct Cost {
     /// Seconds of computing, everything at hand.
     pub compute_s: f64,
-    /// Seconds of computing while experts are read all the time: reading takes time of the cores and of the memory.
-    pub beside_s: f64,
     /// Bytes of the experts that it uses.
-    pub expert_bytes: u64,
+    pub used_expert_bytes: u64,
     /// Layers with experts.
     pub n_moe_layer: usize,
     /// Experts of each that a token uses.
     pub n_expert_used: usize,
-    /// Bytes of experts a second that are read and packed while nothing computes; `None` where nobody has measured it.
-    pub disk_rate: Option<f64>,
+    /// What reading costs; `None` where nobody has measured it.
+    #[serde(flatten)]
+    pub reading: Option<Reading>,
+}
+
+/// What reading experts costs.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Reading {
+    /// Seconds of a token's computing while experts are read all the time: reading takes time of the cores and of the memory.
+    pub beside_s: f64,
+    /// Bytes of experts a second that are read and packed while nothing computes.
+    pub disk_rate: f64,
     /// The same of what wasn't read before, or long ago: what is below a virtual disk may keep what is read again.
-    pub first_rate: Option<f64>,
+    pub first_rate: f64,
     /// As `disk_rate`, while all threads compute.
-    pub disk_rate_beside: Option<f64>,
+    pub disk_rate_beside: f64,
+}
+
+impl Reading {
+    /// The same while the disk hasn't read anything before.
+    fn at_first(self) -> Self {
+        Self { disk_rate: self.first_rate, ..self }
+    }
 }
 
 impl Cost {
-    /// Seconds of a token whose every use of an expert finds it at hand with this probability, while experts come at this rate when
-    /// nothing computes; `None` where the rates aren't known.
+    /// Seconds of a token whose every use of an expert finds it at hand with this probability; `None` if it reads and what that costs isn't known.
     ///
     /// Layer by layer: the time in which one layer waits for its misses isn't made up by others that have none. So it isn't the mean
     /// number of misses that counts but how many fall together, which is taken as binomial.
-    fn token_s(&self, hit_rate: f64, alone: Option<f64>) -> Option<f64> {
+    fn token_s(&self, hit_rate: f64, reading: Option<Reading>) -> Option<f64> {
         let (n, layers) = (self.n_expert_used, self.n_moe_layer.max(1) as f64);
-        let expert = self.expert_bytes as f64 / (layers * n.max(1) as f64);
+        let expert = self.used_expert_bytes as f64 / (layers * n.max(1) as f64);
         let miss = 1.0 - hit_rate;
         if expert == 0.0 || miss <= 0.0 {
             return Some(self.compute_s);
         }
-        let rates = (alone?, self.disk_rate_beside?);
+        let reading = reading?;
         // Logarithms, since the binomial coefficients of thousands of experts are too large.
         let mut ln_choose = 0.0;
         let mut token_s = 0.0;
         for k in 0..=n {
             let ln_hits = if k < n { (n - k) as f64 * hit_rate.ln() } else { 0.0 };
             let probability = (ln_choose + k as f64 * miss.ln() + ln_hits).exp();
-            token_s += probability * layers * self.layer_s(layers, k as f64 * expert, rates);
+            token_s += probability * layers * self.layer_s(layers, k as f64 * expert, reading);
             ln_choose += ((n - k) as f64 / (k + 1) as f64).ln();
         }
         Some(token_s)
@@ -181,12 +195,12 @@ impl Cost {
 
     /// Seconds of one of so many equal layers that reads so many bytes. Computing and reading go on together and slow each other down, until
     /// one is done and the other has the machine to itself.
-    fn layer_s(&self, layers: f64, bytes: f64, (alone, beside): (f64, f64)) -> f64 {
-        let (compute_s, beside_s) = (self.compute_s / layers, self.beside_s / layers);
-        let beside = beside.min(alone);
+    fn layer_s(&self, layers: f64, bytes: f64, reading: Reading) -> f64 {
+        let (compute_s, beside_s) = (self.compute_s / layers, reading.beside_s / layers);
+        let beside = reading.disk_rate_beside.min(reading.disk_rate);
         let left = bytes - beside_s * beside;
         if left >= 0.0 {
-            return beside_s + left / alone;
+            return beside_s + left / reading.disk_rate;
         }
         let read_s = bytes / beside;
         read_s + compute_s * (1.0 - read_s / beside_s)
@@ -225,9 +239,9 @@ pub fn forecast(needs: &Needs, cost: &Cost, routing: &Routing, budget: u64, n_kv
     let slots = needs.slots_now(budget, n_kv_blocks, 1)?;
     let slot_share = needs.share(slots);
     let hit_rate = routing.hit_rate(slot_share);
-    let bytes_per_token = (cost.expert_bytes as f64 * (1.0 - hit_rate)) as u64;
-    let speed = |rate| cost.token_s(hit_rate, rate).map(|s| 1.0 / s.max(1e-9));
-    let disk_s = if bytes_per_token == 0 { Some(0.0) } else { cost.disk_rate.map(|r| bytes_per_token as f64 / r) };
+    let bytes_per_token = (cost.used_expert_bytes as f64 * (1.0 - hit_rate)) as u64;
+    let speed = |reading| cost.token_s(hit_rate, reading).map(|s| 1.0 / s.max(1e-9));
+    let disk_s = cost.reading.map(|r| bytes_per_token as f64 / r.disk_rate).or((bytes_per_token == 0).then_some(0.0));
     Some(Forecast {
         bytes: budget,
         slots_bytes: slots,
@@ -237,8 +251,8 @@ pub fn forecast(needs: &Needs, cost: &Cost, routing: &Routing, budget: u64, n_kv
         bytes_per_token,
         compute_s: cost.compute_s,
         disk_s,
-        tokens_per_s: speed(cost.disk_rate),
-        first_tokens_per_s: speed(cost.first_rate),
+        tokens_per_s: speed(cost.reading),
+        first_tokens_per_s: speed(cost.reading.map(Reading::at_first)),
     })
 }
 
@@ -322,16 +336,14 @@ mod tests {
 
     #[test]
     fn computing_and_reading_go_on_together() {
-        let rate = Some(10_000.0);
+        let reading =
+            Reading { beside_s: 0.01, disk_rate: 10_000.0, first_rate: 5_000.0, disk_rate_beside: 10_000.0 };
         let cost = Cost {
             compute_s: 0.01,
-            beside_s: 0.01,
-            expert_bytes: 1000,
+            used_expert_bytes: 1000,
             n_moe_layer: 1,
             n_expert_used: 1,
-            disk_rate: rate,
-            first_rate: Some(5_000.0),
-            disk_rate_beside: rate,
+            reading: Some(reading),
         };
         let f = |budget| forecast(&NEEDS, &cost, &Routing::Uniform, budget, 10).unwrap();
         // A short block leaves fifteen tokens' buffers to the slots.
@@ -342,21 +354,22 @@ mod tests {
         assert!((half.first_tokens_per_s.unwrap() - 1.0 / 0.105).abs() < 1e-9);
         assert!((f(NEEDS.no_reads()).tokens_per_s.unwrap() - 100.0).abs() < 1e-9);
         // Half as fast while there is reading: of 10 ms alone and 20 beside, 5 ms of reading leave three quarters.
-        let slowed = Cost { beside_s: 0.02, ..cost };
-        let of = |cost: &Cost, bytes, beside| cost.layer_s(1.0, bytes, (10_000.0, beside));
-        assert_eq!([0.0, 50.0, 200.0, 300.0].map(|b| of(&slowed, b, 10_000.0)), [0.01, 0.0125, 0.02, 0.03]);
+        let slowed = |bytes, disk_rate_beside| {
+            cost.layer_s(1.0, bytes, Reading { beside_s: 0.02, disk_rate_beside, ..reading })
+        };
+        assert_eq!([0.0, 50.0, 200.0, 300.0].map(|b| slowed(b, 10_000.0)), [0.01, 0.0125, 0.02, 0.03]);
         // Beside computing half is read in the same time: after 20 ms 100 bytes are there, and the rest comes at the full rate.
-        assert_eq!([0.0, 50.0, 100.0, 300.0].map(|b| of(&slowed, b, 5_000.0)), [0.01, 0.015, 0.02, 0.04]);
+        assert_eq!([0.0, 50.0, 100.0, 300.0].map(|b| slowed(b, 5_000.0)), [0.01, 0.015, 0.02, 0.04]);
         // Two layers of 5 ms that use two experts of 250 bytes each: with one miss of four uses, 9 of 16 layers have none, 6 wait for 25 ms
         // and 1 for 50.
         let layers = Cost { n_moe_layer: 2, n_expert_used: 2, ..cost };
         let want = 2.0 * (9.0 * 0.005 + 6.0 * 0.025 + 0.05) / 16.0;
-        assert!((layers.token_s(0.75, rate).unwrap() - want).abs() < 1e-12);
+        assert!((layers.token_s(0.75, cost.reading).unwrap() - want).abs() < 1e-12);
         // Nothing at hand; and so many experts that the numbers of ways to choose some of them are too large.
-        assert!((layers.token_s(0.0, rate).unwrap() - 0.1).abs() < 1e-12);
+        assert!((layers.token_s(0.0, cost.reading).unwrap() - 0.1).abs() < 1e-12);
         let many = Cost { n_expert_used: 4096, ..layers };
-        assert!((many.token_s(0.5, rate).unwrap() - 0.05).abs() < 1e-6);
-        let blind = Cost { disk_rate: None, first_rate: None, disk_rate_beside: None, ..cost };
+        assert!((many.token_s(0.5, cost.reading).unwrap() - 0.05).abs() < 1e-6);
+        let blind = Cost { reading: None, ..cost };
         assert_eq!(forecast(&NEEDS, &blind, &Routing::Uniform, NEEDS.smallest(), 10).unwrap().tokens_per_s, None);
         assert!(forecast(&NEEDS, &blind, &Routing::Uniform, NEEDS.no_reads(), 10).unwrap().tokens_per_s.is_some());
     }
