@@ -189,6 +189,16 @@ fn ctrl_c_stops_the_answer() {
 }
 
 #[test]
+fn bench_measures_prompts_and_answers_at_several_depths() {
+    let o = out(&run(&["bench", "-p", "8", "-n", "4", "-d", "16,0", "-r", "2", "--json"]));
+    let rows: Vec<serde_json::Value> = o.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(rows.iter().map(|r| r["test"].as_str().unwrap()).collect::<Vec<_>>(), ["pp8", "tg4", "tg4 @ d16"]);
+    assert!(rows.iter().all(|r| r["tokens_per_s"].as_f64().unwrap() > 0.0), "{o}");
+    // What a token reads is known where each reads it for itself.
+    assert_eq!(rows.iter().map(|r| r["gb_per_s"].is_number()).collect::<Vec<_>>(), [false, true, true]);
+}
+
+#[test]
 fn help_teaches_and_the_manual_is_there() {
     let help = out(&run(&["--help"]));
     for word in ["run", "chat", "show", "quantize", "Examples:", "Exit codes"] {

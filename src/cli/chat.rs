@@ -41,7 +41,10 @@ struct Chat {
     engine: Engine,
     session: Session,
     template: Option<ChatTemplate>,
+    /// What was said, for the template.
     messages: Vec<Message>,
+    /// What was said, where there is no template.
+    said: Vec<u32>,
     sampling: SamplingArgs,
 }
 
@@ -53,13 +56,14 @@ pub(super) fn run(a: ChatArgs) -> Result<(), Failure> {
         return Err(Failure::usage("--system needs a model with a chat template, which this one doesn't have"));
     }
     let messages = a.system.iter().map(|s| Message::new("system", s.as_str())).collect();
-    let mut chat = Chat { session: engine.session(), engine, template, messages, sampling: a.sampling };
+    let session = engine.session();
+    let mut chat = Chat { engine, session, template, messages, said: Vec::new(), sampling: a.sampling };
     if !std::io::stdin().is_terminal() {
         let mut text = String::new();
         std::io::stdin()
             .read_to_string(&mut text)
             .map_err(|e| Failure::new(format!("reading the message from the standard input: {e}")))?;
-        chat.turn(text.trim_end_matches('\n'))?;
+        chat.turn(text.trim_end_matches('\n'), &mut output::text)?;
         return if output::stopped() { Err(Failure::interrupted()) } else { Ok(()) };
     }
     output::note(&format!("{}: /help lists the commands, Ctrl-D leaves", a.model.name()));
@@ -97,7 +101,7 @@ impl Chat {
             }
             output::start_over();
             // A failed turn is told, and the chat goes on.
-            match self.turn(&message) {
+            match self.turn(&message, &mut output::text) {
                 Ok(()) => {}
                 Err(f) if f.code == output::BROKEN_PIPE => return Err(f),
                 Err(f) => output::note(&format!("error: {}", f.message)),
@@ -106,8 +110,8 @@ impl Chat {
     }
 
     /// Sends a message and prints the answer. If that fails the message is taken back.
-    fn turn(&mut self, message: &str) -> Result<(), Failure> {
-        let mut tokens = self.session.tokens().to_vec();
+    fn turn(&mut self, message: &str, print: &mut dyn FnMut(&str) -> Result<(), Failure>) -> Result<(), Failure> {
+        let mut tokens = self.said.clone();
         if let Some(t) = &self.template {
             self.messages.push(Message::new("user", message));
             tokens = match self.engine.chat_tokens(t, &self.messages) {
@@ -120,24 +124,24 @@ impl Chat {
         } else {
             tokens.extend(self.engine.tokenizer().encode(message, tokens.is_empty(), false));
         }
-        let mut text = String::new();
+        let (mut text, mut written) = (String::new(), Vec::new());
         let result = answer(&mut self.session, &tokens, &self.sampling.params(), &mut |piece| {
-            text.push_str(piece);
-            output::text(piece)
+            text.push_str(&piece.text);
+            written.extend(piece.token);
+            print(&piece.text)
         });
-        if self.template.is_some() {
-            if result.is_err() && text.is_empty() {
-                self.messages.pop();
-            } else {
-                self.messages.push(Message::new("assistant", text));
+        let nothing = result.is_err() && text.is_empty();
+        match (&self.template, nothing) {
+            (Some(_), true) => drop(self.messages.pop()),
+            (Some(_), false) => self.messages.push(Message::new("assistant", text)),
+            (None, true) => {}
+            (None, false) => {
+                tokens.extend(written);
+                self.said = tokens;
             }
         }
         let figures = result?;
-        output::text("\n")?;
-        // Without a template the session is all that is known of the conversation.
-        if self.template.is_none() {
-            self.session.feed(&figures.pending, &mut |_| true)?;
-        }
+        print("\n")?;
         if std::io::stdin().is_terminal() {
             output::note(&figures.line());
         }
@@ -152,6 +156,7 @@ impl Chat {
             "help" | "?" => Ok(HELP.trim_end().into()),
             "clear" => {
                 self.messages.retain(|m| m.role == "system");
+                self.said.clear();
                 self.session.truncate(0);
                 Ok("forgotten".into())
             }
@@ -183,7 +188,11 @@ impl Chat {
     }
 
     /// The conversation as JSON, and beside it what the model has computed of it, so that loading costs nothing.
-    fn save(&self, path: &Path) -> Result<(), String> {
+    fn save(&mut self, path: &Path) -> Result<(), String> {
+        if self.template.is_none() {
+            // The session is all that is saved, and the last tokens aren't in it yet.
+            self.session.feed_from_common(&self.said, &mut |_| true).map_err(|e| e.to_string())?;
+        }
         let text = serde_json::to_string_pretty(&self.messages).map_err(|e| e.to_string())?;
         let write = || -> Result<(), WriteError> {
             let mut file = PartFile::replace(path)?;
@@ -207,6 +216,7 @@ impl Chat {
             }
         }
         self.messages = messages;
+        self.said = if self.template.is_none() { self.session.tokens().to_vec() } else { Vec::new() };
         Ok(())
     }
 }
@@ -228,5 +238,54 @@ fn read_message(editor: &mut DefaultEditor) -> Result<String, ReadlineError> {
             Some(last) => return Ok(text + last),
             None => text += &line,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::EngineOptions;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Sampling {
+        #[command(flatten)]
+        sampling: SamplingArgs,
+    }
+
+    fn without_template() -> Chat {
+        let options = EngineOptions { n_ctx: Some(64), n_threads: Some(1), ..EngineOptions::default() };
+        let engine = Engine::embedded(&options).unwrap();
+        let sampling = Sampling::parse_from(["chat", "-n", "5", "--temp", "0"]).sampling;
+        Chat { session: engine.session(), engine, template: None, messages: Vec::new(), said: Vec::new(), sampling }
+    }
+
+    /// The last token of an answer isn't in the session, and a failed turn may have left part of its message there.
+    #[test]
+    fn a_chat_without_a_template_goes_on_from_what_was_said() {
+        let mut chat = without_template();
+        chat.turn("Once upon a time", &mut |_| Ok(())).unwrap();
+        let first = chat.said.clone();
+        assert_eq!(first.len(), chat.engine.tokenizer().encode("Once upon a time", true, false).len() + 5);
+        assert!(chat.turn(&"and on ".repeat(100), &mut |_| Ok(())).is_err(), "it doesn't fit into the context");
+        assert_eq!(chat.said, first);
+        // What the disk's failing in the middle of a message leaves.
+        chat.session.feed(&[1, 2, 3], &mut |_| true).unwrap();
+        chat.turn(" and", &mut |_| Ok(())).unwrap();
+        assert_eq!(chat.said[..first.len()], first);
+        assert_eq!(chat.session.tokens(), &chat.said[..chat.said.len() - 1]);
+    }
+
+    #[test]
+    fn a_saved_chat_without_a_template_has_the_last_token_too() {
+        let mut chat = without_template();
+        chat.turn("Once upon a time", &mut |_| Ok(())).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("chat.json");
+        chat.save(&file).unwrap();
+        let said = std::mem::take(&mut chat.said);
+        chat.session.truncate(0);
+        chat.load(&file).unwrap();
+        assert_eq!(chat.said, said);
     }
 }

@@ -19,9 +19,6 @@ pub(super) struct Figures {
     pub n_decoded: usize,
     /// Seconds for these.
     pub decode_s: f64,
-    /// The last tokens, which aren't in the session yet.
-    #[serde(skip)]
-    pub pending: Vec<u32>,
     /// The seed of the sampler.
     pub seed: u64,
     /// Why it ended; `None` after Ctrl-C.
@@ -65,7 +62,6 @@ impl Figures {
             n_written: 0,
             n_decoded: 0,
             decode_s: 0.0,
-            pending: Vec::new(),
             seed: 0,
             finish: None,
             account: Account::default(),

@@ -60,6 +60,7 @@ enum Command {
 }
 
 /// Why a command failed: what to print, and the exit code.
+#[derive(Debug)]
 pub(crate) struct Failure {
     message: String,
     code: u8,

@@ -3,7 +3,7 @@
 use super::args::{ModelArgs, SamplingArgs};
 use super::figures::{Figures, ProcessFigures};
 use super::{Failure, output};
-use crate::engine::{Generation, GenerationParams, Session};
+use crate::engine::{Generation, GenerationParams, Piece, Session};
 use crate::session::template::Message;
 use clap::Args;
 use serde::Serialize;
@@ -64,10 +64,10 @@ pub(super) fn run(a: RunArgs) -> Result<(), Failure> {
     let mut text = String::new();
     let figures = answer(&mut session, &tokens, &a.sampling.params(), &mut |piece| {
         if a.json {
-            text.push_str(piece);
+            text.push_str(&piece.text);
             return Ok(());
         }
-        output::text(piece)
+        output::text(&piece.text)
     })?;
     if a.json {
         #[derive(Serialize)]
@@ -112,7 +112,7 @@ pub(super) fn answer(
     session: &mut Session,
     tokens: &[u32],
     params: &GenerationParams,
-    each: &mut dyn FnMut(&str) -> Result<(), Failure>,
+    each: &mut dyn FnMut(&Piece) -> Result<(), Failure>,
 ) -> Result<Figures, Failure> {
     let engine = session.engine().clone();
     let before = engine.account();
@@ -137,7 +137,7 @@ pub(super) fn answer(
 fn write(
     session: &mut Session,
     params: &GenerationParams,
-    each: &mut dyn FnMut(&str) -> Result<(), Failure>,
+    each: &mut dyn FnMut(&Piece) -> Result<(), Failure>,
     figures: &mut Figures,
 ) -> Result<(), Failure> {
     let before = session.tokens().len();
@@ -149,10 +149,9 @@ fn write(
         let piece = g.next()?;
         spent += began.elapsed();
         let Some(piece) = piece else { break };
-        each(&piece.text)?;
+        each(&piece)?;
     }
     (figures.n_written, figures.decode_s, figures.finish) = (g.n_written(), spent.as_secs_f64(), g.finish());
-    figures.pending = g.pending().to_vec();
     figures.n_decoded = session.tokens().len() - before;
     Ok(())
 }

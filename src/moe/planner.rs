@@ -336,15 +336,9 @@ mod tests {
 
     #[test]
     fn computing_and_reading_go_on_together() {
-        let reading =
-            Reading { beside_s: 0.01, disk_rate: 10_000.0, first_rate: 5_000.0, disk_rate_beside: 10_000.0 };
-        let cost = Cost {
-            compute_s: 0.01,
-            used_expert_bytes: 1000,
-            n_moe_layer: 1,
-            n_expert_used: 1,
-            reading: Some(reading),
-        };
+        let reading = Reading { beside_s: 0.01, disk_rate: 10_000.0, first_rate: 5_000.0, disk_rate_beside: 10_000.0 };
+        let cost =
+            Cost { compute_s: 0.01, used_expert_bytes: 1000, n_moe_layer: 1, n_expert_used: 1, reading: Some(reading) };
         let f = |budget| forecast(&NEEDS, &cost, &Routing::Uniform, budget, 10).unwrap();
         // A short block leaves fifteen tokens' buffers to the slots.
         let half = f(NEEDS.no_reads() - 2000 - 150);
@@ -354,9 +348,8 @@ mod tests {
         assert!((half.first_tokens_per_s.unwrap() - 1.0 / 0.105).abs() < 1e-9);
         assert!((f(NEEDS.no_reads()).tokens_per_s.unwrap() - 100.0).abs() < 1e-9);
         // Half as fast while there is reading: of 10 ms alone and 20 beside, 5 ms of reading leave three quarters.
-        let slowed = |bytes, disk_rate_beside| {
-            cost.layer_s(1.0, bytes, Reading { beside_s: 0.02, disk_rate_beside, ..reading })
-        };
+        let slowed =
+            |bytes, disk_rate_beside| cost.layer_s(1.0, bytes, Reading { beside_s: 0.02, disk_rate_beside, ..reading });
         assert_eq!([0.0, 50.0, 200.0, 300.0].map(|b| slowed(b, 10_000.0)), [0.01, 0.0125, 0.02, 0.03]);
         // Beside computing half is read in the same time: after 20 ms 100 bytes are there, and the rest comes at the full rate.
         assert_eq!([0.0, 50.0, 100.0, 300.0].map(|b| slowed(b, 5_000.0)), [0.01, 0.015, 0.02, 0.04]);
