@@ -73,8 +73,8 @@ fn the_table_goes_from_the_smallest_budget_to_no_reads() {
         let number = |name: &str| plan[name].as_f64().unwrap();
         let (beside, rate, rate_beside) = (number("beside_s"), number("disk_rate"), number("disk_rate_beside"));
         assert!(beside >= number("compute_s") && rate_beside <= rate);
-        // Of experts, from the row in which most are missed.
-        let token_bytes = rows[0]["bytes_per_token"].as_f64().unwrap() / (1.0 - rows[0]["hit_rate"].as_f64().unwrap());
+        let token_bytes = number("used_expert_bytes");
+        assert_eq!(token_bytes, number("expert_bytes") * number("n_moe_layer") * number("n_expert_used"));
         for row in rows {
             let of_row = |name: &str| row[name].as_f64().unwrap();
             let (compute, bytes) = (of_row("compute_s"), of_row("bytes_per_token"));
