@@ -157,7 +157,7 @@ fn read(session: &mut Session, n: usize) -> Result<f64, EngineError> {
     let tokens = tokens(session.engine(), n);
     session.truncate(0);
     let began = Instant::now();
-    session.feed(&tokens, &mut |_| true)?;
+    session.feed(&tokens, &mut |_| !output::stopped())?;
     Ok(began.elapsed().as_secs_f64())
 }
 
@@ -168,8 +168,8 @@ fn write(session: &mut Session, n: usize, depth: usize) -> Result<f64, EngineErr
     let held = session.tokens().len();
     session.feed(&tokens[held..depth], &mut |_| !output::stopped())?;
     let began = Instant::now();
-    for t in &tokens[depth..] {
-        session.feed(&[*t], &mut |_| !output::stopped())?;
+    for t in tokens[depth..].iter().take_while(|_| !output::stopped()) {
+        session.feed(&[*t], &mut |_| true)?;
     }
     Ok(began.elapsed().as_secs_f64())
 }

@@ -241,7 +241,8 @@ pub fn forecast(needs: &Needs, cost: &Cost, routing: &Routing, budget: u64, n_kv
     let hit_rate = routing.hit_rate(slot_share);
     let bytes_per_token = (cost.used_expert_bytes as f64 * (1.0 - hit_rate)) as u64;
     let speed = |reading| cost.token_s(hit_rate, reading).map(|s| 1.0 / s.max(1e-9));
-    let disk_s = cost.reading.map(|r| bytes_per_token as f64 / r.disk_rate).or((bytes_per_token == 0).then_some(0.0));
+    let disk_s =
+        if bytes_per_token == 0 { Some(0.0) } else { cost.reading.map(|r| bytes_per_token as f64 / r.disk_rate) };
     Some(Forecast {
         bytes: budget,
         slots_bytes: slots,
