@@ -1,7 +1,7 @@
 //! What the commands print with: stdout that may end early, bars, numbers with units, Ctrl-C.
 
 use super::Failure;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
@@ -39,9 +39,13 @@ pub(super) fn bar(what: &str, unit: &str) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
     let counts =
         if unit == "bytes" { "{bytes} of {total_bytes}".to_string() } else { format!("{{pos}} of {{len}} {unit}") };
-    let template = format!("{{msg}} {{bar:30}} {counts}, {{eta}} left");
-    if let Ok(style) = ProgressStyle::with_template(&template) {
-        bar.set_style(style);
+    if let Ok(style) = ProgressStyle::with_template(&format!("{{msg}} {{bar:30}} {counts}{{left}}")) {
+        // Nothing is known before the first step.
+        bar.set_style(style.with_key("left", |s: &ProgressState, out: &mut dyn std::fmt::Write| {
+            if s.pos() > 0 {
+                let _ = write!(out, ", {:#} left", HumanDuration(s.eta()));
+            }
+        }));
     }
     bar.set_message(what.to_string());
     if std::io::stderr().is_terminal() {
@@ -50,6 +54,8 @@ pub(super) fn bar(what: &str, unit: &str) -> ProgressBar {
             std::thread::sleep(Duration::from_millis(500));
             if let Some(bar) = late.upgrade().filter(|b| !b.is_finished()) {
                 bar.set_draw_target(ProgressDrawTarget::stderr());
+                // The first step may take long.
+                bar.tick();
             }
         });
     }
