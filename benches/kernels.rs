@@ -7,7 +7,7 @@
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput};
 use oncall::cpu::{Isa, Pages, Team};
-use oncall::ops::matmul::{Acts, OutRows, Packed, matmul_groups, multiply_rate, pack};
+use oncall::ops::matmul::{Acts, OutRows, Packed, Product, matmul_here, multiply_rate, pack};
 use oncall::quant::{FORMATS, Format};
 use std::hint::black_box;
 use std::time::Duration;
@@ -49,7 +49,7 @@ impl Matrix {
     fn times(&self, x: &Acts, out: &mut [f32]) {
         let w = Packed::new(self.format, isa(), self.n_rows, self.n_cols, &self.pages);
         let tokens: Vec<u32> = (0..x.n_tokens() as u32).collect();
-        matmul_groups(w, 0..w.n_groups(), x, &tokens, OutRows::new(out, self.n_rows));
+        matmul_here(&mut Product::new(w, x, &tokens, OutRows::new(out, self.n_rows)));
     }
 }
 

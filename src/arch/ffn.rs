@@ -1,12 +1,13 @@
 //! The feed-forward half of a layer: a dense network, or experts.
 
 use super::config::{Config, MoeConfig};
-use super::pass::{Buffers, Guess, Job, Machine};
+use super::pass::{Buffers, Guess, Machine};
 use super::weights::{Loader, Matrix};
 use super::{ModelError, PassError};
 use crate::moe::{Fetch, LayerParts, Pick, Ready};
 use crate::ops;
-use crate::ops::matmul::OutRows;
+use crate::ops::matmul::{OutRows, Product, matmul};
+use std::iter::zip;
 use std::ops::Range;
 
 /// Pairs of a token and an expert whose gate and up are computed together: a block of 512 tokens with 8 experts each has 4096, whose
@@ -309,12 +310,13 @@ impl MoeFfn {
         gate.resize(n_rows * n_ff);
         up.resize(n_rows * n_ff);
         let outs = split_rows(gate, n_ff, &rows).into_iter().zip(split_rows(up, n_ff, &rows));
-        let jobs: Vec<Job<'_>> = ready
-            .iter()
-            .zip(outs)
-            .flat_map(|(r, (gate, up))| [(r.gate, OutRows::new(gate, n_ff)), (r.up, OutRows::new(up, n_ff))])
+        let mut products: Vec<Product<'_>> = zip(ready, zip(&pairs, outs))
+            .flat_map(|(r, (pairs, (gate, up)))| {
+                let product = |w, out| Product::new(w, acts, &groups.token_of[pairs.clone()], OutRows::new(out, n_ff));
+                [product(r.gate, gate), product(r.up, up)]
+            })
             .collect();
-        m.matmul_jobs(&jobs, |i| (&*acts, &groups.token_of[pairs[i / 2].clone()]));
+        matmul(m.team, &mut products);
         // Biases, activation, and the quantised input of down, row by row.
         inner.reset(n_rows, n_ff, &[self.parts[2].format.act]);
         m.team.each_row_of_two((gate, n_ff), (up, n_ff), &|row, gate, up| {
@@ -327,8 +329,10 @@ impl MoeFfn {
             inner.put(row, gate);
         });
         let outs = split_rows(partial, n_embd, &pairs);
-        let jobs: Vec<Job<'_>> = ready.iter().zip(outs).map(|(r, out)| (r.down, OutRows::new(out, n_embd))).collect();
-        m.matmul_jobs(&jobs, |i| (&*inner, &groups.row[rows[i].clone()]));
+        let mut products: Vec<Product<'_>> = zip(ready, zip(rows, outs))
+            .map(|(r, (rows, out))| Product::new(r.down, inner, &groups.row[rows], OutRows::new(out, n_embd)))
+            .collect();
+        matmul(m.team, &mut products);
     }
 }
 

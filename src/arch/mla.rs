@@ -9,6 +9,7 @@ use crate::gguf::Metadata;
 use crate::ops::attention::AttnParams;
 use crate::ops::kv::KvLayer;
 use crate::ops::{self, RopeTable};
+use std::iter::zip;
 
 /// The sizes of latent attention.
 #[derive(Clone, Debug)]
@@ -223,8 +224,10 @@ impl Mla {
         rows.extend(0..(heads.len() * n_tokens) as u32);
         m.activate(acts, x, width, &[&heads[0]]);
         let outs = out.chunks_mut(n_tokens * heads[0].n_rows);
-        let jobs: Vec<_> = heads.iter().zip(outs).map(|(w, out)| m.job(w, out)).collect();
-        m.matmul_jobs(&jobs, |h| (&*acts, &rows[h * n_tokens..(h + 1) * n_tokens]));
+        let rows_of_heads = rows.chunks(n_tokens);
+        let mut products: Vec<_> =
+            zip(heads, zip(rows_of_heads, outs)).map(|(w, (rows, out))| m.product(w, acts, rows, out)).collect();
+        ops::matmul::matmul(m.team, &mut products);
         rows.truncate(n_tokens);
     }
 }

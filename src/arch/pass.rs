@@ -7,9 +7,8 @@ use crate::moe::recorder::Recorder;
 use crate::moe::{ExpertStore, Lossy};
 use crate::ops;
 use crate::ops::attention::KvBatch;
-use crate::ops::matmul::{Acts, OutRows, Packed, matmul_groups};
+use crate::ops::matmul::{Acts, OutRows, Product, matmul};
 use crate::quant::ActKind;
-use std::ops::Range;
 
 /// Tokens that go through the layers together: many of one sequence (prefill), one (decode), or some of each of
 /// many sequences (a batch).
@@ -86,9 +85,6 @@ pub struct Guess {
     pub scores: Scratch,
 }
 
-/// A matrix and the place of its results.
-pub type Job<'a> = (Packed<'a>, OutRows<'a>);
-
 impl Machine<'_> {
     /// Calls `f` with each row of `out`, rows shared out among the threads.
     pub fn each_row(&self, out: &mut [f32], width: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
@@ -117,23 +113,13 @@ impl Machine<'_> {
 
     /// `out[t] = w x[t]` for each matrix and its output, one parallel region for all of them.
     pub fn matmul(&self, acts: &Acts, rows: &[u32], list: &mut [(&Matrix, &mut [f32])]) {
-        let jobs: Vec<Job<'_>> = list.iter_mut().map(|(m, out)| self.job(m, out)).collect();
-        self.matmul_jobs(&jobs, |_| (acts, rows));
+        let mut products: Vec<Product<'_>> = list.iter_mut().map(|(m, out)| self.product(m, acts, rows, out)).collect();
+        matmul(self.team, &mut products);
     }
 
-    /// A dense matrix with the place of its results, (n_rows, m.n_rows).
-    pub fn job<'x>(&'x self, m: &Matrix, out: &'x mut [f32]) -> Job<'x> {
-        (self.dense.packed(m), OutRows::new(out, m.n_rows))
-    }
-
-    /// Runs several multiplications, each over its own rows of activations, as one parallel region.
-    pub fn matmul_jobs<'x>(&self, jobs: &[Job<'_>], input: impl Fn(usize) -> (&'x Acts, &'x [u32]) + Sync) {
-        let items = pieces(jobs.iter().enumerate().map(|(i, j)| (&j.0, input(i).1.len())), self.team.n_threads());
-        self.team.run(items.len(), &|i| {
-            let (job, groups) = &items[i];
-            let (acts, rows) = input(*job);
-            matmul_groups(jobs[*job].0, groups.clone(), acts, rows, jobs[*job].1);
-        });
+    /// A dense matrix times these rows of activations, into `out` (n_rows, m.n_rows).
+    pub fn product<'x>(&'x self, m: &Matrix, acts: &'x Acts, rows: &'x [u32], out: &'x mut [f32]) -> Product<'x> {
+        Product::new(self.dense.packed(m), acts, rows, OutRows::new(out, m.n_rows))
     }
 
     /// `x += scale * y`.
@@ -154,31 +140,4 @@ impl Machine<'_> {
         let n = weight.len();
         self.each_row(out, n, &|t, row| ops::rms_norm(&x[t * n..(t + 1) * n], weight, eps, row));
     }
-}
-
-/// Weight bytes that one item of a region should read at least: below this, handing out items costs more than an
-/// uneven end; the figure is 2 to 4 microseconds of work at a core's bandwidth.
-const ITEM_BYTES: usize = 32 << 10;
-/// Items that a thread should get at least, so that all finish at nearly the same time.
-const ITEMS_A_THREAD: usize = 8;
-
-fn n_bytes(w: &Packed<'_>) -> usize {
-    let f = w.format();
-    w.n_rows() * w.n_cols() / f.block_len * f.block_bytes
-}
-
-/// Splits matrices into ranges of row groups of about equal work.
-fn pieces<'p>(
-    jobs: impl Iterator<Item = (&'p Packed<'p>, usize)> + Clone,
-    n_threads: usize,
-) -> Vec<(usize, Range<usize>)> {
-    let work: usize = jobs.clone().map(|(w, n)| n_bytes(w) * n.max(1)).sum();
-    let item = (work / (n_threads * ITEMS_A_THREAD)).max(ITEM_BYTES);
-    let mut items = Vec::new();
-    for (job, (w, n)) in jobs.enumerate() {
-        let group = (n_bytes(w) * n.max(1) / w.n_groups().max(1)).max(1);
-        let step = (item / group).max(1);
-        items.extend((0..w.n_groups()).step_by(step).map(|g| (job, g..(g + step).min(w.n_groups()))));
-    }
-    items
 }

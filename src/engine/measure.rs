@@ -5,7 +5,7 @@ use super::{EngineError, READ_LANES};
 use crate::cpu::probe::{DiskProbe, Rate};
 use crate::cpu::{Isa, Pages, Team};
 use crate::moe::planner::Reading;
-use crate::ops::matmul::{Acts, OutRows, Packed, matmul_groups, pack};
+use crate::ops::matmul::{Acts, OutRows, Packed, Product, matmul, pack};
 use std::io;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -154,13 +154,10 @@ impl Made {
     /// The token goes through the matrix.
     fn once(&mut self, team: &Team) {
         let w = Packed::new(self.of.format, self.isa, self.n_rows, self.n_cols, &self.pages);
-        let task = self.step_groups.div_ceil(8 * team.n_threads()).max(1);
-        let (out, acts) = (OutRows::new(&mut self.out, self.n_rows), &self.acts);
+        let mut product = Product::new(w, &self.acts, &[0], OutRows::new(&mut self.out, self.n_rows));
         for first in (0..w.n_groups()).step_by(self.step_groups) {
-            let end = (first + self.step_groups).min(w.n_groups());
-            team.run((end - first).div_ceil(task), &|i| {
-                matmul_groups(w, first + i * task..(first + (i + 1) * task).min(end), acts, &[0], out);
-            });
+            product.groups = first..(first + self.step_groups).min(w.n_groups());
+            matmul(team, std::slice::from_mut(&mut product));
         }
     }
 

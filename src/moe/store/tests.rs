@@ -119,14 +119,14 @@ fn fetch(store: &ExpertStore, layer: usize, wanted: &[u32], ahead: Option<(usize
 
 /// All weights of a part are the same, so a product with (1, 0, 0 …) gives that weight.
 fn first_weight(p: Packed<'_>) -> f32 {
-    use crate::ops::matmul::{Acts, OutRows, matmul_groups};
+    use crate::ops::matmul::{Acts, OutRows, Product, matmul_here};
     let mut acts = Acts::new();
     acts.reset(1, p.n_cols(), &[p.format().act]);
     let mut x = vec![0.0; p.n_cols()];
     x[0] = 1.0;
     acts.put(0, &x);
     let mut out = vec![0.0; p.n_rows()];
-    matmul_groups(p, 0..p.n_groups(), &acts, &[0], OutRows::new(&mut out, p.n_rows()));
+    matmul_here(&mut Product::new(p, &acts, &[0], OutRows::new(&mut out, p.n_rows())));
     assert!(out.iter().all(|v| v == &out[0]));
     out[0]
 }

@@ -57,7 +57,7 @@ impl Vector for Avx512 {
     /// With fewer, work between two loads is short enough for the processor to look past it, and asking only takes its places for
     /// lines on their way (Zen 4, from memory, one token, GB/s with and without asking: Q6_K 22 and 27 with one thread, 31.5 and
     /// 34.8 with two; Q4_0 26.3 and 27.5, 32 and 33).
-    const ASKS_FROM: usize = 3;
+    const ASKS_FROM: Option<usize> = Some(3);
     type I = __m512i;
     type F = __m512;
 

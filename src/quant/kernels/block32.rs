@@ -34,17 +34,31 @@ pub(crate) trait Block32: Layout {
 }
 
 /// Blocks that are unpacked at once: at most 10 KiB, a third of the L1 cache.
-const DEPTH: usize = 16;
+pub(super) const DEPTH: usize = 16;
 
 /// The kernels of a [`Block32`].
 pub(super) struct Blocks<L>(PhantomData<L>);
 
 /// One block of a group in registers.
 #[derive(Clone, Copy)]
-struct Open<V: Vector> {
-    codes: [V::I; 8],
+pub(super) struct Open<V: Vector> {
+    pub(super) codes: [V::I; 8],
     scale: V::F,
     min: V::F,
+}
+
+impl<V: Vector> Open<V> {
+    /// A block of zeros.
+    #[inline(always)]
+    pub(super) fn nothing(v: V) -> Self {
+        let none = v.splat_f32(NO_SCALE);
+        Open { codes: [v.splat(0); 8], scale: none, min: none }
+    }
+}
+
+/// Panels of one depth: what is left of 18 blocks after 16 would have sums loaded and stored for two.
+pub(super) fn even_depth(n_blocks: usize) -> usize {
+    n_blocks.div_ceil(n_blocks.div_ceil(DEPTH).max(1)).max(1)
 }
 
 /// The dot products of `N` tokens with `R` groups of rows, so far.
@@ -57,6 +71,35 @@ impl<L: Block32> Blocks<L> {
         let min = if L::MIN { L::min(v, b) } else { v.splat_f32(NO_SCALE) };
         let codes = L::codes(v, b);
         Open { codes: if PANEL { v.panel(codes, L::ZERO) } else { codes }, scale: L::scale(v, b), min }
+    }
+
+    /// Unpacks blocks of `R` groups for many tokens, from group `g` and block `first` on.
+    ///
+    /// # Safety
+    /// The job's promise, and they are within it.
+    #[inline(always)]
+    pub(super) unsafe fn unpack<V: Vector, const R: usize>(
+        v: V,
+        job: &Job<'_>,
+        g: usize,
+        first: usize,
+        panel: &mut [[Open<V>; R]],
+    ) {
+        let bytes = L::BYTES * V::LANES;
+        for r in 0..R {
+            for (i, w) in panel.iter_mut().enumerate() {
+                // SAFETY: the caller's promise.
+                let b = unsafe { Block::new(v, job.w.add(((g + r) * job.n_blocks + first + i) * bytes)) };
+                w[r] = Self::open::<_, true>(v, b);
+            }
+        }
+    }
+
+    /// Adds a block's part to a dot product: the integers' sum, with the scales of both sides, then the offset.
+    #[inline(always)]
+    pub(super) fn add<V: Vector>(v: V, isum: V::I, w: &Open<V>, d: V::F, offset: V::F, sum: V::F) -> V::F {
+        let sum = v.fma(v.to_f32(isum), v.mul(w.scale, d), sum);
+        if L::MIN { v.fma(offset, w.min, sum) } else { sum }
     }
 
     /// Adds a block's part of the dot products of some groups of rows with block `i` of some tokens.
@@ -95,14 +138,9 @@ impl<L: Block32> Blocks<L> {
                     isums[t] = isums[t].map(|sum| v.add_i32(sum, start));
                 }
                 let d = v.splat_f32(*x[t].d.add(i));
+                let offset = v.splat_f32(if L::MIN { *x[t].offset.add(i) } else { NO_SCALE });
                 for r in 0..R {
-                    sums[t][r] = v.fma(v.to_f32(isums[t][r]), v.mul(w[r].scale, d), sums[t][r]);
-                }
-                if L::MIN {
-                    let offset = v.splat_f32(*x[t].offset.add(i));
-                    for r in 0..R {
-                        sums[t][r] = v.fma(offset, w[r].min, sums[t][r]);
-                    }
+                    sums[t][r] = Self::add(v, isums[t][r], &w[r], d, offset, sums[t][r]);
                 }
             }
         }
@@ -113,7 +151,7 @@ impl<L: Block32> Blocks<L> {
     /// # Safety
     /// The tokens have these blocks.
     #[inline(always)]
-    unsafe fn tile<V: Vector, const N: usize, const R: usize>(
+    pub(super) unsafe fn tile<V: Vector, const N: usize, const R: usize>(
         v: V,
         panel: &[[Open<V>; R]],
         first: usize,
@@ -143,17 +181,11 @@ impl<L: Block32> Blocks<L> {
         let bytes = L::BYTES * V::LANES;
         let acc = &mut acc[..job.x.len()];
         acc.fill([v.splat_f32(0.0); R]);
-        // Panels of one depth: what is left of 18 blocks after 16 would have sums loaded and stored for two.
-        let depth = job.n_blocks.div_ceil(job.n_blocks.div_ceil(DEPTH).max(1)).max(1);
+        let depth = even_depth(job.n_blocks);
         for first in (0..job.n_blocks).step_by(depth) {
             let panel = &mut panel[..depth.min(job.n_blocks - first)];
-            for r in 0..R {
-                for (i, w) in panel.iter_mut().enumerate() {
-                    // SAFETY: the job's promise.
-                    let b = unsafe { Block::new(v, job.w.add(((g + r) * job.n_blocks + first + i) * bytes)) };
-                    w[r] = Self::open::<_, true>(v, b);
-                }
-            }
+            // SAFETY: the job's promise.
+            unsafe { Self::unpack(v, job, g, first, panel) };
             let next: [*const u8; R] =
                 std::array::from_fn(|r| job.w.wrapping_add(((g + r) * job.n_blocks + first + panel.len()) * bytes));
             let mut ahead = Ahead::new(next, panel.len() * bytes, job.x.len());
@@ -216,8 +248,7 @@ impl<L: Block32> Kernel for Blocks<L> {
 
     #[inline(always)]
     unsafe fn gemm<V: Vector, const N: usize, const R: usize>(v: V, job: &Job<'_>) {
-        let zero = v.splat_f32(NO_SCALE);
-        let nothing = Open::<V> { codes: [v.splat(0); 8], scale: zero, min: zero };
+        let (nothing, zero) = (Open::nothing(v), v.splat_f32(0.0));
         let (mut panel, mut acc) = ([[nothing; R]; DEPTH], [[zero; R]; MAX_TOKENS]);
         let together = job.n_groups / R * R;
         for g in (0..together).step_by(R) {

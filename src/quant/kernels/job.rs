@@ -66,7 +66,7 @@ impl Job<'_> {
     /// What `gemv` asks for. One go over the weights needn't, if it has few tokens.
     #[inline(always)]
     pub fn ask<V: Vector>(&self) -> Option<Ask> {
-        (self.x.len() >= V::ASKS_FROM || self.ask.n_lines > 1).then_some(self.ask)
+        (self.x.len() >= V::ASKS_FROM? || self.ask.n_lines > 1).then_some(self.ask)
     }
 
     /// Where the element of a token and of a row, counted from the first group's first, goes.

@@ -58,6 +58,50 @@ impl Lanes for Plain {
     }
 }
 
+/// NEON, which every arm64 has. By count 64 instructions fewer for a block of Q8_0 than what the compiler makes of [`Plain`].
+#[cfg(target_arch = "aarch64")]
+#[derive(Clone, Copy)]
+pub(super) struct Neon;
+
+#[cfg(target_arch = "aarch64")]
+impl Lanes for Neon {
+    #[inline(always)]
+    fn largest_size<const N: usize>(self, x: &[f32; N]) -> f32 {
+        use core::arch::aarch64::*;
+        // SAFETY: sixteen numbers are four vectors.
+        unsafe {
+            let mut max = [vdupq_n_f32(0.0); 4];
+            for x in x.as_chunks::<16>().0 {
+                for i in 0..4 {
+                    let x = vld1q_f32(x.as_ptr().add(4 * i));
+                    max[i] = vbslq_f32(vcagtq_f32(x, max[i]), x, max[i]);
+                }
+            }
+            let [a, b, c, d] = max.map(|x| vabsq_f32(x));
+            vmaxvq_f32(vmaxq_f32(vmaxq_f32(a, b), vmaxq_f32(c, d)))
+        }
+    }
+
+    /// What rounds to an integer of 32 bits needn't be held: numbers times `id` are at most 127 and a rounding, and none becomes 0.
+    #[inline(always)]
+    fn scale_and_sum(self, x: &[f32; 32], id: f32, q: &mut [i8; 32]) -> [i32; 2] {
+        use core::arch::aarch64::*;
+        let mut sums = [0; 2];
+        for (half, (x, q)) in x.as_chunks::<16>().0.iter().zip(q.as_chunks_mut::<16>().0).enumerate() {
+            // SAFETY: sixteen numbers are four vectors, and as bytes one.
+            unsafe {
+                let nearest =
+                    |i: usize| vreinterpretq_s16_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x.as_ptr().add(4 * i)), id)));
+                let (low, high) = (vuzp1q_s16(nearest(0), nearest(1)), vuzp1q_s16(nearest(2), nearest(3)));
+                let bytes = vuzp1q_s8(vreinterpretq_s8_s16(low), vreinterpretq_s8_s16(high));
+                vst1q_s8(q.as_mut_ptr(), bytes);
+                sums[half] = i32::from(vaddlvq_s8(bytes));
+            }
+        }
+        sums
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::{Avx2, Avx512};
 

@@ -145,6 +145,9 @@ impl<const R: usize> Ahead<R> {
     /// Asks for the part of `n` steps.
     #[inline(always)]
     pub(super) fn ask<V: Vector>(&mut self, v: V, n: usize) {
+        if V::ASKS_FROM.is_none() {
+            return;
+        }
         self.due = self.due.wrapping_add(self.step.wrapping_mul(n as u32));
         while self.asked < self.due >> 16 {
             let line = 64 * self.asked as usize;

@@ -19,6 +19,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod block32;
+#[cfg(target_arch = "aarch64")]
+mod gathered32;
 mod job;
 mod lanes;
 mod layout;
@@ -49,7 +51,7 @@ use job::{Act, Job};
 pub(crate) use layout::{Block, Field, Layout};
 pub(crate) use number::Number;
 pub use rate::multiply_rate;
-pub use run::{Chosen, OutRows, Packed, matmul_groups, pack};
+pub use run::{Chosen, OutRows, Packed, Product, matmul, matmul_here, pack};
 pub(crate) use superblock::Superblock;
 pub(crate) use vector::Vector;
 
@@ -225,6 +227,38 @@ instruction_set!(on_neondot, neon::Neon<{ neon::DOT }>, "neon,dotprod", 4 x 2, M
 #[cfg(target_arch = "aarch64")]
 instruction_set!(on_neoni8mm, neon::Neon<{ neon::I8MM }>, "neon,dotprod,i8mm", 4 x 2, MAX_GEMV);
 
+/// Blocks of 32 on NEON with dotprod and with i8mm: the same but for `gemm`.
+#[cfg(target_arch = "aarch64")]
+mod on_gathered {
+    use super::gathered32::{GROUPS, TOKENS, gemm};
+    use super::neon::{DOT, I8MM, Neon};
+    use super::*;
+
+    #[target_feature(enable = "neon,dotprod")]
+    unsafe fn dot<L: Block32>(job: &Job<'_>) {
+        // SAFETY: the function has the features that the vector stands for; the rest is the caller's promise.
+        unsafe { gemm::<L, DOT>(Neon::new(), job) }
+    }
+
+    #[target_feature(enable = "neon,dotprod,i8mm")]
+    unsafe fn i8mm<L: Block32>(job: &Job<'_>) {
+        // SAFETY: as above.
+        unsafe { gemm::<L, I8MM>(Neon::new(), job) }
+    }
+
+    const fn block32<L: Block32>(gemm: unsafe fn(&Job<'_>)) -> Kernels {
+        Kernels { tile: (TOKENS, GROUPS), gemm, ..on_neondot::kernels::<block32::Blocks<L>>() }
+    }
+
+    pub(super) const fn with_dot<L: Block32>() -> Kernels {
+        block32::<L>(dot::<L>)
+    }
+
+    pub(super) const fn with_i8mm<L: Block32>() -> Kernels {
+        block32::<L>(i8mm::<L>)
+    }
+}
+
 /// Plain Rust, which isn't for speed: one small function serves any number of tokens.
 mod on_scalar {
     use super::*;
@@ -294,6 +328,10 @@ pub(crate) fn block32<L: Block32>(isa: Isa) -> Option<&'static Kernels> {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Amx => Some(const { &on_amx::block32::<L>() }),
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonDot => Some(const { &on_gathered::with_dot::<L>() }),
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonI8mm => Some(const { &on_gathered::with_i8mm::<L>() }),
         _ => of::<block32::Blocks<L>>(isa),
     }
 }

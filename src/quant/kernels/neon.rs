@@ -112,16 +112,25 @@ impl<const LEVEL: u32> Neon<LEVEL> {
         sums
     }
 
-    /// The dot products of a [`panel`](Vector::panel) with `smmla`, whose operands are two rows and two tokens, eight bytes each. A
-    /// token that is left over is its own partner.
+    /// Sixteen activations of each of two tokens, as [`pair_dots`](Self::pair_dots) takes them: eight of both, then the others.
+    #[inline(always)]
+    fn join(self, a: int8x16_t, b: int8x16_t) -> [uint64x2_t; 2] {
+        op!({
+            let (a, b) = (vreinterpretq_u64_s8(a), vreinterpretq_u64_s8(b));
+            [vtrn1q_u64(a, b), vtrn2q_u64(a, b)]
+        })
+    }
+
+    /// The dot products of a [`panel`](Vector::panel) with `smmla`, whose operands are two rows and two tokens, eight bytes each.
+    /// `joined(p, i)` are columns `16 * i` and on of pair `p`, [joined](Self::join); a token that is left over is its own partner.
     ///
     /// # Safety
-    /// As for [`dots`](Vector::dots), the level is [`I8MM`], and `K` is a multiple of four.
+    /// The level is [`I8MM`], and `K` is a multiple of four.
     #[inline(always)]
     unsafe fn pair_dots<const K: usize, const N: usize, const R: usize>(
         self,
         w: [&[uint32x4_t; K]; R],
-        q: [*const i8; N],
+        joined: impl Fn(usize, usize) -> [uint64x2_t; 2],
     ) -> [[uint32x4_t; R]; N] {
         let n_pairs = N.div_ceil(2);
         let zero = self.splat(0);
@@ -130,10 +139,7 @@ impl<const LEVEL: u32> Neon<LEVEL> {
         for i in 0..K / 4 {
             let mut acts = [[op!(vdupq_n_u64(0)); 2]; N];
             for p in 0..n_pairs {
-                let (a, b) = (q[2 * p], q[(2 * p + 1).min(N - 1)]);
-                let (a, b) = op!((vld1q_s8(a.add(16 * i)), vld1q_s8(b.add(16 * i))));
-                let (a, b) = op!((vreinterpretq_u64_s8(a), vreinterpretq_u64_s8(b)));
-                acts[p] = op!([vtrn1q_u64(a, b), vtrn2q_u64(a, b)]);
+                acts[p] = joined(p, i);
             }
             for eight in 0..2 {
                 for r in 0..R {
@@ -154,11 +160,58 @@ impl<const LEVEL: u32> Neon<LEVEL> {
         }
         sums
     }
+
+    /// Blocks of some tokens, an even number, side by side, as [`gathered_dots`](Self::gathered_dots) takes them: with `smmla` pairs
+    /// [joined](Self::join).
+    #[inline(always)]
+    pub(super) fn gather<const N: usize>(self, q: [&[i8; 32]; N]) -> [[i8; 32]; N] {
+        if LEVEL < I8MM {
+            return q.map(|q| *q);
+        }
+        let mut joined = [[0; 32]; N];
+        for (q, to) in q.as_chunks::<2>().0.iter().zip(joined.as_chunks_mut::<2>().0) {
+            for i in 0..2 {
+                // SAFETY: `q` has two vectors a token, of which `i` is one; `to` has four.
+                unsafe {
+                    let [a, b] = q.map(|q| vld1q_s8(q.as_ptr().add(16 * i)));
+                    let [first, last] = self.join(a, b);
+                    let to = to.as_mut_ptr().cast::<i8>().add(32 * i);
+                    vst1q_s8(to, vreinterpretq_s8_u64(first));
+                    vst1q_s8(to.add(16), vreinterpretq_s8_u64(last));
+                }
+            }
+        }
+        joined
+    }
+
+    /// The dot products of a block's [`panel`](Vector::panel) with tokens that were [gathered](Self::gather). The level is at least
+    /// [`DOT`].
+    #[inline(always)]
+    pub(super) fn gathered_dots<const N: usize, const R: usize>(
+        self,
+        w: [&[uint32x4_t; 8]; R],
+        q: &[[i8; 32]; N],
+    ) -> [[uint32x4_t; R]; N] {
+        const { assert!(LEVEL >= DOT && N.is_multiple_of(2)) };
+        let bytes = q.as_ptr().cast::<i8>();
+        // SAFETY: tokens have 32 bytes, pairs of them 64.
+        unsafe {
+            if LEVEL == DOT {
+                return self.lane_dots([[self.splat(0); R]; N], w, std::array::from_fn(|t| bytes.add(32 * t)));
+            }
+            self.pair_dots(w, |p, i| {
+                let at = bytes.add(64 * p + 32 * i);
+                [vreinterpretq_u64_s8(vld1q_s8(at)), vreinterpretq_u64_s8(vld1q_s8(at.add(16)))]
+            })
+        }
+    }
 }
 
 impl<const LEVEL: u32> Vector for Neon<LEVEL> {
     const LANES: usize = 4;
     const MANY_REGISTERS: bool = true;
+    /// Never timed; by count asking only costs. (With a `prefetch` that does nothing, the loop over its lines stayed: 29 % of Q4_0's `gemv`.)
+    const ASKS_FROM: Option<usize> = None;
     const SIGNED_ZERO: i32 = 0;
     const PRODUCTS: usize = if LEVEL >= I8MM { 8 } else { 4 };
     const BY_LANE: bool = true;
@@ -207,10 +260,6 @@ impl<const LEVEL: u32> Vector for Neon<LEVEL> {
     unsafe fn store_f32(self, p: *mut f32, x: Self::F) {
         op!(vst1q_f32(p, x))
     }
-    /// Nothing is asked for: on no arm64 was it seen to help, and of the instructions of Q4_0's `gemv` it took a tenth.
-    #[inline(always)]
-    fn prefetch(self, _: *const u8) {}
-
     #[inline(always)]
     fn splat(self, x: u32) -> Self::I {
         op!(vdupq_n_u32(x))
@@ -372,8 +421,13 @@ impl<const LEVEL: u32> Vector for Neon<LEVEL> {
             // SAFETY: the caller's promise.
             return unsafe { self.dots(start, w, q, bits) };
         }
-        // SAFETY: the caller's promise.
-        let mut sums = unsafe { self.pair_dots(w, q) };
+        // SAFETY: the caller's promise; of an odd number of tokens the last is its own partner.
+        let mut sums = unsafe {
+            self.pair_dots(w, |p, i| {
+                let [a, b] = [2 * p, (2 * p + 1).min(N - 1)].map(|t| vld1q_s8(q[t].add(16 * i)));
+                self.join(a, b)
+            })
+        };
         for t in 0..N {
             for r in 0..R {
                 sums[t][r] = self.add_i32(start[t][r], sums[t][r]);

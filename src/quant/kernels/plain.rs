@@ -34,6 +34,10 @@ pub(super) fn run_on<T: Task>(isa: Isa, task: T) -> T::Out {
             _ => {}
         }
     }
+    #[cfg(target_arch = "aarch64")]
+    if isa != Isa::Scalar {
+        return task.run(lanes::Neon);
+    }
     let _ = isa;
     task.run(lanes::Plain)
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::acts::Acts;
 use super::job::{Act, Ask, Job, MAX_TOKENS};
 use super::{Kernels, MAX_GEMV, number};
-use crate::cpu::Isa;
+use crate::cpu::{Isa, Team};
 use crate::quant::{ActKind, Format};
 
 /// A matrix of weights as the kernels of one instruction set read it, see [`pack`].
@@ -104,18 +104,9 @@ impl<'a> Packed<'a> {
     pub fn n_groups(&self) -> usize {
         self.n_rows.div_ceil(self.kernels.lanes)
     }
-
-    /// The rows of a group.
-    pub fn rows_of(&self, group: usize) -> Range<usize> {
-        let lanes = self.kernels.lanes;
-        group * lanes..((group + 1) * lanes).min(self.n_rows)
-    }
 }
 
 /// Where the results of a token block go: rows of tokens, columns of outputs.
-///
-/// It can be copied to many threads: each writes other columns, as [`matmul_groups`] says.
-#[derive(Clone, Copy)]
 pub struct OutRows<'a> {
     data: *mut f32,
     n_rows: usize,
@@ -124,9 +115,9 @@ pub struct OutRows<'a> {
     lives: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: it is written in disjoint places only, which is what `matmul_groups` asks of its callers.
+// SAFETY: it is a slice that is borrowed to be written.
 unsafe impl Send for OutRows<'_> {}
-// SAFETY: as above.
+// SAFETY: through a shared reference only `part` writes, whose callers see to it that nobody else does so in the same place.
 unsafe impl Sync for OutRows<'_> {}
 
 impl<'a> OutRows<'a> {
@@ -145,31 +136,97 @@ impl<'a> OutRows<'a> {
     /// If they aren't there.
     pub fn columns(self, columns: Range<usize>) -> Self {
         assert!(columns.start <= columns.end && columns.end <= self.n_cols);
-        // SAFETY: the offset is within a row, or at the end of the last; `n_rows` of them begin there unless it is empty.
-        Self { data: unsafe { self.data.add(columns.start) }, n_cols: columns.len(), ..self }
+        Self { data: self.data.wrapping_add(columns.start), n_cols: columns.len(), ..self }
     }
 }
 
-/// The rows of some groups of `w` times some tokens: element `r` of `out`'s row `i` becomes the dot product of row `r` of `w` with
-/// the activations of token `tokens[i]`.
-///
-/// Single-threaded; threads share a matrix by its groups. Calls for *different* groups may run at the same time on copies
-/// of the same `out`; two that write the same elements must not.
+/// A matrix times some tokens: element `r` of `out`'s row `i` becomes the dot product of row `r` of `w` with the activations of token
+/// `tokens[i]` of `x`.
 ///
 /// The result of an element depends on its row and its token alone: not on the groups, the other tokens, or the thread.
+pub struct Product<'a> {
+    /// The matrix.
+    pub w: Packed<'a>,
+    /// The groups of its rows that are multiplied.
+    pub groups: Range<usize>,
+    /// Activations, as wide as the matrix.
+    pub x: &'a Acts,
+    /// Tokens of them.
+    pub tokens: &'a [u32],
+    /// As many rows as tokens, or more, each as long as the matrix has rows, or longer.
+    pub out: OutRows<'a>,
+}
+
+impl<'a> Product<'a> {
+    /// Of all the matrix's rows.
+    pub fn new(w: Packed<'a>, x: &'a Acts, tokens: &'a [u32], out: OutRows<'a>) -> Self {
+        Self { w, groups: 0..w.n_groups(), x, tokens, out }
+    }
+
+    /// How much there is to do for a group of rows.
+    fn group_work(&self) -> usize {
+        let format = self.w.format();
+        let n_bytes = self.w.n_rows * self.w.n_cols / format.block_len * format.block_bytes;
+        n_bytes * self.tokens.len().max(1) / self.w.n_groups().max(1)
+    }
+}
+
+/// Weight bytes that one item of a region should read at least: below this, handing out items costs more than an
+/// uneven end; the figure is 2 to 4 microseconds of work at a core's bandwidth.
+const ITEM_BYTES: usize = 32 << 10;
+/// Items that a thread should get at least, so that all finish at nearly the same time.
+const ITEMS_A_THREAD: usize = 8;
+
+/// Multiplies, all of it as one parallel region: ranges of groups of about equal work are handed out to the threads.
 ///
 /// # Panics
-/// If a group, a token or a place in `out` doesn't exist, or the widths differ.
-pub fn matmul_groups(w: Packed<'_>, groups: Range<usize>, x: &Acts, tokens: &[u32], out: OutRows<'_>) {
+/// If a group, a token or a place in an `out` doesn't exist, or the widths differ.
+pub fn matmul(team: &Team, products: &mut [Product<'_>]) {
+    let products = &*products;
+    let work: usize = products.iter().map(|p| p.group_work() * p.groups.len()).sum();
+    let item = (work / (team.n_threads() * ITEMS_A_THREAD)).max(ITEM_BYTES);
+    let mut items = Vec::new();
+    for p in products {
+        let step = (item / p.group_work().max(1)).max(1);
+        items.extend(p.groups.clone().step_by(step).map(|g| (p, g..(g + step).min(p.groups.end))));
+    }
+    team.run(items.len(), &|i| {
+        let (p, groups) = &items[i];
+        // SAFETY: the products are borrowed here alone, each has places of its own, and items are different groups.
+        unsafe { part(p, groups.clone()) };
+    });
+}
+
+/// Multiplies on the calling thread.
+///
+/// # Panics
+/// As [`matmul`] does.
+pub fn matmul_here(product: &mut Product<'_>) {
+    // SAFETY: the product is borrowed here alone.
+    unsafe { part(product, product.groups.clone()) };
+}
+
+/// Some groups' part of a product.
+///
+/// # Safety
+/// Nobody else reads or writes their elements of `out` meanwhile.
+///
+/// # Panics
+/// As [`matmul`] does.
+unsafe fn part(p: &Product<'_>, groups: Range<usize>) {
+    let Product { w, x, tokens, out, .. } = p;
     assert!(groups.start <= groups.end && groups.end <= w.n_groups());
     assert!(tokens.len() <= out.n_rows && w.n_rows <= out.n_cols);
     assert_eq!(x.width(), w.n_cols);
     let mut done = 0;
     for tokens in tokens.chunks(MAX_TOKENS) {
-        if tokens.len() <= MAX_GEMV {
-            run::<MAX_GEMV>(w, &groups, x, tokens, out, done);
-        } else {
-            run::<MAX_TOKENS>(w, &groups, x, tokens, out, done);
+        // SAFETY: the caller's promise.
+        unsafe {
+            if tokens.len() <= MAX_GEMV {
+                run::<MAX_GEMV>(*w, &groups, x, tokens, out, done);
+            } else {
+                run::<MAX_TOKENS>(*w, &groups, x, tokens, out, done);
+            }
         }
         done += tokens.len();
     }
@@ -180,7 +237,17 @@ pub fn matmul_groups(w: Packed<'_>, groups: Range<usize>, x: &Acts, tokens: &[u3
 const AHEAD: usize = 4096;
 
 /// Up to `N` tokens, whose rows of `out` begin at `first`.
-fn run<const N: usize>(w: Packed<'_>, groups: &Range<usize>, x: &Acts, tokens: &[u32], out: OutRows<'_>, first: usize) {
+///
+/// # Safety
+/// As for [`part`], which has checked the rest.
+unsafe fn run<const N: usize>(
+    w: Packed<'_>,
+    groups: &Range<usize>,
+    x: &Acts,
+    tokens: &[u32],
+    out: &OutRows<'_>,
+    first: usize,
+) {
     let (kernels, format) = (w.kernels, w.format);
     let mut acts = [Act::NONE; N];
     for (act, token) in acts.iter_mut().zip(tokens) {
@@ -202,8 +269,8 @@ fn run<const N: usize>(w: Packed<'_>, groups: &Range<usize>, x: &Acts, tokens: &
         for (i, acts) in acts[..tokens.len()].chunks(at_once).enumerate() {
             let kernel = if at_once <= MAX_GEMV { kernels.gemv[acts.len() - 1] } else { kernels.gemm };
             // SAFETY: `new` checked that the processor has the instructions and that the data holds the rows;
-            // `matmul_groups` that the groups and the places are there; `act` that the tokens are there and complete.
-            // That nobody writes the same places is what `matmul_groups` asks of its callers.
+            // `part` that the groups and the places are there; `act` that the tokens are there and complete.
+            // That nobody else writes the same places is the caller's promise.
             unsafe {
                 kernel(&Job {
                     w: w.data[row * w.row_bytes..].as_ptr(),

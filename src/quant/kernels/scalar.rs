@@ -32,6 +32,7 @@ macro_rules! lanes {
 
 impl Vector for Scalar {
     const LANES: usize = N;
+    const ASKS_FROM: Option<usize> = None;
     const MANY_REGISTERS: bool = true;
     const SIGNED_ZERO: i32 = 0;
     type I = [u32; N];
@@ -77,9 +78,6 @@ impl Vector for Scalar {
         // SAFETY: the caller's promise.
         unsafe { p.cast::<[f32; N]>().write_unaligned(x) }
     }
-
-    #[inline(always)]
-    fn prefetch(self, _: *const u8) {}
 
     #[inline(always)]
     fn splat(self, x: u32) -> Self::I {

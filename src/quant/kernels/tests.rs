@@ -1,6 +1,6 @@
 //! Every format on every instruction set that this machine has, against the scalar dot product, bit for bit.
 
-use super::{Acts, OutRows, Packed, matmul_groups, pack};
+use super::{Acts, OutRows, Packed, Product, matmul_here, pack};
 use crate::cpu::Isa;
 use crate::quant::{FORMATS, Format};
 
@@ -84,8 +84,11 @@ fn check(format: &'static Format, isa: Isa, n_rows: usize, n_blocks: usize, n_to
         for (tokens, out) in tokens.chunks(at_once).zip(out.chunks_mut(at_once * stride)) {
             let out = OutRows::new(out, stride).columns(before..before + n_rows);
             let middle = w.n_groups() / 2;
-            matmul_groups(w, 0..middle, &acts, tokens, out);
-            matmul_groups(w, middle..w.n_groups(), &acts, tokens, out);
+            let mut product = Product::new(w, &acts, tokens, out);
+            for groups in [0..middle, middle..w.n_groups()] {
+                product.groups = groups;
+                matmul_here(&mut product);
+            }
         }
         for (i, row) in out.chunks(stride).enumerate() {
             for (c, y) in row.iter().enumerate() {
@@ -152,7 +155,7 @@ fn tokens_are_put_in_before_they_are_read() {
     acts.reset(1, 4, &[format.act]);
     let w = [0; 16];
     let w = Packed::new(format, Isa::Scalar, 1, 4, &w);
-    matmul_groups(w, 0..1, &acts, &[0], OutRows::new(&mut [0.0], 1));
+    matmul_here(&mut Product::new(w, &acts, &[0], OutRows::new(&mut [0.0], 1)));
 }
 
 #[test]

@@ -16,8 +16,8 @@ pub(crate) trait Vector: Copy + 'static {
     const BY_LANE: bool = false;
     /// Products of bytes in each lane of [`multiply_add`](Self::multiply_add).
     const PRODUCTS: usize = 4;
-    /// The fewest tokens with which one go of `gemv` asks for weights ahead.
-    const ASKS_FROM: usize = 1;
+    /// The fewest tokens with which one go of `gemv` asks for weights ahead; `None`: nothing is ever asked for.
+    const ASKS_FROM: Option<usize> = Some(1);
     /// The most tokens with which superblocks are multiplied as they are unpacked, without being stored in between.
     const FUSED: usize = usize::MAX;
     /// Whether [`panel`](Self::panel) takes away the code that stands for zero.
@@ -64,8 +64,11 @@ pub(crate) trait Vector: Copy + 'static {
     /// They can be written.
     unsafe fn store_f32(self, p: *mut f32, x: Self::F);
 
-    /// Asks for the cache line at `p`, which may be anything.
-    fn prefetch(self, p: *const u8);
+    /// Asks for the cache line at `p`, which may be anything. See [`ASKS_FROM`](Self::ASKS_FROM).
+    #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        let _ = p;
+    }
 
     /// `x` in every lane.
     fn splat(self, x: u32) -> Self::I;
