@@ -17,7 +17,7 @@ const N_COLS: usize = 2048;
 const PLACES: [(&str, usize); 2] = [("cache", 256 << 10), ("memory", 64 << 20)];
 /// Tokens of `gemm`: what rare and usual experts get of a prompt, and a full block.
 const N_TOKENS: [usize; 4] = [8, 16, 64, 128];
-/// Rows of `gemm`, and the width that SmolMoE has beside the usual one.
+/// Rows of `gemm`.
 const N_ROWS: usize = 512;
 
 /// A matrix of any weights, packed, in memory of its own.

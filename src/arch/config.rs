@@ -137,11 +137,7 @@ impl<'a> Keys<'a> {
 
     /// An optional finite number.
     pub fn f32(&self, key: &str) -> Result<Option<f32>, ModelError> {
-        let name = self.name(key);
-        match self.meta.f32(&name)? {
-            Some(v) if !v.is_finite() => Err(ModelError::Impossible { key: name, why: format!("it is {v}") }),
-            v => Ok(v),
-        }
+        Ok(self.meta.f32(&self.name(key))?)
     }
 
     /// An optional flag.

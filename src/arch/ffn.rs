@@ -189,7 +189,9 @@ impl MoeFfn {
                     let h = &b.h;
                     m.each_row(&mut b.o, n_embd, &|t, row| {
                         let score: f32 = h[t * n_embd..(t + 1) * n_embd].iter().zip(gate).map(|(h, g)| h * g).sum();
-                        ops::scale(row, 1.0 / (1.0 + (-score).exp()));
+                        let mut weight = [score];
+                        ops::sigmoid(&mut weight);
+                        ops::scale(row, weight[0]);
                     });
                 }
             }

@@ -132,7 +132,7 @@ impl Gqa {
         block.kv.write(m.team, layer, k, v);
         attn.resize(n_tokens * self.wo.n_cols);
         let sinks = self.sinks.as_deref();
-        let params = AttnParams { n_head: self.n_head, scale: self.scale, n_swa: self.window, softcap: None, sinks };
+        let params = AttnParams { n_head: self.n_head, scale: self.scale, n_swa: self.window, sinks };
         block.kv.attend(m.team, layer, &params, q, attn);
         o.resize(n_tokens * self.wo.n_rows);
         m.activate(acts, attn, self.wo.n_cols, &[&self.wo]);

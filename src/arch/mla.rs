@@ -18,7 +18,7 @@ pub struct MlaConfig {
     pub q_lora_rank: usize,
     /// Width of the compressed keys and values.
     pub kv_lora_rank: usize,
-    /// Dimensions of a head that rotate, and that don't.
+    /// Dimensions of a head that rotate.
     pub n_rot: usize,
     /// Those that don't.
     pub n_nope: usize,
@@ -127,7 +127,7 @@ impl Mla {
         block.kv.write(m.team, layer, &b.k, &b.v);
         b.attn.resize(n_tokens * self.n_head * shape.head_dim_v);
         let (n_head, scale) = (self.n_head, self.config.scale);
-        let params = AttnParams { n_head, scale, n_swa: None, softcap: None, sinks: None };
+        let params = AttnParams { n_head, scale, n_swa: None, sinks: None };
         block.kv.attend(m.team, layer, &params, &b.latent, &mut b.attn);
         self.output(m, b, n_tokens);
     }

@@ -54,9 +54,9 @@ pub struct Buffers {
     pub attn: Scratch,
     /// More room for an architecture's own intermediate values.
     pub latent: Scratch,
-    /// Gate and up of the feed-forward network. (n_tokens or n_pairs, n_ff)
+    /// Gate of the feed-forward network, (n_tokens or n_pairs, n_ff); before that free for attention's intermediate values.
     pub gate: Scratch,
-    /// Up.
+    /// Up, likewise.
     pub up: Scratch,
     /// The router's scores. (n_tokens, n_expert)
     pub scores: Scratch,

@@ -88,8 +88,7 @@ impl<'a> Loader<'a> {
     }
 
     fn find(&self, name: &str, shape: &[usize]) -> Result<(usize, &'a Tensor), ModelError> {
-        let index = self.gguf.tensors().iter().position(|t| &*t.name == name);
-        let Some(index) = index else {
+        let Some(index) = self.gguf.tensor_index(name) else {
             return Err(ModelError::MissingTensor { tensor: name.into(), arch: self.arch.into() });
         };
         let t = &self.gguf.tensors()[index];

@@ -12,7 +12,8 @@ pub struct Pages {
     len: usize,
 }
 
-// SAFETY: the mapping belongs to this value alone; shared access is read-only through `&self`.
+// SAFETY: the mapping belongs to this value alone. What is done with the bytes behind `as_ptr` while others have `&self` is the
+// business of those who do it.
 unsafe impl Send for Pages {}
 // SAFETY: as above.
 unsafe impl Sync for Pages {}
@@ -88,6 +89,16 @@ impl Pages {
                 unsafe { rustix::mm::madvise(ptr.as_ptr().cast::<c_void>(), len, rustix::mm::Advice::LinuxHugepage) };
         }
         Ok(Pages { ptr, len })
+    }
+
+    /// Bytes of the mapping. Not the slice's: others may be writing parts of it.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
     }
 
     /// The start of the mapping, for those who hand out disjoint parts of it.

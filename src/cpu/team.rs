@@ -142,12 +142,6 @@ impl Team {
         // SAFETY: each item takes another row of each.
         self.run(a.len, &|i| unsafe { f(i, a.take(i), b.take(i)) });
     }
-
-    /// Splits `0..n` into ranges of at most `grain` and calls `f` with each.
-    pub fn run_ranges(&self, n: usize, grain: usize, f: &(dyn Fn(std::ops::Range<usize>) + Sync)) {
-        let grain = grain.max(1);
-        self.run(n.div_ceil(grain), &|i| f(i * grain..((i + 1) * grain).min(n)));
-    }
 }
 
 impl Drop for Team {
@@ -303,17 +297,5 @@ mod tests {
         });
         assert!(x.chunks(5).enumerate().all(|(i, r)| r[0] == i as u32 + 101 && r[1] == i as u32 + 1));
         assert!(y.chunks(2).enumerate().all(|(i, r)| r == [0, i as u32 + 1]));
-    }
-
-    #[test]
-    fn ranges_cover_without_overlap() {
-        let team = Team::new(2).unwrap();
-        let hits: Vec<AtomicUsize> = (0..103).map(|_| AtomicUsize::new(0)).collect();
-        team.run_ranges(103, 10, &|r| {
-            for i in r {
-                hits[i].fetch_add(1, Relaxed);
-            }
-        });
-        assert!(hits.iter().all(|h| h.load(Relaxed) == 1));
     }
 }

@@ -173,7 +173,12 @@ impl Gguf {
 
     /// A tensor by its name.
     pub fn tensor(&self, name: &str) -> Option<&Tensor> {
-        self.by_name.get(name).map(|&i| &self.tensors[i])
+        self.tensor_index(name).map(|i| &self.tensors[i])
+    }
+
+    /// Where a tensor is in [`Gguf::tensors`].
+    pub fn tensor_index(&self, name: &str) -> Option<usize> {
+        self.by_name.get(name).copied()
     }
 
     /// The files that [`Tensor::file`] counts.

@@ -183,7 +183,6 @@ macro_rules! required {
 
 required! {
     required_u32: u32() -> u32;
-    required_u64: u64() -> u64;
     required_f32: f32() -> f32;
     required_str: str() -> &str;
     required_strings: strings() -> Strings<'_>;

@@ -10,14 +10,6 @@ pub fn add(x: &mut [f32], y: &[f32]) {
     }
 }
 
-/// Adds `bias` to each row of `x`, shape `(n_rows, bias.len())`.
-pub fn add_bias(x: &mut [f32], bias: &[f32]) {
-    assert!(!bias.is_empty() && x.len().is_multiple_of(bias.len()), "whole rows");
-    for row in x.chunks_mut(bias.len()) {
-        add(row, bias);
-    }
-}
-
 /// `x *= factor`
 pub fn scale(x: &mut [f32], factor: f32) {
     for x in x {
@@ -28,11 +20,6 @@ pub fn scale(x: &mut [f32], factor: f32) {
 /// Sigmoid of each value, in place.
 pub fn sigmoid(x: &mut [f32]) {
     simd::run(Map(x, Sigmoid));
-}
-
-/// `cap * tanh(x / cap)` of each value, in place: Gemma's and Grok's bound on logits.
-pub fn softcap(x: &mut [f32], cap: f32) {
-    simd::run(Map(x, Softcap(cap)));
 }
 
 /// `gate = silu(gate) * up`, of equal length (Shazeer 2020).
@@ -94,24 +81,6 @@ impl Unary for Sigmoid {
     fn apply<V: Lanes>(&self, x: V) -> V {
         let one = V::splat(1.0);
         one.div(one.add(exp(V::splat(0.0).sub(x))))
-    }
-}
-
-/// tanh(t) = 1 - 2 / (e^2t + 1)
-pub(super) struct Softcap(pub f32);
-impl Softcap {
-    /// The capped values.
-    #[inline(always)]
-    pub fn apply_to<V: Lanes>(&self, x: V) -> V {
-        let e = exp(x.mul(V::splat(2.0 / self.0)));
-        let tanh = V::splat(1.0).sub(V::splat(2.0).div(e.add(V::splat(1.0))));
-        tanh.mul(V::splat(self.0))
-    }
-}
-impl Unary for Softcap {
-    #[inline(always)]
-    fn apply<V: Lanes>(&self, x: V) -> V {
-        self.apply_to(x)
     }
 }
 
@@ -240,20 +209,17 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn sigmoid_softcap_and_the_rest() {
+    fn sigmoid_and_the_rest() {
         let x: Vec<f32> = noise(100, 6).iter().map(|x| x * 30.0).collect();
-        let (mut s, mut c) = (x.clone(), x.clone());
+        let mut s = x.clone();
         sigmoid(&mut s);
-        softcap(&mut c, 30.0);
         for i in 0..x.len() {
-            let x = f64::from(x[i]);
-            close(s[i], 1.0 / (1.0 + (-x).exp()), 4e-7);
-            assert!((f64::from(c[i]) - 30.0 * (x / 30.0).tanh()).abs() < 8e-6);
+            close(s[i], 1.0 / (1.0 + (-f64::from(x[i])).exp()), 4e-7);
         }
-        let mut y = vec![1.0, 2.0, 3.0, 4.0];
-        add_bias(&mut y, &[10.0, 20.0]);
+        let mut y = vec![1.0, 2.0];
+        add(&mut y, &[10.0, 20.0]);
         scale(&mut y, 2.0);
-        assert_eq!(y, [22.0, 44.0, 26.0, 48.0]);
+        assert_eq!(y, [22.0, 44.0]);
     }
 
     #[test]
@@ -261,14 +227,14 @@ pub(super) mod tests {
         for n in LENGTHS {
             let (x, y): (Vec<f32>, _) = (noise(n, 7).iter().map(|x| x * 30.0).collect(), noise(n, 8));
             simd::tests::same_bits_on_every_isa(|| {
-                let mut out = vec![0.0; 5 * n];
+                let mut out = vec![0.0; 4 * n];
                 let (a, rest) = out.split_at_mut(n);
                 a.copy_from_slice(&x);
                 swiglu(a, &y);
                 let (a, rest) = rest.split_at_mut(n);
                 a.copy_from_slice(&x);
                 swiglu_oai(a, &y, 1.702, 7.0);
-                for (out, f) in rest.chunks_mut(n.max(1)).zip([softmax, sigmoid, |x: &mut [f32]| softcap(x, 30.0)]) {
+                for (out, f) in rest.chunks_mut(n.max(1)).zip([softmax, sigmoid]) {
                     out.copy_from_slice(&x);
                     f(out);
                 }

@@ -32,8 +32,6 @@ pub struct AttnParams<'a> {
     pub scale: f32,
     /// The sliding window: a token at `p` sees the positions above `p - n_swa`. None: all.
     pub n_swa: Option<usize>,
-    /// `cap * tanh(score / cap)`, if any.
-    pub softcap: Option<f32>,
     /// A score for each query head that takes its share of the weights and gives nothing (gpt-oss).
     pub sinks: Option<&'a [f32]>,
 }
@@ -96,11 +94,6 @@ impl<'a> KvBatch<'a> {
             n_tokens += n;
         }
         Ok(KvBatch { runs, n_tokens, parts: Buf::default() })
-    }
-
-    /// Tokens in the block.
-    pub fn n_tokens(&self) -> usize {
-        self.n_tokens
     }
 
     /// The position of each token in its sequence.

@@ -10,7 +10,6 @@ use super::gemm::Gemm;
 use super::scratch::{Buf, Part};
 use super::source::{self, Convert, Source, Use};
 use super::{AttnParams, RANGE};
-use crate::ops::elementwise::Softcap;
 use crate::ops::kv::{KV_BLOCK, Rows, SeqKv, Tile};
 use crate::ops::simd::{self, Kernel, LANES, Lanes, exp, load, store};
 use std::ops::Range;
@@ -224,11 +223,6 @@ fn weigh<V: Lanes>(p: &Place, start: usize, rows: Range<usize>, s: &mut Scratch,
     let (scores, rescale) = (s.scores.get(rows.len() * KV_BLOCK), s.rescale.get(rows.len()));
     let scores = scores.as_chunks_mut::<KV_BLOCK>().0;
     for (i, scores) in scores.iter_mut().enumerate() {
-        if let Some(cap) = p.params.softcap {
-            for x in scores.as_chunks_mut::<LANES>().0 {
-                store(Softcap(cap).apply_to(load::<V>(x)), x);
-            }
-        }
         let seen = p.seen((rows.start + i) / p.group, start);
         if seen.len() < KV_BLOCK {
             scores[..seen.start].fill(f32::NEG_INFINITY);

@@ -8,7 +8,6 @@ struct Case {
     shape: KvLayer,
     group: usize,
     n_swa: Option<usize>,
-    softcap: Option<f32>,
     sinks: Option<Vec<f32>>,
     types: (KvType, KvType),
     q: Vec<f32>,
@@ -23,7 +22,6 @@ impl Case {
             shape: KvLayer { n_head_kv, head_dim_k, head_dim_v },
             group,
             n_swa: None,
-            softcap: None,
             sinks: None,
             types: (KvType::F32, KvType::F32),
             q: noise(n * n_head_kv * group * head_dim_k, 1),
@@ -42,7 +40,6 @@ impl Case {
             n_head: self.n_head(),
             scale: 2.0 / (self.shape.head_dim_k as f32).sqrt(),
             n_swa: self.n_swa,
-            softcap: self.softcap,
             sinks: self.sinks.as_deref(),
         }
     }
@@ -87,7 +84,6 @@ impl Case {
         let dot = |k: &[f32]| q.iter().zip(k).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
         let scores: Vec<f64> = (from..=pos)
             .map(|j| dot(&self.k[(j * s.n_head_kv + kv_head) * s.head_dim_k..][..s.head_dim_k]) * f64::from(p.scale))
-            .map(|x| p.softcap.map_or(x, |c| f64::from(c) * (x / f64::from(c)).tanh()))
             .collect();
         let sink = p.sinks.map(|s| f64::from(s[h]));
         let max = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
@@ -154,10 +150,10 @@ fn windows_see_their_last_positions_only() {
 }
 
 #[test]
-fn sinks_and_softcap() {
+fn sinks_take_their_share() {
     let sinks = Some(vec![3.0, -2.0, 0.5, 90.0]);
     Case { sinks: sinks.clone(), ..Case::new(2, 2, 16, 16, 130) }.check(4e-6, 3);
-    Case { sinks, n_swa: Some(70), softcap: Some(5.0), ..Case::new(2, 2, 16, 16, 200) }.check(1e-5, 3);
+    Case { sinks, n_swa: Some(70), ..Case::new(2, 2, 16, 16, 200) }.check(1e-5, 3);
 }
 
 #[test]
@@ -271,7 +267,7 @@ fn same_bits_on_every_isa() {
     for types in [(KvType::F32, KvType::F32), (KvType::F16, KvType::F16), (KvType::Q8_0, KvType::Q8_0)] {
         for (group, dk, dv) in [(1, 64, 64), (2, 40, 24), (3, 16, 112), (7, 33, 80)] {
             let sinks = Some(noise(group, 4));
-            let case = Case { types, sinks, softcap: Some(20.0), n_swa: Some(90), ..Case::new(1, group, dk, dv, 200) };
+            let case = Case { types, sinks, n_swa: Some(90), ..Case::new(1, group, dk, dv, 200) };
             simd::tests::same_bits_on_every_isa(|| case.run(&[3, 64], &team));
         }
     }

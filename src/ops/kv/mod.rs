@@ -265,11 +265,6 @@ impl SeqKv {
         self.len
     }
 
-    /// The position up to which it may be written.
-    pub fn reserved(&self) -> usize {
-        self.reserved
-    }
-
     /// Makes room for `n` more positions, in blocks that no other sequence holds.
     ///
     /// # Errors

@@ -98,7 +98,7 @@ const READY: u8 = 2;
 pub struct Acts {
     n_tokens: usize,
     width: usize,
-    f32: Option<Cells<f32>>,
+    f32: Cells<f32>,
     q8_0: Quantised,
     q8k: Quantised,
     kinds: [bool; 3],
@@ -119,7 +119,7 @@ impl Acts {
         Self {
             n_tokens: 0,
             width: 0,
-            f32: None,
+            f32: Cells::new(),
             q8_0: Quantised::new(),
             q8k: Quantised::new(),
             kinds: [false; 3],
@@ -142,7 +142,7 @@ impl Acts {
             assert!(width.is_multiple_of(kind.block_len()), "{width} activations aren't whole blocks of {kind:?}");
             self.kinds[*kind as usize] = true;
             match kind {
-                ActKind::F32 => self.f32.get_or_insert(Cells::new()).reserve(n),
+                ActKind::F32 => self.f32.reserve(n),
                 ActKind::Q8_0 => self.q8_0.reserve(n, 32),
                 ActKind::Q8K => self.q8k.reserve(n, 256),
             }
@@ -171,8 +171,8 @@ impl Acts {
         assert!(claimed.is_ok(), "token {token} has its activations already");
         // SAFETY: the token is claimed: nobody else writes its parts, and nobody reads them before `READY`.
         unsafe {
-            if let (Some(cells), true) = (&self.f32, self.kinds[ActKind::F32 as usize]) {
-                cells.part_mut(token, self.width).copy_from_slice(row);
+            if self.kinds[ActKind::F32 as usize] {
+                self.f32.part_mut(token, self.width).copy_from_slice(row);
             }
             if self.kinds[ActKind::Q8_0 as usize] {
                 self.put_q8_0(token, row);
@@ -231,9 +231,7 @@ impl Acts {
         // SAFETY: the token is `READY`, and nobody writes it until `reset`, which needs the only reference.
         unsafe {
             match format.act {
-                ActKind::F32 => {
-                    ActRow { f32: self.f32.as_ref().map_or(&[], |c| c.part(token, n)), ..ActRow::default() }
-                }
+                ActKind::F32 => ActRow { f32: self.f32.part(token, n), ..ActRow::default() },
                 ActKind::Q8_0 => {
                     let x = &self.q8_0;
                     let (d, s) = (x.d.part(token, n / 32), x.sum.1.part(token, n / 32));
@@ -253,7 +251,7 @@ impl Acts {
         let n = self.width;
         let mut act = Act::NONE;
         match kind {
-            ActKind::F32 => act.x = self.f32.as_ref().map_or(std::ptr::null(), |c| c.at(token, n)),
+            ActKind::F32 => act.x = self.f32.at(token, n),
             ActKind::Q8_0 => {
                 let x = &self.q8_0;
                 act.q = x.q.at(token, n);

@@ -6,8 +6,8 @@
 //!
 //! An instruction set is an implementation of [`vector::Vector`]; a format says how its block comes apart in registers
 //! ([`Block32`], [`Superblock`] or [`Number`]); the two kernels, `gemv` for 1 to 4 tokens and `gemm` for more, are written
-//! once for each of these three kinds of format. They are compiled for each pair, in functions
-//! that have the instruction set's features, everything inlined.
+//! once for each of these three kinds of format, and `gemm` once more where tokens are gathered first (`gathered32` on arm64, `tiled32`
+//! and `tiled256` on AMX). They are compiled for each pair, in functions that have the instruction set's features, everything inlined.
 
 #![allow(unsafe_code)]
 
@@ -68,6 +68,8 @@ trait Kernel: 'static {
     const KIND: &'static str;
     /// Activations whose sums it reads together; 0 if it reads none.
     const SUB: usize;
+    /// Whether `gemm` takes several groups of rows together, where the instruction set has the registers.
+    const GROUPED: bool = true;
     /// Up to so many tokens, a matrix that comes from memory is multiplied faster by `gemv` again and again than by `gemm`, which
     /// has too few tokens to compute with while it waits for weights (Q4_0 on AVX-512: 12 tokens 40% faster, 16 tokens 30%).
     /// An instruction set that multiplies more slowly never waits: it can have a lower bound for all formats.
@@ -161,7 +163,7 @@ macro_rules! instruction_set {
                 Kernels {
                     kind: K::KIND,
                     lanes: <$vector as Vector>::LANES,
-                    tile: ($tokens, $groups),
+                    tile: ($tokens, if K::GROUPED { $groups } else { 1 }),
                     sub: K::SUB,
                     few: if K::FEW < $few { K::FEW } else { $few },
                     pack: pack::<K>,

@@ -75,6 +75,7 @@ impl<L: Number> Numbers<L> {
 impl<L: Number> Kernel for Numbers<L> {
     type Layout = L;
     const KIND: &'static str = "number";
+    const GROUPED: bool = false;
     const SUB: usize = 0;
 
     #[inline(always)]
@@ -124,9 +125,8 @@ impl<L: Number> Kernel for Numbers<L> {
                     let b = unsafe { Block::new(v, job.w.add((g * job.n_blocks + first + k) * bytes)) };
                     *w = L::value(v, b);
                 }
-                // SAFETY: only an address is made, of bytes to ask for.
-                let ahead = unsafe { job.w.add((g * job.n_blocks + first) * bytes) }.wrapping_add(panel.len() * bytes);
-                let mut ahead = Ahead::new([ahead], panel.len() * bytes, job.x.len());
+                let next = job.w.wrapping_add((g * job.n_blocks + first + panel.len()) * bytes);
+                let mut ahead = Ahead::new([next], panel.len() * bytes, job.x.len());
                 let (x, rest) = job.x.as_chunks::<N>();
                 let (a, acc) = acc.as_chunks_mut::<N>();
                 for (x, acc) in x.iter().zip(a) {

@@ -88,7 +88,7 @@ impl<V: Vector> Panel<V> {
 /// Sums of `N` tokens with `R` groups of rows.
 type Sums<T, const N: usize, const R: usize> = [[T; R]; N];
 
-/// The number of columns in half of a sub-block, which is 4, such that the compiler doesn't know: it would lay a superblock's
+/// The number of columns of 16 weights, which is 4, such that the compiler doesn't know: it would lay a superblock's
 /// columns out one after the other, load them all, and keep on the stack what doesn't fit into registers (Q6_K: half the speed).
 #[inline(always)]
 pub(super) fn four() -> usize {
