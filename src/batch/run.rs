@@ -371,7 +371,8 @@ impl Run<'_> {
         self.output.write(&line)
     }
 
-    /// What lies in the request, or in what the model makes of it, is its result; what lies in the machine ends the job, so that the request can be tried again.
+    /// What lies in the request, or in what the model makes of it, is its result; what lies in the machine ends the job, so that the
+    /// request can be tried again.
     fn failed(&mut self, number: u64, e: Arc<EngineError>) -> Result<(), BatchError> {
         if !matches!(*e, EngineError::Sampler(_) | EngineError::Grammar(_) | EngineError::Kv(KvError::Full { .. })) {
             return Err(BatchError::Engine(e));
