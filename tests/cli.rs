@@ -169,6 +169,8 @@ fn what_is_wrong_is_said_and_what_to_do() {
     assert_eq!(o.status.code(), Some(1));
     assert!(err(&o).contains("top_p") && err(&o).contains("0 to 1"), "{}", err(&o));
     assert!(o.stdout.is_empty(), "it is known before the prompt is read");
+    let o = run(&["run", "x", "--raw", "--json-schema", r#"{"if": {}}"#]);
+    assert!(o.status.code() == Some(1) && err(&o).contains("if") && o.stdout.is_empty(), "{o:?}");
     let o = run(&["run", "x", "--raw", "--system", "y"]);
     assert_eq!(o.status.code(), Some(2));
     assert!(err(&o).contains("--system") && err(&o).contains("--raw"), "{}", err(&o));

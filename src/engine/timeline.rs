@@ -36,8 +36,7 @@ impl Session {
             let advice = if n_ctx < self.engine.config().n_ctx_train {
                 "ask for a longer one (-c, up to what the model was trained for) or shorten the text"
             } else {
-                "shorten the text, or ask for a longer context (-c): beyond this length, which is what the model was trained \
-                 for, answers get worse"
+                "shorten the text, or ask for a longer context (-c), though answers get worse beyond what the model was trained for"
             };
             return Err(EngineError::ContextFull { wanted, used, n_ctx, advice });
         }
