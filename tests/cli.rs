@@ -49,6 +49,17 @@ fn stdin_is_the_prompt_and_only_the_answer_is_printed() {
 }
 
 #[test]
+fn a_prompt_s_last_newline_is_the_file_s() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("prompt.txt");
+    std::fs::write(&file, "Once upon a time\n").unwrap();
+    let more = ["--raw", "-n", "5", "--temp", "0", "-s", "1"];
+    let given = out(&run(&[&["run", "Once upon a time"], &more[..]].concat()));
+    assert_eq!(out(&run(&[&["run", "-f", file.to_str().unwrap()], &more[..]].concat())), given);
+    assert_eq!(out(&run_with_input(&[&["run"], &more[..]].concat(), "Once upon a time\n")), given);
+}
+
+#[test]
 fn json_is_one_object() {
     let v: serde_json::Value =
         serde_json::from_str(&out(&run(&["run", "--json", "Hi", "-n", "5", "-s", "1"]))).unwrap();
@@ -153,9 +164,16 @@ fn what_is_wrong_is_said_and_what_to_do() {
     for args in [&["run", "x", "--temp", "warm"][..], &["nonsense"], &["run", "x", "--no-such-flag"]] {
         assert_eq!(run(args).status.code(), Some(2), "{args:?}");
     }
-    let o = run(&["run", "x", "--top-p", "7"]);
+    assert!(err(&o).contains("answers get worse"), "{}", err(&o));
+    let o = run(&["run", "x", "--raw", "--top-p", "7"]);
     assert_eq!(o.status.code(), Some(1));
     assert!(err(&o).contains("top_p") && err(&o).contains("0 to 1"), "{}", err(&o));
+    assert!(o.stdout.is_empty(), "it is known before the prompt is read");
+    let o = run(&["run", "x", "--raw", "--json-schema", r#"{"if": {}}"#]);
+    assert!(o.status.code() == Some(1) && err(&o).contains("if") && o.stdout.is_empty(), "{o:?}");
+    let o = run(&["run", "x", "--raw", "--system", "y"]);
+    assert_eq!(o.status.code(), Some(2));
+    assert!(err(&o).contains("--system") && err(&o).contains("--raw"), "{}", err(&o));
     let o = oncall(&["run", "x"]).env("ONCALL_ISA", "sse9").output().unwrap();
     assert!(err(&o).contains("sse9") && err(&o).contains("scalar"), "{}", err(&o));
 }

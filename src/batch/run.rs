@@ -7,7 +7,6 @@ use super::request::{self, Asked, Prompt, Refused};
 use super::{BatchError, Files, Fnv};
 use crate::engine::{Account, BatchShape, Engine, EngineError, Event, Finish, QueueStats, Request, Ticket};
 use crate::ops::kv::KvError;
-use crate::session::sampler::SamplerError;
 use crate::session::template::ChatTemplate;
 use serde::Serialize;
 use std::collections::{HashMap, HashSet};
@@ -372,14 +371,10 @@ impl Run<'_> {
         self.output.write(&line)
     }
 
-    /// What lies in the request is its result; what lies in the machine ends the job, so that the request can be tried again.
+    /// What lies in the request, or in what the model makes of it, is its result; what lies in the machine ends the job, so that the
+    /// request can be tried again.
     fn failed(&mut self, number: u64, e: Arc<EngineError>) -> Result<(), BatchError> {
-        let own = match &*e {
-            EngineError::Sampler(e) => !matches!(e, SamplerError::NotFinite { .. }),
-            EngineError::Grammar(_) | EngineError::Kv(KvError::Full { .. }) => true,
-            _ => false,
-        };
-        if !own {
+        if !matches!(*e, EngineError::Sampler(_) | EngineError::Grammar(_) | EngineError::Kv(KvError::Full { .. })) {
             return Err(BatchError::Engine(e));
         }
         let Some(f) = self.in_flight.remove(&number) else { return Ok(()) };

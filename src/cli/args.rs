@@ -242,13 +242,15 @@ impl SamplingArgs {
             "min-p" => new.min_p = to(name, value)?,
             "typical" => new.typical = to(name, value)?,
             "repeat-penalty" => new.repeat_penalty = to(name, value)?,
+            "repeat-last-n" => new.repeat_last_n = to(name, value)?,
             "presence-penalty" => new.presence_penalty = to(name, value)?,
             "frequency-penalty" => new.frequency_penalty = to(name, value)?,
-            "predict" => new.predict = Some(to(name, value)?),
-            "seed" => new.seed = Some(to(name, value)?),
+            // Without a value: as if it had never been given.
+            "predict" => new.predict = (!value.is_empty()).then(|| to(name, value)).transpose()?,
+            "seed" => new.seed = (!value.is_empty()).then(|| to(name, value)).transpose()?,
             _ => {
                 return Err(format!(
-                    "there is no {name:?} to set; there are temp, top-k, top-p, min-p, typical, repeat-penalty, \
+                    "there is no {name:?} to set; there are temp, top-k, top-p, min-p, typical, repeat-penalty, repeat-last-n, \
                      presence-penalty, frequency-penalty, predict, seed and system"
                 ));
             }

@@ -14,9 +14,11 @@ use std::path::Path;
 
 /// Flags of `chat`.
 #[derive(Args)]
-#[command(after_help = "In the chat: \"\"\" begins and ends a text of several lines; /help lists the commands; \
+#[command(
+    after_help = "In the chat: \"\"\" begins and ends a text of several lines, or one that begins with /; /help lists the commands; \
 Ctrl-C stops the answer, Ctrl-D leaves. If the standard input isn't a terminal it is one message, and only the \
-answer is printed.")]
+answer is printed."
+)]
 pub(super) struct ChatArgs {
     /// What the model is told to be (-sys)
     #[arg(long, value_name = "TEXT")]
@@ -29,12 +31,13 @@ pub(super) struct ChatArgs {
 
 const HELP: &str = "\
 /help                 this list
-/set NAME VALUE       a sampling parameter (temp, top-k, top-p, min-p, seed, predict, ...) or system TEXT
+/set NAME VALUE       a sampling parameter (temp, top-k, top-p, min-p, seed, predict, ...) or system TEXT;
+                      seed, predict and system without a value are as if they had never been set
 /save FILE            write the conversation to a file
 /load FILE            go on with a conversation from a file
 /clear                forget the conversation
-/bye                  leave, as Ctrl-D does
-\"\"\"                   begin and end a text of several lines
+/bye                  leave, as Ctrl-D, /quit and /exit do
+\"\"\"                   begin and end a text of several lines, or one that begins with /
 ";
 
 struct Chat {
@@ -49,6 +52,8 @@ struct Chat {
 }
 
 pub(super) fn run(a: ChatArgs) -> Result<(), Failure> {
+    let piped = if std::io::stdin().is_terminal() { None } else { Some(piped_message()?) };
+    // Whoever waits for the message can be ended as any program.
     output::catch_ctrl_c()?;
     let engine = a.model.load()?;
     let template = engine.chat_template()?;
@@ -58,12 +63,8 @@ pub(super) fn run(a: ChatArgs) -> Result<(), Failure> {
     let messages = a.system.iter().map(|s| Message::new("system", s.as_str())).collect();
     let session = engine.session();
     let mut chat = Chat { engine, session, template, messages, said: Vec::new(), sampling: a.sampling };
-    if !std::io::stdin().is_terminal() {
-        let mut text = String::new();
-        std::io::stdin()
-            .read_to_string(&mut text)
-            .map_err(|e| Failure::new(format!("reading the message from the standard input: {e}")))?;
-        chat.turn(text.trim_end_matches('\n'), &mut output::text)?;
+    if let Some(message) = piped {
+        chat.turn(&message, &mut output::text)?;
         return if output::stopped() { Err(Failure::interrupted()) } else { Ok(()) };
     }
     output::note(&format!("{}: /help lists the commands, Ctrl-D leaves", a.model.name()));
@@ -73,35 +74,44 @@ pub(super) fn run(a: ChatArgs) -> Result<(), Failure> {
     chat.talk()
 }
 
+/// The one message, if the standard input isn't a terminal.
+fn piped_message() -> Result<String, Failure> {
+    let mut text = String::new();
+    std::io::stdin()
+        .read_to_string(&mut text)
+        .map_err(|e| Failure::new(format!("reading the message from the standard input: {e}")))?;
+    Ok(text.trim_end_matches('\n').into())
+}
+
 impl Chat {
     /// Reads messages and commands until Ctrl-D.
     fn talk(&mut self) -> Result<(), Failure> {
         let mut editor = DefaultEditor::new()?;
         loop {
-            let message = match read_message(&mut editor) {
-                Ok(m) => m,
+            let typed = match read_typed(&mut |prompt| editor.readline(prompt)) {
+                Ok(typed) => typed,
                 Err(ReadlineError::Interrupted) => continue,
                 Err(ReadlineError::Eof) => return Ok(()),
                 Err(e) => return Err(e.into()),
             };
-            let line = message.trim();
-            if line.is_empty() {
+            if typed.text().trim().is_empty() {
                 continue;
             }
-            editor.add_history_entry(line)?;
-            if let Some(command) = line.strip_prefix('/') {
-                if command == "bye" {
-                    return Ok(());
-                }
-                match self.command(command) {
-                    Ok(done) => output::note(&done),
-                    Err(why) => output::note(&format!("not done: {why}")),
-                }
-                continue;
-            }
+            editor.add_history_entry(typed.again())?;
             output::start_over();
+            let message = match &typed {
+                Typed::Line(line) if is_bye(line) => return Ok(()),
+                Typed::Line(line) if line.trim().starts_with('/') => {
+                    match self.command(&line.trim()[1..]) {
+                        Ok(done) => output::note(&done),
+                        Err(why) => output::note(&format!("not done: {why}")),
+                    }
+                    continue;
+                }
+                Typed::Line(text) | Typed::Block(text) => text,
+            };
             // A failed turn is told, and the chat goes on.
-            match self.turn(&message, &mut output::text) {
+            match self.turn(message, &mut output::text) {
                 Ok(()) => {}
                 Err(f) if f.code == output::BROKEN_PIPE => return Err(f),
                 Err(f) => output::note(&format!("error: {}", f.message)),
@@ -109,7 +119,7 @@ impl Chat {
         }
     }
 
-    /// Sends a message and prints the answer. If that fails the message is taken back.
+    /// Sends a message and prints the answer. If that fails, or is stopped before anything was answered, the message is taken back.
     fn turn(&mut self, message: &str, print: &mut dyn FnMut(&str) -> Result<(), Failure>) -> Result<(), Failure> {
         let mut tokens = self.said.clone();
         if let Some(t) = &self.template {
@@ -125,12 +135,16 @@ impl Chat {
             tokens.extend(self.engine.tokenizer().encode(message, tokens.is_empty(), false));
         }
         let (mut text, mut written) = (String::new(), Vec::new());
-        let result = answer(&mut self.session, &tokens, &self.sampling.params(), &mut |piece| {
-            text.push_str(&piece.text);
-            written.extend(piece.token);
-            print(&piece.text)
+        let params = self.sampling.params();
+        let checked = self.session.check(&params).map_err(Failure::from);
+        let result = checked.and_then(|()| {
+            answer(&mut self.session, &tokens, &params, &mut |piece| {
+                text.push_str(&piece.text);
+                written.extend(piece.token);
+                print(&piece.text)
+            })
         });
-        let nothing = result.is_err() && text.is_empty();
+        let nothing = text.is_empty() && result.as_ref().map_or(true, |f| f.finish.is_none());
         match (&self.template, nothing) {
             (Some(_), true) => drop(self.messages.pop()),
             (Some(_), false) => self.messages.push(Message::new("assistant", text)),
@@ -144,6 +158,9 @@ impl Chat {
         print("\n")?;
         if std::io::stdin().is_terminal() {
             output::note(&figures.line());
+            if nothing {
+                output::note("stopped before the answer began: the message was taken back");
+            }
         }
         Ok(())
     }
@@ -161,13 +178,14 @@ impl Chat {
                 Ok("forgotten".into())
             }
             "set" => {
-                let (name, value) = rest.split_once(char::is_whitespace).ok_or("it takes a name and a value")?;
-                if name == "system" {
-                    self.set_system(value.trim())?;
-                } else {
-                    self.sampling.set(name, value.trim())?;
+                let (name, value) = rest.split_once(char::is_whitespace).unwrap_or((rest, ""));
+                let value = value.trim();
+                match name {
+                    "" => return Err("it takes a name and a value".into()),
+                    "system" => self.set_system(value)?,
+                    _ => self.sampling.set(name, value)?,
                 }
-                Ok(format!("{name} is {}", value.trim()))
+                Ok(if value.is_empty() { format!("{name} isn't set") } else { format!("{name} is {value}") })
             }
             "save" if !rest.is_empty() => self.save(Path::new(rest)).map(|()| format!("saved to {rest}")),
             "load" if !rest.is_empty() => self
@@ -183,7 +201,9 @@ impl Chat {
             return Err("this model has no chat template, so it can't be told what to be".into());
         }
         self.messages.retain(|m| m.role != "system");
-        self.messages.insert(0, Message::new("system", text));
+        if !text.is_empty() {
+            self.messages.insert(0, Message::new("system", text));
+        }
         Ok(())
     }
 
@@ -191,7 +211,10 @@ impl Chat {
     fn save(&mut self, path: &Path) -> Result<(), String> {
         if self.template.is_none() {
             // The session is all that is saved, and the last tokens aren't in it yet.
-            self.session.feed_from_common(&self.said, &mut |_| true).map_err(|e| e.to_string())?;
+            self.session.feed_from_common(&self.said, &mut |_| !output::stopped()).map_err(|e| e.to_string())?;
+            if self.session.tokens().len() < self.said.len() {
+                return Err("it was stopped while the end of the conversation was read".into());
+            }
         }
         let text = serde_json::to_string_pretty(&self.messages).map_err(|e| e.to_string())?;
         let write = || -> Result<(), WriteError> {
@@ -221,22 +244,53 @@ impl Chat {
     }
 }
 
-/// A line, or the lines between two `"""`.
-fn read_message(editor: &mut DefaultEditor) -> Result<String, ReadlineError> {
-    let first = editor.readline(">>> ")?;
-    let Some(rest) = first.trim_start().strip_prefix("\"\"\"") else { return Ok(first) };
-    if let Some(whole) = rest.strip_suffix("\"\"\"") {
-        return Ok(whole.into());
+/// What was typed.
+#[derive(Debug, PartialEq)]
+enum Typed {
+    /// A message or a command.
+    Line(String),
+    /// What stood between two `"""`: a message, whatever it begins with.
+    Block(String),
+}
+
+impl Typed {
+    fn text(&self) -> &str {
+        let (Typed::Line(text) | Typed::Block(text)) = self;
+        text
     }
-    let mut text = rest.to_string();
+
+    /// How it can be typed again.
+    fn again(&self) -> String {
+        match self {
+            Typed::Line(text) => text.trim().into(),
+            Typed::Block(text) => format!("\"\"\"{text}\"\"\""),
+        }
+    }
+}
+
+/// Whether a line says that the chat is over.
+fn is_bye(line: &str) -> bool {
+    matches!(line.split_whitespace().next(), Some("/bye" | "/quit" | "/exit"))
+}
+
+/// A line, or the lines between two `"""`; `read` reads a line after a prompt. The end of the input ends a block too.
+fn read_typed(read: &mut dyn FnMut(&str) -> Result<String, ReadlineError>) -> Result<Typed, ReadlineError> {
+    const QUOTES: &str = "\"\"\"";
+    let first = read(">>> ")?;
+    let Some(rest) = first.trim_start().strip_prefix(QUOTES) else { return Ok(Typed::Line(first)) };
+    let (mut text, mut line) = (String::new(), rest.to_string());
     loop {
-        let line = editor.readline("... ")?;
+        if let Some(last) = line.trim_end().strip_suffix(QUOTES) {
+            return Ok(Typed::Block(text + last));
+        }
+        text += &line;
+        line = match read("... ") {
+            Ok(line) => line,
+            Err(ReadlineError::Eof) => return Ok(Typed::Block(text)),
+            Err(e) => return Err(e),
+        };
         if !text.is_empty() {
             text.push('\n');
-        }
-        match line.strip_suffix("\"\"\"") {
-            Some(last) => return Ok(text + last),
-            None => text += &line,
         }
     }
 }
@@ -274,6 +328,45 @@ mod tests {
         chat.turn(" and", &mut |_| Ok(())).unwrap();
         assert_eq!(chat.said[..first.len()], first);
         assert_eq!(chat.session.tokens(), &chat.said[..chat.said.len() - 1]);
+    }
+
+    #[test]
+    fn what_stands_between_quotes_is_no_command() {
+        let typed = |lines: &[&str]| {
+            let mut lines = lines.iter();
+            let typed = read_typed(&mut |_| lines.next().map(|l| l.to_string()).ok_or(ReadlineError::Eof)).unwrap();
+            assert_eq!(lines.next(), None);
+            typed
+        };
+        let block = |text: &str| Typed::Block(text.into());
+        assert_eq!(typed(&[" /bye "]), Typed::Line(" /bye ".into()));
+        assert_eq!(typed(&["\"\"\"/bye\"\"\""]), block("/bye"));
+        assert_eq!(typed(&["\"\"\"hello\"\"\" "]), block("hello"), "a blank after the end");
+        assert_eq!(typed(&["\"\"\"", "a", "", " b \"\"\"  "]), block("a\n\n b "));
+        assert_eq!(typed(&["  \"\"\"a", "b"]), block("a\nb"), "the end of the input ends it");
+        assert!(matches!(read_typed(&mut |_| Err(ReadlineError::Eof)), Err(ReadlineError::Eof)));
+        assert_eq!((block("a\nb").again(), Typed::Line(" a ".into()).again()), ("\"\"\"a\nb\"\"\"".into(), "a".into()));
+        let byes = ["/bye", "/quit", " /exit", "/bye now"];
+        assert!(byes.iter().all(|line| is_bye(line)) && !is_bye("/byebye") && !is_bye("bye"));
+    }
+
+    #[test]
+    fn what_was_set_can_be_unset() {
+        let mut chat = without_template();
+        let n_predict = |chat: &Chat| chat.sampling.params().n_predict;
+        assert_eq!(n_predict(&chat), Some(5));
+        assert_eq!(chat.command("set predict"), Ok("predict isn't set".into()));
+        assert_eq!(n_predict(&chat), None);
+        assert_eq!(chat.command("set repeat-last-n 7"), Ok("repeat-last-n is 7".into()));
+        assert_eq!(chat.sampling.params().sampling.repeat_last_n, 7);
+        for bad in ["set", "set temp", "set repeat-last-n -7", "set nonsense"] {
+            assert!(chat.command(bad).is_err(), "{bad}");
+        }
+        chat.template = chat.engine.chat_template().unwrap();
+        chat.command("set system be brief").unwrap();
+        assert_eq!(chat.messages.len(), 1);
+        chat.command("set system").unwrap();
+        assert!(chat.messages.is_empty());
     }
 
     #[test]

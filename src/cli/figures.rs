@@ -19,8 +19,8 @@ pub(super) struct Figures {
     pub n_decoded: usize,
     /// Seconds for these.
     pub decode_s: f64,
-    /// The seed of the sampler.
-    pub seed: u64,
+    /// The seed of the sampler; `None` if nothing was drawn.
+    pub seed: Option<u64>,
     /// Why it ended; `None` after Ctrl-C.
     pub finish: Option<Finish>,
     /// Where the time went.
@@ -62,7 +62,7 @@ impl Figures {
             n_written: 0,
             n_decoded: 0,
             decode_s: 0.0,
-            seed: 0,
+            seed: None,
             finish: None,
             account: Account::default(),
             process: ProcessFigures::default(),
@@ -89,7 +89,12 @@ impl Figures {
         if store.dropped + store.replaced > 0 {
             line += &format!(", lossy: {} experts dropped, {} replaced", store.dropped, store.replaced);
         }
-        line + &format!(", seed {}", self.seed)
+        line + &self.seed_said()
+    }
+
+    /// How a line ends.
+    fn seed_said(&self) -> String {
+        self.seed.map_or(String::new(), |seed| format!(", seed {seed}"))
     }
 
     /// Where the time went, for people.
@@ -128,7 +133,7 @@ impl Figures {
         let say = |v: Option<String>| v.unwrap_or_else(|| "unknown".into());
         let peak = say(self.process.peak_memory.map(output::size));
         let faults = say(self.process.major_faults.map(|n| n.to_string()));
-        let _ = writeln!(t, "memory at most {peak}, page faults with a read {faults}, seed {}", self.seed);
+        let _ = writeln!(t, "memory at most {peak}, page faults with a read {faults}{}", self.seed_said());
         t
     }
 }

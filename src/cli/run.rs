@@ -24,7 +24,7 @@ pub(super) struct RunArgs {
     #[arg(short, long, value_name = "FILE", conflicts_with_all = ["prompt", "prompt_flag"])]
     file: Option<PathBuf>,
     /// What the model is told to be, where it has a chat template (-sys)
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     system: Option<String>,
     /// Continue the prompt as it stands, even where the model has a chat template
     #[arg(long)]
@@ -58,11 +58,13 @@ pub(super) fn run(a: RunArgs) -> Result<(), Failure> {
         None => (engine.tokenizer().encode(&prompt, true, true), false),
     };
     let mut session = engine.session();
+    let params = a.sampling.params();
+    session.check(&params)?;
     if !chat && !a.json {
         output::text(&prompt)?;
     }
     let mut text = String::new();
-    let figures = answer(&mut session, &tokens, &a.sampling.params(), &mut |piece| {
+    let figures = answer(&mut session, &tokens, &params, &mut |piece| {
         if a.json {
             text.push_str(&piece.text);
             return Ok(());
@@ -91,7 +93,8 @@ fn prompt(a: &RunArgs) -> Result<String, Failure> {
         return Ok(p.clone());
     }
     if let Some(path) = &a.file {
-        return std::fs::read_to_string(path).map_err(|e| Failure::new(format!("{}: {e}", path.display())));
+        let text = std::fs::read_to_string(path).map_err(|e| Failure::new(format!("{}: {e}", path.display())))?;
+        return Ok(without_last_newline(text));
     }
     if std::io::stdin().is_terminal() {
         return Err(Failure::usage(
@@ -103,7 +106,15 @@ fn prompt(a: &RunArgs) -> Result<String, Failure> {
     std::io::stdin()
         .read_to_string(&mut text)
         .map_err(|e| Failure::new(format!("reading the prompt from the standard input: {e}")))?;
-    Ok(text.strip_suffix('\n').unwrap_or(&text).to_string())
+    Ok(without_last_newline(text))
+}
+
+/// A text as a file or a pipe ends it: the last newline isn't part of it.
+fn without_last_newline(mut text: String) -> String {
+    if text.ends_with('\n') {
+        text.pop();
+    }
+    text
 }
 
 /// Reads `tokens` (what the session has of them already is kept) and writes on, handing out text as it comes, until
@@ -142,12 +153,12 @@ fn write(
 ) -> Result<(), Failure> {
     let before = session.tokens().len();
     let mut g = Generation::new(session, params.clone())?;
-    figures.seed = g.seed();
     let mut spent = Duration::ZERO;
     while !output::stopped() {
         let began = Instant::now();
         let piece = g.next()?;
         spent += began.elapsed();
+        figures.seed = Some(g.seed());
         let Some(piece) = piece else { break };
         each(&piece)?;
     }

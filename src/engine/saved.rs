@@ -1,29 +1,70 @@
-//! Saved sessions: tokens and KV cache in a file, bound to the model that they came from.
+//! Saved sessions: tokens and KV cache in a file, bound to the model that they came from. A checksum ends it.
 
 use super::{Engine, EngineError, Session};
 use crate::gguf::PartFile;
 use crate::ops::kv::SeqKv;
 use std::fs::File;
 use std::hash::Hasher;
-use std::io::{BufReader, Read, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::path::Path;
 
-const MAGIC: &[u8; 8] = b"oncall01";
+const MAGIC: &[u8; 8] = b"oncall02";
+/// The format's number is the magic's end.
+const ANY_VERSION: &[u8] = b"oncall";
+
+/// FNV-1a (Fowler, Noll, Vo): stable between versions of the standard library, which its own hasher isn't.
+struct Fnv(u64);
+
+impl Default for Fnv {
+    fn default() -> Self {
+        Fnv(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Hasher for Fnv {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|&b| self.0 = (self.0 ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+    }
+}
+
+/// A file with the checksum of what was read or written of it.
+struct Summed<T> {
+    file: T,
+    sum: Fnv,
+}
+
+impl<T> Summed<T> {
+    fn new(file: T) -> Self {
+        Summed { file, sum: Fnv::default() }
+    }
+}
+
+impl<T: Read> Read for Summed<T> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let n = self.file.read(bytes)?;
+        self.sum.write(&bytes[..n]);
+        Ok(n)
+    }
+}
+
+impl<T: Write> Write for Summed<T> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.file.write(bytes)?;
+        self.sum.write(&bytes[..n]);
+        Ok(n)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
 
 impl Engine {
     /// What a saved session must have in common with this engine: the model's tensors and the cache's layout.
     fn fingerprint(&self) -> u64 {
-        // FNV-1a: stable between versions of the standard library, which its own hasher isn't.
-        struct Fnv(u64);
-        impl Hasher for Fnv {
-            fn finish(&self) -> u64 {
-                self.0
-            }
-            fn write(&mut self, bytes: &[u8]) {
-                bytes.iter().for_each(|&b| self.0 = (self.0 ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-            }
-        }
-        let mut h = Fnv(0xcbf2_9ce4_8422_2325);
+        let mut h = Fnv::default();
         for t in self.gguf().tensors() {
             h.write(t.name.as_bytes());
             t.shape().iter().for_each(|d| h.write(&d.to_le_bytes()));
@@ -41,29 +82,38 @@ impl Engine {
         let bad = |why: String| EngineError::Saved { path: path.display().to_string(), why };
         let file = File::open(path).map_err(|e| bad(e.to_string()))?;
         let size = file.metadata().map_err(|e| bad(e.to_string()))?.len();
-        let mut input = BufReader::new(file);
+        let mut input = Summed::new(BufReader::new(file));
         let mut head = [0; 24];
         input.read_exact(&mut head).map_err(|_| bad("it is too short to be a saved session".into()))?;
         let number = |at: usize| u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|i| head[at + i]));
         if &head[..8] != MAGIC {
-            return Err(bad("it isn't a saved session of oncall".into()));
+            let ours = head.starts_with(ANY_VERSION);
+            let what =
+                if ours { "it was saved by another version of oncall" } else { "it isn't a saved session of oncall" };
+            return Err(bad(what.into()));
         }
         if number(8) != self.fingerprint() {
             return Err(bad("it was saved with another model or another type of KV cache".into()));
         }
         let n = usize::try_from(number(16)).ok().filter(|&n| n <= self.n_ctx());
         let n = n.ok_or_else(|| bad(format!("{} tokens don't fit into a context of {}", number(16), self.n_ctx())))?;
-        if size != (24 + 4 * n + self.0.kv.saved_bytes(n)) as u64 {
+        let n_bytes = self.0.kv.saved_bytes(n);
+        if size != (24 + 4 * n + n_bytes + 8) as u64 {
             return Err(bad(format!("it is damaged: {size} bytes aren't what {n} tokens take")));
         }
         let mut raw = vec![0; 4 * n];
         input.read_exact(&mut raw).map_err(|e| bad(e.to_string()))?;
         let tokens: Vec<u32> = raw.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
+        let kv = SeqKv::restore(&self.0.kv, n, &mut input.by_ref().take(n_bytes as u64))?;
+        let mut sum = [0; 8];
+        input.file.read_exact(&mut sum).map_err(|e| bad(e.to_string()))?;
+        if u64::from_le_bytes(sum) != input.sum.finish() {
+            return Err(bad("it is damaged: its checksum is wrong".into()));
+        }
         let n_vocab = self.config().n_vocab;
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= n_vocab) {
-            return Err(EngineError::NoSuchToken { token, n_vocab });
+            return Err(bad(format!("token {token} isn't in the vocabulary of {n_vocab}")));
         }
-        let kv = SeqKv::restore(&self.0.kv, n, &mut input)?;
         Ok(Session::with_tokens(self.clone(), kv, tokens))
     }
 }
@@ -74,12 +124,82 @@ impl Session {
     /// # Errors
     /// When the file can't be written.
     pub fn save(&self, path: &Path) -> Result<(), EngineError> {
-        let mut file = PartFile::replace(path)?;
+        let mut out = Summed::new(PartFile::replace(path)?);
         let mut head = MAGIC.to_vec();
         head.extend(self.engine().fingerprint().to_le_bytes());
         head.extend((self.tokens().len() as u64).to_le_bytes());
         head.extend(self.tokens().iter().flat_map(|t| t.to_le_bytes()));
-        file.write_all(&head).and_then(|()| self.kv().save(&mut file)).map_err(|e| file.error(e))?;
+        let written = out.write_all(&head).and_then(|()| self.kv().save(&mut out));
+        let Summed { mut file, sum } = out;
+        let written = written.and_then(|()| file.write_all(&sum.finish().to_le_bytes()));
+        written.map_err(|e| file.error(e))?;
         Ok(file.commit()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::{EngineOptions, Generation, GenerationParams};
+
+    /// An engine, and a file with some tokens of it.
+    fn saved(path: &Path) -> Engine {
+        let options = EngineOptions { n_ctx: Some(64), n_threads: Some(1), ..EngineOptions::default() };
+        let engine = Engine::embedded(&options).unwrap();
+        let mut session = engine.session();
+        session.feed(&[1, 500, 700], &mut |_| true).unwrap();
+        session.save(path).unwrap();
+        engine
+    }
+
+    /// With the right checksum for whatever it holds.
+    fn rewrite(path: &Path, change: impl Fn(&mut [u8])) {
+        let mut bytes = std::fs::read(path).unwrap();
+        let end = bytes.len() - 8;
+        change(&mut bytes[..end]);
+        let mut sum = Fnv::default();
+        sum.write(&bytes[..end]);
+        bytes[end..].copy_from_slice(&sum.finish().to_le_bytes());
+        std::fs::write(path, bytes).unwrap();
+    }
+
+    #[test]
+    fn damage_anywhere_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.kv");
+        let engine = saved(&path);
+        assert_eq!(engine.restore(&path).unwrap().tokens(), [1, 500, 700]);
+        let good = std::fs::read(&path).unwrap();
+        let why = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            engine.restore(&path).err().expect("it is damaged").to_string()
+        };
+        for at in (0..good.len()).step_by(97).chain([25, good.len() - 1]) {
+            let mut bad = good.clone();
+            bad[at] ^= 0x40;
+            let why = why(&bad);
+            assert!(why.contains("s.kv"), "{why}");
+            assert!(at < 24 || why.contains("checksum"), "{why}");
+        }
+        let mut old = good.clone();
+        old[7] = b'1';
+        assert!(why(&old).contains("another version"));
+        std::fs::write(&path, &good).unwrap();
+        rewrite(&path, |bytes| bytes[24..28].copy_from_slice(&16919u32.to_le_bytes()));
+        let why = engine.restore(&path).err().unwrap().to_string();
+        assert!(why.contains("s.kv: token 16919 isn't in the vocabulary of 3072"), "{why}");
+    }
+
+    /// A file made with intent: numbers that are none, under the right checksum.
+    #[test]
+    fn what_is_not_a_number_ends_with_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.kv");
+        let engine = saved(&path);
+        rewrite(&path, |bytes| bytes[24 + 12..].fill(0xff));
+        let mut session = engine.restore(&path).unwrap();
+        session.feed(&[7], &mut |_| true).unwrap();
+        let error = Generation::new(&mut session, GenerationParams::default()).unwrap().next().unwrap_err().to_string();
+        assert!(error.contains("NaN"), "{error}");
     }
 }

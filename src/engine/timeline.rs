@@ -1,7 +1,9 @@
 //! A session: one timeline of tokens with its part of the KV cache.
 
-use super::{Engine, EngineError, Input, Want};
+use super::generate::Writer;
+use super::{Engine, EngineError, GenerationParams, Input, Want};
 use crate::ops::kv::SeqKv;
+use crate::session::sampler::check_finite;
 
 /// One timeline.
 pub struct Session {
@@ -34,7 +36,7 @@ impl Session {
             let advice = if n_ctx < self.engine.config().n_ctx_train {
                 "ask for a longer one (-c, up to what the model was trained for) or shorten the text"
             } else {
-                "shorten the text, or ask for a longer context (-c); the model wasn't trained for more"
+                "shorten the text, or ask for a longer context (-c), though answers get worse beyond what the model was trained for"
             };
             return Err(EngineError::ContextFull { wanted, used, n_ctx, advice });
         }
@@ -66,6 +68,14 @@ impl Session {
         &self.logits
     }
 
+    /// Whether a text can be written like this: to be known before a long prompt is read.
+    ///
+    /// # Errors
+    /// A parameter out of its range, a grammar with a mistake.
+    pub fn check(&self, params: &GenerationParams) -> Result<(), EngineError> {
+        Writer::new(&self.engine, params.clone(), &[]).map(drop)
+    }
+
     /// Puts tokens at the end, in chunks; the last one's logits are then in [`Session::logits`]. After each chunk
     /// `progress` is told how many are done, and ends it by returning false: the chunks so far stay.
     ///
@@ -89,12 +99,13 @@ impl Session {
     /// `tokens` and its logits, (n, n_vocab).
     ///
     /// # Errors
-    /// As [`Engine::forward`].
+    /// As [`Engine::forward`]; a logit that isn't a number.
     pub fn feed_all(&mut self, tokens: &[u32], each: &mut dyn FnMut(usize, &[f32])) -> Result<(), EngineError> {
         self.check_room(tokens.len())?;
         let chunk = self.engine.chunk_of_all_logits();
         for (i, part) in tokens.chunks(chunk).enumerate() {
             self.forward(part, Want::All)?;
+            self.logits.chunks(self.engine.config().n_vocab).try_for_each(check_finite)?;
             each(i * chunk, &self.logits);
         }
         Ok(())

@@ -56,7 +56,11 @@ impl Router {
             Gating::Sigmoid => scores.iter_mut().for_each(|s| *s = 1.0 / (1.0 + (-*s).exp())),
             Gating::SoftmaxOfChosen => {}
         }
-        let mut rank = |e: usize| scores[e] + bias.map_or(0.0, |b| b[e]);
+        // What isn't a number is chosen, so that it shows in the output.
+        let mut rank = |e: usize| {
+            let score = scores[e] + bias.map_or(0.0, |b| b[e]);
+            if score.is_nan() { f32::INFINITY } else { score }
+        };
         if self.n_group > 1 {
             let choice: Vec<f32> = (0..self.n_expert).map(&mut rank).collect();
             let allowed = self.best_groups(&choice);
@@ -112,12 +116,11 @@ impl Router {
     }
 }
 
-/// Fills `picks` with the experts of highest `score`, best first, the lower index first among equals. NaN ranks last.
+/// Fills `picks` with the experts of highest `score`, best first, the lower index first among equals.
 fn choose(picks: &mut [Pick], n_expert: usize, mut score: impl FnMut(usize) -> f32) {
     let mut best: Vec<(f32, u32)> = Vec::with_capacity(picks.len() + 1);
     for e in 0..n_expert {
         let s = score(e);
-        let s = if s.is_nan() { f32::NEG_INFINITY } else { s };
         if best.len() < picks.len() || s > best[best.len() - 1].0 {
             let at = best.partition_point(|b| b.0 >= s);
             best.insert(at, (s, e as u32));
@@ -187,6 +190,17 @@ mod tests {
     fn vanishing_weights_are_not_blown_up() {
         let r = Router { norm_weights: true, ..router(2, 1, Gating::Sigmoid) };
         assert!(route(&r, &[-40.0, -50.0], None)[0].weight < 1e-6);
+    }
+
+    #[test]
+    fn what_is_not_a_number_is_chosen_and_shows() {
+        for gating in [Gating::Softmax, Gating::Sigmoid, Gating::SoftmaxOfChosen] {
+            for n_group in [1, 2] {
+                let r = Router { n_group, norm_weights: true, ..router(4, 2, gating) };
+                let picks = route(&r, &[1.0, 3.0, 2.0, f32::NAN], None);
+                assert!(picks.iter().any(|p| p.weight.is_nan()), "{gating:?}, {n_group} groups: {picks:?}");
+            }
+        }
     }
 
     proptest! {

@@ -1,4 +1,6 @@
 //! Root-mean-square normalisation (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight.
+//!
+//! Where the squares overflow, the results aren't numbers: as zeros they would look like an answer.
 
 use super::simd::{self, Kernel, LANES, Lanes, load, load_part};
 
@@ -36,7 +38,7 @@ impl Kernel for RmsNorm<'_> {
         }
         for row in self.x.chunks_mut(self.weight.len()) {
             let mean = sum_of_squares::<V>(row) / row.len() as f32;
-            let scale = V::splat(1.0 / (mean + self.eps).sqrt());
+            let scale = V::splat(if mean == f32::INFINITY { f32::NAN } else { 1.0 / (mean + self.eps).sqrt() });
             simd::zip_map::<V>(
                 row,
                 self.weight,
@@ -93,6 +95,16 @@ mod tests {
             let mut y = x.clone();
             rms_norm_in_place(&mut y, &w, 1e-5);
             assert_eq!(y, out);
+        }
+    }
+
+    #[test]
+    fn what_overflows_has_no_norm() {
+        for bad in [1e30, f32::INFINITY, f32::NAN] {
+            let (mut x, w) = (noise(100, 1), noise(100, 2));
+            x[77] = bad;
+            rms_norm_in_place(&mut x, &w, 1e-5);
+            assert!(x.iter().all(|x| x.is_nan()), "{bad}");
         }
     }
 

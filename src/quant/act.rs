@@ -1,7 +1,8 @@
 //! Rows of activations, quantised for dot products with quantised weights: the definition in scalar code.
 //!
 //! Both ways are ggml's, so that llama.cpp can serve as the reference. A kernel that quantises faster has to
-//! give the same integers and the same scales, bit for bit, for finite activations.
+//! give the same integers and the same scales, bit for bit, for finite activations. A block with one that is infinite or not a number
+//! has a scale that isn't finite: so every product with it shows that, up to the logits, instead of looking like an answer.
 
 use half::f16;
 
@@ -31,7 +32,7 @@ pub fn quantize_q8_0(src: &[f32], q: &mut [i8], d: &mut [f32], s: &mut [f32]) {
     assert!(src.len() == q.len() && src.len() == 32 * d.len() && src.len() == 32 * s.len());
     let (src, q) = (src.as_chunks::<32>().0, q.as_chunks_mut::<32>().0);
     for (((src, q), d), s) in src.iter().zip(q).zip(d).zip(s) {
-        let amax = src.iter().map(|x| x.abs()).fold(0.0, f32::max);
+        let amax = src.iter().map(|x| x.abs()).fold(0.0, |max, x| if is_larger(x, max) { x } else { max });
         let exact = amax / 127.0;
         *d = f16::from_f32(exact).to_f32();
         let id = if *d > 0.0 { 127.0 / amax } else { 0.0 };
@@ -56,11 +57,23 @@ pub fn quantize_q8_k(src: &[f32], q: &mut [i8], d: &mut [f32]) {
     assert!(src.len() == q.len() && src.len() == 256 * d.len());
     let (src, q) = (src.as_chunks::<256>().0, q.as_chunks_mut::<256>().0);
     for ((src, q), d) in src.iter().zip(q).zip(d) {
-        let id = -127.0 / largest(src);
-        let id = if id.is_finite() { id } else { 0.0 };
-        *d = if id != 0.0 { 1.0 / id } else { 0.0 };
+        let max = src.iter().fold(0.0, |max, &x| if is_larger(x, max) { x } else { max });
+        let id;
+        (id, *d) = scales_of_k(max);
         scale_to_i8(src, id, q);
     }
+}
+
+/// What a block of 256 is multiplied by, and its scale.
+#[inline(always)]
+pub(super) fn scales_of_k(max: f32) -> (f32, f32) {
+    let id = -127.0 / max;
+    if id.is_infinite() { (0.0, 0.0) } else { (id, 1.0 / id) }
+}
+
+/// Whether a number is larger in size. What isn't one is larger than all: sizes are compared by their bits.
+fn is_larger(x: f32, than: f32) -> bool {
+    x.abs().to_bits() > than.abs().to_bits()
 }
 
 /// The first of the numbers that are largest in size, with its sign; zero if all are.
@@ -200,6 +213,16 @@ mod tests {
         #[test]
         fn any_bits_will_do(x in prop::collection::vec(any::<u32>().prop_map(f32::from_bits), 256)) {
             prop_assert!(q8_0(&x).0.iter().chain(&q8_k(&x).0).all(|q| *q >= -127));
+        }
+
+        /// No scale hides that there was such an activation.
+        #[test]
+        fn what_is_not_finite_stays_so(mut x in block(256), at in 0usize..256, bad in 0usize..3) {
+            x[at] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][bad];
+            let (q, d) = q8_0(&x);
+            prop_assert!(!(d[at / 32] * f32::from(q[at])).is_finite());
+            let (q, d) = q8_k(&x);
+            prop_assert!(!(d[0] * f32::from(q[at])).is_finite());
         }
     }
 }

@@ -117,7 +117,10 @@ pub enum SamplerError {
         range: &'static str,
     },
     /// The model produced a number that isn't one.
-    #[error("the logit of token {token} is {value}: the model's weights are damaged or its computation overflowed")]
+    #[error(
+        "the logit of token {token} is {value}: the model's weights are damaged or its computation overflowed; \
+         compare the file's checksum with its publisher's"
+    )]
     NotFinite {
         /// The first such token.
         token: u32,
@@ -469,7 +472,8 @@ fn bounded(logit: f32) -> f32 {
     if logit == f32::NEG_INFINITY { logit } else { logit.clamp(f32::MIN, f32::MAX) }
 }
 
-fn check_finite(logits: &[f32]) -> Result<(), SamplerError> {
+/// That the logits of a token are numbers. (n_vocab)
+pub(crate) fn check_finite(logits: &[f32]) -> Result<(), SamplerError> {
     const EXPONENT: u32 = 0x7f80_0000;
     // Whole chunks without a branch vectorise; the culprit is looked for only if there is one.
     let clean = logits

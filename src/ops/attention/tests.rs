@@ -261,6 +261,31 @@ fn huge_values_saturate() {
     assert!(out.iter().all(|&x| (x - 65504.0).abs() < 0.1), "{out:?}");
 }
 
+/// A key or a value that isn't finite shows in what every later token gets, however it's stored.
+#[test]
+fn what_is_not_finite_shows() {
+    let team = Team::new(1).unwrap();
+    for t in [KvType::F32, KvType::F16, KvType::Q8_0] {
+        for bad in [f32::NAN, f32::INFINITY] {
+            for in_keys in [true, false] {
+                let mut case = Case { types: (t, t), ..Case::new(1, 2, 40, 24, 70) };
+                let width = if in_keys { 40 } else { 24 };
+                let x = if in_keys { &mut case.k } else { &mut case.v };
+                // Every position's, as a damaged weight has it, from 3 on.
+                x[3 * width..].iter_mut().skip(7).step_by(width).for_each(|x| *x = bad);
+                simd::tests::same_bits_on_every_isa(|| {
+                    let out = case.run(&[1], &team);
+                    let of = |pos: usize| &out[pos * 2 * 24..(pos + 1) * 2 * 24];
+                    for head in (3..70).flat_map(|pos| of(pos).chunks(24)) {
+                        assert!(head.iter().any(|x| !x.is_finite()), "{t:?}, {bad}, keys {in_keys}: {head:?}");
+                    }
+                    of(2).to_vec()
+                });
+            }
+        }
+    }
+}
+
 #[test]
 fn same_bits_on_every_isa() {
     let team = Team::new(1).unwrap();

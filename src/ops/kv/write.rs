@@ -1,8 +1,11 @@
 //! Rows of keys and values into a block.
+//!
+//! What is infinite or not a number is stored as not a number, in each type, so that it shows: a score of minus infinity would pass
+//! for a position that isn't seen. To each value it is added times zero, which is nothing for those that are finite.
 
 use super::layout::{GROUP, Tile};
 use super::{KV_BLOCK, KvType, Rows};
-use crate::ops::simd::{Kernel, LANES, Lanes, load};
+use crate::ops::simd::{Kernel, LANES, Lanes, load, store};
 
 /// The largest half-precision number: larger values are stored as this one, since an infinity in a later row of values would
 /// turn the zero weights of earlier tokens into what is not a number.
@@ -110,7 +113,12 @@ impl Encoder for AsF32 {
     type Element = f32;
     #[inline(always)]
     unsafe fn encode<V: Lanes>(x: &[f32; GROUP], _: *mut u16) -> [f32; GROUP] {
-        *x
+        let mut out = [0.0; GROUP];
+        for (x, out) in x.as_chunks().0.iter().zip(out.as_chunks_mut::<LANES>().0) {
+            let x: V = load(x);
+            store(x.fma(V::splat(0.0), x), out);
+        }
+        out
     }
 }
 
@@ -121,7 +129,9 @@ impl Encoder for AsF16 {
     unsafe fn encode<V: Lanes>(x: &[f32; GROUP], _: *mut u16) -> [u16; GROUP] {
         let mut out = [0; GROUP];
         for (x, out) in x.as_chunks().0.iter().zip(out.as_chunks_mut::<LANES>().0) {
-            let x: V = V::splat(-F16_MAX).max(V::splat(F16_MAX).min(load(x)));
+            let x: V = load(x);
+            let held = V::splat(-F16_MAX).max(V::splat(F16_MAX).min(x));
+            let x = x.fma(V::splat(0.0), held);
             // SAFETY: the array has 16 places.
             unsafe { x.store_f16(out.as_mut_ptr()) };
         }
@@ -137,12 +147,13 @@ impl Encoder for AsQ8 {
     unsafe fn encode<V: Lanes>(x: &[f32; GROUP], scale: *mut u16) -> [i8; GROUP] {
         /// 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
         const ROUND: f32 = 12582912.0;
-        let mut max = V::splat(0.0);
+        let (mut max, mut zero) = (V::splat(0.0), V::splat(0.0));
         for x in x.as_chunks().0 {
             let x: V = load(x);
             max = x.max(V::splat(0.0).sub(x)).max(max);
+            zero = x.fma(V::splat(0.0), zero);
         }
-        let d = (max.max_lane() / 127.0).min(F16_MAX);
+        let d = (max.max_lane() / 127.0).min(F16_MAX) + zero.sum();
         let mut half = [0; LANES];
         // SAFETY: the array has 16 places; `scale` is the caller's promise.
         unsafe {

@@ -5,7 +5,9 @@
 
 /// Operations across the numbers of a block, for an instruction set. A value proves that the processor has it.
 pub(super) trait Lanes: Copy {
-    /// The size of the number that is largest in size; numbers that are none don't count. `N` is a multiple of 16.
+    /// The size of the number that is largest in size; what isn't a number is larger than all. `N` is a multiple of 16.
+    ///
+    /// The bits of sizes are compared, which order as the sizes do.
     fn largest_size<const N: usize>(self, x: &[f32; N]) -> f32;
 
     /// `x * id` rounded to nearest (ties to even) and held within -127..=127; the sums of the first and of the second 16.
@@ -25,20 +27,20 @@ pub(super) struct Plain;
 impl Lanes for Plain {
     #[inline(always)]
     fn largest_size<const N: usize>(self, x: &[f32; N]) -> f32 {
-        let mut lanes = [0.0f32; 16];
+        let mut lanes = [0i32; 16];
         for x in x.as_chunks::<16>().0 {
             for (lane, x) in lanes.iter_mut().zip(x) {
-                *lane = if x.abs() > *lane { x.abs() } else { *lane };
+                *lane = x.abs().to_bits().cast_signed().max(*lane);
             }
         }
         let mut n = 8;
         while n > 0 {
             for i in 0..n {
-                lanes[i] = if lanes[i + n] > lanes[i] { lanes[i + n] } else { lanes[i] };
+                lanes[i] = lanes[i].max(lanes[i + n]);
             }
             n /= 2;
         }
-        lanes[0]
+        f32::from_bits(lanes[0].cast_unsigned())
     }
 
     #[inline(always)]
@@ -155,18 +157,19 @@ mod x86 {
         fn largest_size<const N: usize>(self, x: &[f32; N]) -> f32 {
             // SAFETY: `self` proves that the processor has the instructions; sixteen numbers are two vectors.
             unsafe {
-                let bits = _mm256_castsi256_ps(_mm256_set1_epi32(i32::MAX));
-                let mut max = [_mm256_setzero_ps(); 2];
+                let bits = _mm256_set1_epi32(i32::MAX);
+                let mut max = [_mm256_setzero_si256(); 2];
                 for x in x.as_chunks::<16>().0 {
                     for i in 0..2 {
-                        // Of a number that is none and another, the other is taken.
-                        max[i] = _mm256_max_ps(_mm256_and_ps(_mm256_loadu_ps(x.as_ptr().add(8 * i)), bits), max[i]);
+                        let x = _mm256_loadu_si256(x.as_ptr().add(8 * i).cast());
+                        max[i] = _mm256_max_epi32(_mm256_and_si256(x, bits), max[i]);
                     }
                 }
-                let max = _mm256_max_ps(max[0], max[1]);
-                let max = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps::<1>(max));
-                let max = _mm_max_ps(max, _mm_movehl_ps(max, max));
-                _mm_cvtss_f32(_mm_max_ss(max, _mm_movehdup_ps(max)))
+                let max = _mm256_max_epi32(max[0], max[1]);
+                let max = _mm_max_epi32(_mm256_castsi256_si128(max), _mm256_extracti128_si256::<1>(max));
+                let max = _mm_max_epi32(max, _mm_shuffle_epi32::<0b01_00_11_10>(max));
+                let max = _mm_max_epi32(max, _mm_shuffle_epi32::<0b10_11_00_01>(max));
+                f32::from_bits(_mm_cvtsi128_si32(max).cast_unsigned())
             }
         }
 
@@ -207,12 +210,12 @@ mod x86 {
         fn largest_size<const N: usize>(self, x: &[f32; N]) -> f32 {
             // SAFETY: `self` proves that the processor has the instructions; sixteen numbers are a vector.
             unsafe {
-                let mut max = _mm512_setzero_ps();
+                let mut max = _mm512_setzero_si512();
                 for x in x.as_chunks::<16>().0 {
-                    // Of a number that is none and another, the other is taken.
-                    max = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x.as_ptr())), max);
+                    let x = _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(x.as_ptr())));
+                    max = _mm512_max_epi32(x, max);
                 }
-                _mm512_reduce_max_ps(max)
+                f32::from_bits(_mm512_reduce_max_epi32(max).cast_unsigned())
             }
         }
 

@@ -5,7 +5,7 @@
 use super::lanes::Lanes;
 use super::plain::{Task, run_on};
 use crate::cpu::Isa;
-use crate::quant::act::or_exact;
+use crate::quant::act::{or_exact, scales_of_k};
 
 /// A row quantised to blocks of 32 and what the kernels want to know of it.
 pub(super) struct Q8_0<'a> {
@@ -76,9 +76,8 @@ impl Task for (&[f32], Q8K<'_>) {
             let chunk = block.as_chunks::<16>().0.iter().find(has_it);
             let first = chunk.and_then(|chunk| chunk.iter().find(|x| x.abs() == amax));
             let negative = first.is_some_and(|x| x.is_sign_negative());
-            let id = -127.0 / if negative { -amax } else { amax };
-            let id = if id.is_finite() { id } else { 0.0 };
-            to.d[b] = if id != 0.0 { 1.0 / id } else { 0.0 };
+            let id;
+            (id, to.d[b]) = scales_of_k(if negative { -amax } else { amax });
             let q = to.q[256 * b..][..256].as_chunks_mut().0;
             for (s, (sub, q)) in block.as_chunks::<32>().0.iter().zip(q).enumerate() {
                 let at = 8 * b + s;
@@ -176,6 +175,23 @@ mod tests {
         src[1792] = f32::MAX;
         src[1824..1856].fill(-5e3);
         check(&src);
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so_on_every_isa() {
+        for isa in Isa::available() {
+            for (at, bad) in (0..256).flat_map(|i| [f32::NAN, -f32::NAN, f32::INFINITY].map(|bad| (i, bad))) {
+                let mut src = vec![1.0; 256];
+                src[at] = bad;
+                let (mut q, mut d) = (vec![0; 256], vec![0.0; 8]);
+                let to = Q8_0 { q: &mut q, d: &mut d, negated_sum: &mut [0; 8], offset: &mut [0.0; 8] };
+                q8_0(isa, &src, to);
+                assert!((0..8).all(|i| d[i].is_finite() != (at / 32 == i)), "q8_0 on {isa}, {bad} at {at}: {d:?}");
+                let to = Q8K { q: &mut q, d: &mut d[..1], negated_sum: (&mut [0; 16], &mut [0; 8]) };
+                q8_k(isa, &src, to);
+                assert!(!d[0].is_finite(), "q8_k on {isa}, {bad} at {at}: {}", d[0]);
+            }
+        }
     }
 
     proptest! {

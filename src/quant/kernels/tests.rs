@@ -131,6 +131,41 @@ fn every_format_gives_the_scalar_bits_on_every_instruction_set() {
     }
 }
 
+/// A token whose activations aren't all numbers has no product that is one, and its neighbours have theirs.
+#[test]
+fn an_activation_that_is_not_finite_shows_in_every_product() {
+    let mut rng = Rng(3);
+    for format in FORMATS {
+        let (n_rows, n_cols, n_tokens) = (17, 2 * format.block_len.max(32), 6);
+        let rows = random_rows(format, n_rows, n_cols, &mut rng);
+        for (isa, bad) in isas().into_iter().flat_map(|isa| [(isa, f32::NAN), (isa, f32::INFINITY)]) {
+            let mut acts = Acts::new();
+            acts.reset(n_tokens, n_cols, &[format.act]);
+            for t in 0..n_tokens {
+                let mut row: Vec<f32> = (0..n_cols).map(|_| rng.activation()).collect();
+                if t == 2 {
+                    row[n_cols - 3] = bad;
+                }
+                acts.put(t, &row);
+            }
+            let mut packed = vec![0; rows.len()];
+            pack(format, isa, n_rows, n_cols, &rows, &mut packed);
+            let w = Packed::new(format, isa, n_rows, n_cols, &packed);
+            for at_once in [1, n_tokens] {
+                let mut out = vec![0.0; n_tokens * n_rows];
+                let tokens: Vec<u32> = (0..n_tokens as u32).collect();
+                for (tokens, out) in tokens.chunks(at_once).zip(out.chunks_mut(at_once * n_rows)) {
+                    matmul_groups(w, 0..w.n_groups(), &acts, tokens, OutRows::new(out, n_rows));
+                }
+                for (t, row) in out.chunks(n_rows).enumerate() {
+                    let right = row.iter().all(|y| y.is_finite() == (t != 2));
+                    assert!(right, "{format:?} on {isa}, {at_once} at once, {bad}: token {t} is {row:?}");
+                }
+            }
+        }
+    }
+}
+
 /// Interleaving moves bits and loses none: the packed bytes of distinct rows are distinct.
 #[test]
 fn packing_is_a_permutation_of_bits() {
