@@ -72,15 +72,14 @@ impl Lanes for Neon {
         use core::arch::aarch64::*;
         // SAFETY: sixteen numbers are four vectors.
         unsafe {
-            let mut max = [vdupq_n_f32(0.0); 4];
+            let mut max = [vdupq_n_u32(0); 4];
             for x in x.as_chunks::<16>().0 {
                 for i in 0..4 {
-                    let x = vld1q_f32(x.as_ptr().add(4 * i));
-                    max[i] = vbslq_f32(vcagtq_f32(x, max[i]), x, max[i]);
+                    let size = vabsq_f32(vld1q_f32(x.as_ptr().add(4 * i)));
+                    max[i] = vmaxq_u32(vreinterpretq_u32_f32(size), max[i]);
                 }
             }
-            let [a, b, c, d] = max.map(|x| vabsq_f32(x));
-            vmaxvq_f32(vmaxq_f32(vmaxq_f32(a, b), vmaxq_f32(c, d)))
+            f32::from_bits(vmaxvq_u32(vmaxq_u32(vmaxq_u32(max[0], max[1]), vmaxq_u32(max[2], max[3]))))
         }
     }
 

@@ -155,7 +155,7 @@ fn an_activation_that_is_not_finite_shows_in_every_product() {
                 let mut out = vec![0.0; n_tokens * n_rows];
                 let tokens: Vec<u32> = (0..n_tokens as u32).collect();
                 for (tokens, out) in tokens.chunks(at_once).zip(out.chunks_mut(at_once * n_rows)) {
-                    matmul_groups(w, 0..w.n_groups(), &acts, tokens, OutRows::new(out, n_rows));
+                    matmul_here(&mut Product::new(w, &acts, tokens, OutRows::new(out, n_rows)));
                 }
                 for (t, row) in out.chunks(n_rows).enumerate() {
                     let right = row.iter().all(|y| y.is_finite() == (t != 2));
