@@ -4,7 +4,7 @@
 use super::request::Refused;
 use crate::engine::{Engine, Finish, Finished, Piece};
 use crate::session::sampler::Logprobs;
-use crate::session::tokenizer::Tokenizer;
+use crate::session::tokenizer::{StreamDecoder, Tokenizer};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -136,12 +136,13 @@ fn chat_logprobs(t: &Tokenizer, c: &Choice) -> Value {
 fn text_logprobs(t: &Tokenizer, c: &Choice) -> Value {
     let text = |id: u32| String::from_utf8_lossy(&t.token_bytes(id)).into_owned();
     let (mut tokens, mut logprobs, mut tops, mut offsets, mut at) = (vec![], vec![], vec![], vec![], 0);
+    // A character may be written by several tokens: it counts with the last of them.
+    let mut decoder = StreamDecoder::new(false);
     for (token, l) in &c.tokens {
         let Some(l) = l else { continue };
-        let token = text(*token);
         offsets.push(at);
-        at += token.chars().count();
-        tokens.push(token);
+        at += decoder.push(t, *token).chars().count();
+        tokens.push(text(*token));
         logprobs.push(l.token);
         // Tokens that look the same are told apart by nothing here: the likelier one is shown.
         let mut top = serde_json::Map::new();
