@@ -7,9 +7,9 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
-/// The longest line, in bytes; of a longer one only the number is told. A million tokens of English text fit; read as JSON it may take
-/// some twenty times as much memory.
-pub(super) const MAX_LINE: u64 = 4 << 20;
+/// The longest line, in bytes; of a longer one only the number is told. Half a million tokens of English text fit; what is read from a
+/// line may take 30 times as much memory.
+pub(super) const MAX_LINE: u64 = 2 << 20;
 
 /// A line of the input.
 pub(super) struct Line {
