@@ -29,6 +29,38 @@ pub(super) struct Lines {
     shape: BatchShape,
 }
 
+/// Where requests come from.
+pub(super) enum Source {
+    /// A file.
+    Lines(Lines),
+    /// What can only be read once, and its name.
+    Stream(Box<dyn BufRead + Send>, String),
+}
+
+impl Source {
+    /// Opens it, and looks through a file.
+    ///
+    /// # Errors
+    /// If it can't be read, or two lines of a file have the same `custom_id`.
+    pub fn open(path: Option<&Path>) -> Result<Self, BatchError> {
+        let Some(path) = path else {
+            return Ok(Source::Stream(Box::new(BufReader::new(std::io::stdin())), "the standard input".into()));
+        };
+        let name = path.display().to_string();
+        let open = || {
+            let file = File::open(path)?;
+            let about = file.metadata()?;
+            Ok(if about.is_file() || about.is_dir() { None } else { Some(file) })
+        };
+        match open() {
+            // A pipe, a terminal.
+            Ok(Some(file)) => Ok(Source::Stream(Box::new(BufReader::new(file)), name)),
+            Ok(None) => Ok(Source::Lines(Lines::of_file(path)?)),
+            Err(source) => Err(BatchError::Io { name, source }),
+        }
+    }
+}
+
 /// What is summed up over the lines for the plan.
 #[derive(Default)]
 struct Sums {

@@ -1,7 +1,7 @@
 //! A job: keeps the engine's queue filled from the input, and writes each result when it's complete.
 
 use super::answer::{self, About, Choice, Whose};
-use super::input::{self, Line, Lines};
+use super::input::{self, Line, Lines, Source};
 use super::output::{Done, Output};
 use super::request::{self, Asked, Prompt, Refused};
 use super::{BatchError, Files, Fnv, text_of};
@@ -14,8 +14,7 @@ use crate::session::sampler::SamplerError;
 use crate::session::template::ChatTemplate;
 use serde::Serialize;
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::BufRead;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
@@ -62,32 +61,6 @@ pub struct Job {
     source: Source,
     output: Output,
     done: Done,
-}
-
-enum Source {
-    Lines(Lines),
-    /// What can only be read once, and its name.
-    Stream(Box<dyn BufRead + Send>, String),
-}
-
-impl Source {
-    fn open(path: Option<&Path>) -> Result<Self, BatchError> {
-        let Some(path) = path else {
-            return Ok(Source::Stream(Box::new(BufReader::new(std::io::stdin())), "the standard input".into()));
-        };
-        let name = path.display().to_string();
-        let open = || {
-            let file = File::open(path)?;
-            let about = file.metadata()?;
-            Ok(if about.is_file() || about.is_dir() { None } else { Some(file) })
-        };
-        match open() {
-            // A pipe, a terminal.
-            Ok(Some(file)) => Ok(Source::Stream(Box::new(BufReader::new(file)), name)),
-            Ok(None) => Ok(Source::Lines(Lines::of_file(path)?)),
-            Err(source) => Err(BatchError::Io { name, source }),
-        }
-    }
 }
 
 /// What comes in while the job runs.

@@ -13,8 +13,11 @@ use std::sync::{Arc, Mutex};
 
 /// The longest grammar or schema, in bytes.
 const MAX_SOURCE: usize = 1 << 20;
-/// How deep rules and references may lead into each other, in all: llguidance follows them by recursion.
-const MAX_LEVELS: usize = 10_000;
+/// How deep rules may lead into each other, in all: llguidance follows them by recursion.
+const MAX_RULE_LEVELS: usize = 10_000;
+/// The same for a schema's references. Where a schema is intersected with what it refers to, it is copied: what that takes grows with the
+/// square of the depth, to some 60 MB here.
+const MAX_SCHEMA_LEVELS: usize = 2000;
 /// Stack for each level: the most that was seen is 4.5 KiB, without optimisation some three times as much.
 const STACK_A_LEVEL: usize = 16 << 10;
 /// Stack for the rest: regular expressions, intersections of schemas.
@@ -44,14 +47,16 @@ pub enum GrammarError {
     },
     /// It would lead the compiler too deep.
     #[error(
-        "{what}'s rules or references lead into each other up to {n_levels} levels deep, at most {MAX_LEVELS} are followed: \
-         divide it, or have fewer definitions"
+        "{what}'s rules or references lead into each other up to {n_levels} levels deep, at most {most} are followed: divide it, or have \
+         fewer definitions"
     )]
     TooDeep {
         /// Grammar or schema.
         what: &'static str,
         /// How deep.
         n_levels: usize,
+        /// How deep it may be.
+        most: usize,
     },
     /// It isn't in the language that grammars are written in.
     #[error(
@@ -94,13 +99,8 @@ impl Grammar {
         if source.lines().any(is_gbnf) {
             return Err(GrammarError::Gbnf);
         }
-        Self::new(what, TopLevelGrammar::from_lark(source.to_string()), lark_levels(source))
-    }
-
-    fn new(what: &'static str, grammar: TopLevelGrammar, n_levels: usize) -> Result<Self, GrammarError> {
-        if n_levels > MAX_LEVELS {
-            return Err(GrammarError::TooDeep { what, n_levels });
-        }
+        let n_levels = lark_levels(source)?;
+        let grammar = TopLevelGrammar::from_lark(source.to_string());
         Ok(Grammar(Arc::new(Source { grammar, n_levels })))
     }
 
@@ -119,7 +119,7 @@ impl Grammar {
     /// If it isn't an object or a boolean, or is too long or too deep.
     pub fn schema(mut schema: Value) -> Result<Self, GrammarError> {
         check_len(SCHEMA, schema.to_string().len())?;
-        let n_levels = schema_levels(&schema);
+        let n_levels = schema_levels(&schema)?;
         match &mut schema {
             // Between tokens of JSON a space, or a new line and its indentation: a weak model would write white space for ever.
             Value::Object(fields) if !fields.contains_key("x-guidance") => {
@@ -128,7 +128,8 @@ impl Grammar {
             Value::Object(_) | Value::Bool(_) => {}
             _ => return Err(GrammarError::Schema("it must be an object".into())),
         }
-        Self::new(SCHEMA, TopLevelGrammar::from_json_schema(schema), n_levels)
+        let grammar = TopLevelGrammar::from_json_schema(schema);
+        Ok(Grammar(Arc::new(Source { grammar, n_levels })))
     }
 
     /// Texts that are a JSON object.
@@ -155,23 +156,29 @@ fn is_gbnf(line: &str) -> bool {
 
 /// At least as deep as compiling a grammar recurses: a rule is entered by its colon, once, and a group, a template or a condition by
 /// its bracket. What stands in texts counts as well, so that Lark needn't be read for it.
-fn lark_levels(source: &str) -> usize {
+fn lark_levels(source: &str) -> Result<usize, GrammarError> {
+    let own = source.bytes().filter(|b| b":([{".contains(b)).count();
+    check_levels("the grammar", own, MAX_RULE_LEVELS)?;
     let schema = |(at, word): (usize, &str)| {
         serde_json::Deserializer::from_str(&source[at + word.len()..]).into_iter::<Value>().next()?.ok()
     };
+    // They are compiled one after the other.
     let schemas = source.match_indices("%json").filter_map(schema);
-    source.bytes().filter(|b| b":([{".contains(b)).count() + schemas.map(|s| schema_levels(&s)).sum::<usize>()
+    schemas.map(|s| schema_levels(&s)).try_fold(own, |most, n| Ok(most.max(n?)))
+}
+
+fn check_levels(what: &'static str, n_levels: usize, most: usize) -> Result<usize, GrammarError> {
+    if n_levels > most { Err(GrammarError::TooDeep { what, n_levels, most }) } else { Ok(n_levels) }
 }
 
 /// At least as deep as compiling a schema recurses: it follows each reference once, so that all that are referred to may stand upon
-/// each other. Counting ends beyond what is allowed.
-fn schema_levels(schema: &Value) -> usize {
+/// each other.
+fn schema_levels(schema: &Value) -> Result<usize, GrammarError> {
     let mut references = HashSet::new();
     let mut n = levels(schema, &mut references);
     for reference in references {
-        if n > MAX_LEVELS {
-            break;
-        }
+        // That bounds the time that counting takes, too.
+        check_levels(SCHEMA, n, MAX_SCHEMA_LEVELS)?;
         // As llguidance finds it: parts aren't unescaped, and the whole is also `#/`.
         let parts = reference.strip_prefix("#/").filter(|path| !path.is_empty()).into_iter().flat_map(|p| p.split('/'));
         let to = parts.clone().try_fold(schema, |at, part| match at {
@@ -180,7 +187,7 @@ fn schema_levels(schema: &Value) -> usize {
         });
         n += 1 + to.map_or(0, |to| levels(to, &mut HashSet::new()));
     }
-    n
+    check_levels(SCHEMA, n, MAX_SCHEMA_LEVELS)
 }
 
 /// The levels of objects and lists in each other, and what they refer to.
@@ -477,21 +484,21 @@ mod tests {
         let mut all: Vec<(bool, Result<Grammar, GrammarError>)> = Vec::new();
         for link in links {
             let depth = levels(&link(json!({})), &mut HashSet::new()) + 1;
-            all.push((true, Grammar::schema(chain(MAX_LEVELS / depth - 3, link))));
-            all.push((false, Grammar::schema(chain(MAX_LEVELS / depth + 300, link))));
+            all.push((true, Grammar::schema(chain(MAX_SCHEMA_LEVELS / depth - 3, link))));
+            all.push((false, Grammar::schema(chain(MAX_SCHEMA_LEVELS / depth + 300, link))));
         }
         // Each level of a schema by a name of its own.
-        let nest = (0..100).fold(json!({ "type": "null" }), |v, _| json!({ "items": v }));
+        let nest = (0..50).fold(json!({ "type": "null" }), |v, _| json!({ "items": v }));
         let aliases: Vec<Value> =
-            (0..100).map(|i| json!({ "$ref": format!("#/$defs/n{}", "/items".repeat(i)) })).collect();
+            (0..50).map(|i| json!({ "$ref": format!("#/$defs/n{}", "/items".repeat(i)) })).collect();
         let defs = json!({ "$defs": { "n": nest }, "anyOf": aliases });
         all.push((true, Grammar::schema(defs.clone())));
         all.push((true, Grammar::lark(&format!("start: %json {defs}"))));
-        all.push((false, Grammar::lark(&format!("start: %json {}", chain(MAX_LEVELS, |r| r)))));
-        all.push((true, Grammar::lark(&rules(MAX_LEVELS - 10, |r| r))));
-        all.push((true, Grammar::lark(&rules(MAX_LEVELS / 9 - 10, |r| format!("(((((((({r}))))))))")))));
-        all.push((true, Grammar::lark(&rules(MAX_LEVELS - 10, |r| r).replace('a', "A"))));
-        all.push((false, Grammar::lark(&rules(MAX_LEVELS, |r| r))));
+        all.push((false, Grammar::lark(&format!("start: %json {}", chain(MAX_SCHEMA_LEVELS, |r| r)))));
+        all.push((true, Grammar::lark(&rules(MAX_RULE_LEVELS - 10, |r| r))));
+        all.push((true, Grammar::lark(&rules(MAX_RULE_LEVELS / 9 - 10, |r| format!("(((((((({r}))))))))")))));
+        all.push((true, Grammar::lark(&rules(MAX_RULE_LEVELS - 10, |r| r).replace('a', "A"))));
+        all.push((false, Grammar::lark(&rules(MAX_RULE_LEVELS, |r| r))));
         let mut conditions = format!("start: a::0\na::_: \"yes\" %if {}true{}", "not(".repeat(9000), ")".repeat(9000));
         all.push((true, Grammar::lark(&conditions)));
         conditions = format!("start: a{}\n", "{a".repeat(9000));
