@@ -4,6 +4,7 @@
 A task that Ray starts again, on another machine too if the folders are shared, goes on where it was: --resume.
 """
 import argparse
+import json
 import pathlib
 import subprocess
 
@@ -21,7 +22,8 @@ def main() -> None:
     a = p.parse_args()
     a.output.mkdir(parents=True, exist_ok=True)
     shards = sorted(str(s.absolute()) for s in a.input.glob("*.jsonl"))
-    command, output = [a.oncall, "batch", "--resume", "--memory", a.memory, "-t", str(a.cpus)], a.output.absolute()
+    command = [a.oncall, "batch", "--resume", "--json", "--memory", a.memory, "-t", str(a.cpus)]
+    output = a.output.absolute()
     if a.model:
         command += ["-m", str(pathlib.Path(a.model).absolute())]
 
@@ -30,14 +32,16 @@ def main() -> None:
         done = subprocess.run(
             [*command, "-i", str(shard), "-o", str(output / shard.name)], capture_output=True, text=True, check=False
         )
-        # 1 may only mean that some results are errors; without any result it's the job that failed.
-        if done.returncode not in (0, 1) or not (output / shard.name).exists():
-            raise RuntimeError(f"{shard.name}: {done.stderr}")
-        return {"shard": shard.name, "code": done.returncode, "said": done.stderr.strip().splitlines()[-1]}
+        # The figures come when the job has got to its end. 1 then means that some results are errors; without them, or with some
+        # requests left, it's the job that failed.
+        figures = json.loads(done.stdout or "{}")
+        if done.returncode not in (0, 1) or not figures or figures["done"] != figures["total"]:
+            raise RuntimeError(f"{shard.name}: exit code {done.returncode}: {done.stderr.strip()}")
+        return {"shard": shard.name, "done": figures["done"], "errors": figures["failed"]}
 
     results = ray.data.from_items(shards, override_num_blocks=max(1, len(shards))).map(run, num_cpus=a.cpus).take_all()
     for r in sorted(results, key=lambda r: r["shard"]):
-        print(r["shard"], r["code"], r["said"])
+        print(f"{r['shard']}: {r['done']} results, {r['errors']} of them errors")
 
 
 if __name__ == "__main__":

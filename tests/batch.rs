@@ -236,12 +236,177 @@ fn broken_lines_are_errors_of_their_own() {
     assert_eq!(o.status.code(), Some(1), "{}", err(&o));
     let r = parsed(&out);
     let keys: Vec<&str> = r.keys().map(|k| &**k).collect();
-    assert_eq!(keys, ["batch_line_1", "batch_line_4", "batch_line_5", "batch_line_6", "last", "r1"]);
-    assert!(r["batch_line_4"]["error"]["message"].as_str().unwrap().contains("line 4: the line has no custom_id"));
-    assert!(r["batch_line_1"]["custom_id"].is_null() && r["r1"]["error"].is_null());
+    // Such a line is known by its number and what it holds.
+    let numbers: Vec<&str> = keys.iter().map(|k| k.rsplit_once('_').map_or(*k, |(number, _)| number)).collect();
+    assert_eq!(numbers, ["batch_line_1", "batch_line_4", "batch_line_5", "batch_line_6", "last", "r1"]);
+    assert!(r[keys[1]]["error"]["message"].as_str().unwrap().contains("line 4: the line has no custom_id"));
+    assert!(r[keys[0]]["custom_id"].is_null() && r["r1"]["error"].is_null());
     let before = results(&out);
     let o = files.run(&out, &["--resume"]);
     assert_eq!((o.status.code(), results(&out) == before), (Some(1), true), "errors stay errors: {}", err(&o));
+    assert!(err(&o).contains("4 of 6 results are errors"), "{}", err(&o));
+    // Another line in its place is another request, even if its custom_id is what an id looks like.
+    let text = String::from_utf8_lossy(&text)
+        .replace("{\"custom_id\": \n", "{\"custom_id\": 1\n")
+        .replace("\"last\"", "\"batch_line_1\"");
+    std::fs::write(&files.input, text).unwrap();
+    for _ in 0..2 {
+        let o = files.run(&out, &["--resume", "--json"]);
+        let figures: Value = serde_json::from_slice(&o.stdout).unwrap();
+        assert_eq!(
+            (&figures["done"], &figures["failed"], results(&out).len()),
+            (&json!(6), &json!(4), 9),
+            "{}",
+            err(&o)
+        );
+    }
+}
+
+/// What is wrong with a request is in its line, and the job goes on.
+#[test]
+fn a_hostile_schema_is_an_error_of_its_line() {
+    let chain = |n: usize, link: &dyn Fn(Value) -> Value| {
+        let mut defs: serde_json::Map<String, Value> =
+            (0..n).map(|i| (format!("a{i}"), link(json!({"$ref": format!("#/$defs/a{}", i + 1)})))).collect();
+        defs.insert(format!("a{n}"), json!({"type": "null"}));
+        json!({"type": "json_schema", "json_schema": {"schema": {"$ref": "#/$defs/a0", "$defs": defs}}})
+    };
+    let object = |r: Value| json!({"type": "object", "properties": {"x": r}, "additionalProperties": false});
+    let formats = [
+        chain(480, &object),
+        chain(1500, &object),
+        chain(12_000, &|r| r),
+        json!({"type": "json_schema", "json_schema": {"schema": {"if": {}}}}),
+        json!({"type": "json_schema", "json_schema": {"schema": {"enum": ["x".repeat(1 << 20)]}}}),
+    ];
+    let mut lines: Vec<Value> = formats
+        .iter()
+        .enumerate()
+        .map(|(i, format)| completion(i, "Once", json!({"response_format": format, "max_tokens": 3, "temperature": 0})))
+        .collect();
+    lines.push(completion(9, "Once", json!({"max_tokens": 2, "logit_bias": {"99999": 1}})));
+    lines.push(completion(10, "Once", json!({"max_tokens": 2, "model": null})));
+    let files = Files::raw(
+        format!("\u{feff}{}\n", lines.iter().map(Value::to_string).collect::<Vec<_>>().join("\n")).as_bytes(),
+    );
+    let out = files.out("out");
+    let o = files.run(&out, &[]);
+    assert_eq!(o.status.code(), Some(1), "{}", err(&o));
+    let r = parsed(&out);
+    assert!(r["r0"]["error"].is_null() && r["r10"]["error"].is_null(), "{} {}", r["r0"], r["r10"]);
+    assert!(r["r10"]["response"]["body"]["model"].as_str().is_some_and(|m| !m.is_empty()), "{}", r["r10"]);
+    for (id, param, word) in [
+        ("r1", "response_format", "levels deep"),
+        ("r2", "response_format", "levels deep"),
+        ("r3", "response_format", "if"),
+        ("r4", "response_format", "bytes"),
+        ("r9", "logit_bias", "99999"),
+    ] {
+        let error = &r[id]["response"]["body"]["error"];
+        assert_eq!((&error["param"], &error["code"]), (&json!(param), &json!("invalid_value")), "{error}");
+        assert!(error["message"].as_str().unwrap().contains(word), "{error}");
+    }
+}
+
+/// Files that the job reads aren't written over, and an output isn't made for a job that can't begin.
+#[test]
+fn nothing_is_lost_by_a_wrong_name() {
+    let one = format!("{}\n", completion(1, "Once", json!({"max_tokens": 1})));
+    let files = Files::raw(one.as_bytes());
+    let (link, out) = (files.out("link"), files.out("out"));
+    std::fs::hard_link(&files.input, &link).unwrap();
+    let input = files.input.to_str().unwrap().to_string();
+    let refused: [(&Path, Vec<&str>); 4] = [
+        (&files.input, vec!["--resume"]),
+        (&link, vec!["--resume"]),
+        (&out, vec!["--record", out.to_str().unwrap()]),
+        (&out, vec!["--record", &input]),
+    ];
+    for (output, more) in refused {
+        let o = files.run(output, &more);
+        assert!(o.status.code() == Some(2) && err(&o).contains("the same file"), "{more:?}: {}", err(&o));
+        assert!(std::fs::read_to_string(&files.input).unwrap() == one && !out.exists());
+    }
+    let o = files.run(&out, &["-m", "/nowhere.gguf"]);
+    assert!(o.status.code() == Some(1) && !out.exists(), "{}", err(&o));
+    let o = files.run(&files.out("no/out"), &[]);
+    assert!(o.status.code() == Some(1) && err(&o).contains("make it first"), "{}", err(&o));
+    std::fs::write(&out, "dear diary").unwrap();
+    let o = files.run(&out, &["--resume"]);
+    assert!(o.status.code() == Some(1) && err(&o).contains("line 1 isn't a result"), "{}", err(&o));
+    assert_eq!(std::fs::read_to_string(&out).unwrap(), "dear diary");
+}
+
+/// A request with many completions takes places as they come free, and gets what it would get alone.
+#[test]
+fn a_large_request_waits_its_turn() {
+    use oncall::batch::{self, Job};
+    use oncall::engine::{Engine, EngineOptions};
+    let prompts: Vec<String> = (0..12).map(|i| format!("Once upon a time {i}")).collect();
+    let schema = json!({"type": "json_schema", "json_schema": {"schema": {"enum": ["a dragon", "a girl"]}}});
+    let more = json!({"prompt": prompts, "n": 3, "max_tokens": 4, "seed": 5, "response_format": schema});
+    let files = Files::new(&[completion(1, "", more), completion(2, "The", json!({"max_tokens": 2}))]);
+    let engine = Engine::embedded(&EngineOptions { n_sessions: 2, ..EngineOptions::default() }).unwrap();
+    let out = files.out("few");
+    let job = batch::Files { input: Some(files.input.clone()), output: Some(out.clone()), resume: false };
+    let mut most = 0;
+    let mut look = |f: &batch::Figures| most = most.max(f.queue.n_running + f.queue.n_waiting);
+    let figures = batch::run(&engine, Job::open(&job).unwrap(), &mut look, &|| false).unwrap();
+    assert_eq!((figures.done, figures.queue.n_submitted), (2, 37));
+    assert!(most <= 4, "{most} at the same time");
+    let many = files.out("many");
+    assert!(files.run(&many, &["--sequences", "40"]).status.success());
+    assert!(results(&many) == results(&out));
+    let choices = parsed(&out)["r1"]["response"]["body"]["choices"].clone();
+    assert_eq!(choices.as_array().unwrap().len(), 36);
+    assert_eq!(choices[35]["index"], 35);
+}
+
+/// Where a token stands in the text is counted in characters, of which several tokens may write one.
+#[test]
+fn offsets_are_those_of_the_text() {
+    let schema = json!({"type": "json_schema", "json_schema": {"schema": {"enum": ["né ☃ 𝄞!"]}}});
+    let files = Files::new(&[completion(1, "Once", json!({"logprobs": 1, "response_format": schema}))]);
+    let out = files.out("out");
+    assert!(files.run(&out, &[]).status.success());
+    let choice = &parsed(&out)["r1"]["response"]["body"]["choices"][0];
+    let text: Vec<char> = choice["text"].as_str().unwrap().chars().collect();
+    let (tokens, offsets) =
+        (choice["logprobs"]["tokens"].as_array().unwrap(), choice["logprobs"]["text_offset"].as_array().unwrap());
+    assert!(tokens.iter().any(|t| t == "\u{fffd}"), "no character is divided: {tokens:?}");
+    for (token, offset) in tokens.iter().zip(offsets) {
+        let (token, offset) = (token.as_str().unwrap(), offset.as_u64().unwrap() as usize);
+        let here: String = text[offset..].iter().collect();
+        assert!(token == "\u{fffd}" || here.starts_with(token), "{token:?} at {offset}: {here:?}");
+    }
+}
+
+/// The urgent are served first, wherever they stand in the file.
+#[test]
+fn priority_is_over_the_whole_file() {
+    let mut lines: Vec<Value> = (0..20).map(|i| completion(i, "Once upon", json!({"max_tokens": 2}))).collect();
+    lines.push(completion(99, "Once upon", json!({"max_tokens": 2, "priority": 1})));
+    let files = Files::new(&lines);
+    let out = files.out("out");
+    let o = files.run(&out, &["--sequences", "1"]);
+    assert!(o.status.success(), "{}", err(&o));
+    let text = std::fs::read_to_string(&out).unwrap();
+    assert!(text.lines().next().unwrap().contains("\"r99\""), "{text}");
+}
+
+/// Results of other requests in the output aren't this job's.
+#[test]
+fn the_figures_are_those_of_this_input() {
+    let bad = |i| completion(i, "Once", json!({"frobnicate": 1}));
+    let out_of = Files::new(&[bad(1), bad(2), bad(3)]);
+    let out = out_of.out("out");
+    assert!(err(&out_of.run(&out, &[])).contains("3 of 3 results are errors"));
+    let files = Files::new(&[bad(3), completion(4, "Once", json!({"max_tokens": 1}))]);
+    let o = files.run(&out, &["--resume"]);
+    assert!(o.status.code() == Some(1) && err(&o).contains("1 of 2 results is an error"), "{}", err(&o));
+    assert!(err(&o).contains("2/2 done, 1 error,"), "{}", err(&o));
+    std::fs::write(&files.input, format!("{}\n", completion(4, "Once", json!({"max_tokens": 1})))).unwrap();
+    assert!(files.run(&out, &["--resume"]).status.success());
 }
 
 #[test]
@@ -277,10 +442,27 @@ fn pipes_in_and_out() {
     let text = String::from_utf8(o.stdout).unwrap();
     let ids: Vec<Value> = text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["id"].clone()).collect();
     assert_eq!(ids.len(), 3);
-    assert!(ids.contains(&json!("batch_line_2")) && text.contains("earlier line"), "{text}");
+    assert!(
+        ids.iter().any(|id| id.as_str().unwrap().starts_with("batch_line_2_")) && text.contains("earlier line"),
+        "{text}"
+    );
     let o =
         Command::new(env!("CARGO_BIN_EXE_oncall")).args(["batch", "-i", "-", "-o", "-", "--resume"]).output().unwrap();
     assert_eq!(o.status.code(), Some(2));
+}
+
+/// A pipe with a name is read as one.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_pipe_by_its_name() {
+    let files = Files::new(&[]);
+    let out = files.out("out");
+    let mut c = Command::new(env!("CARGO_BIN_EXE_oncall"));
+    c.args(["batch", "-i", "/dev/stdin", "-o"]).arg(&out).stdin(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = c.spawn().unwrap();
+    writeln!(child.stdin.take().unwrap(), "{}", completion(1, "Once", json!({"max_tokens": 2}))).unwrap();
+    let o = child.wait_with_output().unwrap();
+    assert!(o.status.success() && results(&out).len() == 1, "{}", err(&o));
 }
 
 #[test]
@@ -318,6 +500,22 @@ fn ctrl_c_finishes_what_is_in_flight() {
     assert!(began.elapsed() < Duration::from_secs(15));
     let n = results(&out).len();
     assert!((5..400).contains(&n), "{n} results");
+}
+
+/// Ctrl-C ends a job that does nothing but refuse lines.
+#[test]
+#[cfg(unix)]
+fn ctrl_c_while_lines_are_refused() {
+    let files = Files::raw("{}\n".repeat(1_000_000).as_bytes());
+    let out = files.out("out");
+    let child = files.command(&out, &[]).spawn().unwrap();
+    while results_so_far(&out) < 5 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    interrupt(&child);
+    let o = child.wait_with_output().unwrap();
+    assert_eq!(o.status.code(), Some(130), "{}", err(&o));
+    assert!(results_so_far(&out) < 1_000_000);
 }
 
 #[test]

@@ -4,17 +4,51 @@
 use super::request::Refused;
 use crate::engine::{Engine, Finish, Finished, Piece};
 use crate::session::sampler::Logprobs;
-use crate::session::tokenizer::Tokenizer;
-use serde::Serialize;
-use serde_json::{Value, json};
+use crate::session::tokenizer::{StreamDecoder, Tokenizer};
+use serde::{Serialize, Serializer};
+use serde_json::json;
+use std::collections::HashSet;
 
 /// A result, as it is written.
 #[derive(Serialize)]
-struct Line<'a> {
+struct Line<'a, B: Serialize, E: Serialize> {
     id: &'a str,
     custom_id: Option<&'a str>,
-    response: Value,
-    error: Option<Value>,
+    response: Response<'a, B>,
+    error: E,
+}
+
+#[derive(Serialize)]
+struct Response<'a, B: Serialize> {
+    status_code: u16,
+    request_id: &'a str,
+    body: B,
+}
+
+/// A list that is written item by item: log-probabilities of many tokens are large as values.
+struct List<F>(F);
+
+impl<I: IntoIterator<Item: Serialize>, F: Fn() -> I> Serialize for List<F> {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_seq((self.0)())
+    }
+}
+
+/// An object, likewise.
+struct Object<F>(F);
+
+impl<V: Serialize, I: IntoIterator<Item = (String, V)>, F: Fn() -> I> Serialize for Object<F> {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_map((self.0)())
+    }
+}
+
+/// What a completion has and what a chat has.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Of<T, C> {
+    Text(T),
+    Chat(C),
 }
 
 /// One completion as it grows.
@@ -42,6 +76,11 @@ impl Choice {
     /// Whether it is.
     pub fn is_done(&self) -> bool {
         self.done.is_some()
+    }
+
+    /// Its tokens that have log-probabilities.
+    fn logprobs(&self) -> impl Iterator<Item = (u32, &Logprobs)> {
+        self.tokens.iter().filter_map(|(token, l)| Some((*token, l.as_ref()?)))
     }
 
     fn reason(&self) -> &'static str {
@@ -73,34 +112,36 @@ pub(super) struct About<'a> {
 }
 
 /// The line of a request that was served.
-pub(super) fn answered(engine: &Engine, whose: &Whose<'_>, about: &About<'_>, choices: &[Choice]) -> String {
+pub(super) fn answered<'a>(engine: &'a Engine, whose: &Whose<'_>, about: &About<'_>, choices: &'a [Choice]) -> String {
     let t = engine.tokenizer();
     let n_written: usize = choices.iter().filter_map(|c| c.done).map(|d| d.n_written).sum();
-    let choice = |(index, c): (usize, &Choice)| {
-        let logprobs = about.logprobs.then(|| if about.chat { chat_logprobs(t, c) } else { text_logprobs(t, c) });
+    let choice = |(index, c): (usize, &'a Choice)| {
+        let finish_reason = c.reason();
         if about.chat {
-            let message = json!({ "role": "assistant", "content": c.text, "refusal": null });
-            json!({ "index": index, "message": message, "logprobs": logprobs, "finish_reason": c.reason() })
+            let message = Message { role: "assistant", content: &c.text, refusal: () };
+            let logprobs = about.logprobs.then(|| chat_logprobs(t, c));
+            Of::Chat(ChatChoice { index, message, logprobs, finish_reason })
         } else {
-            json!({ "text": c.text, "index": index, "logprobs": logprobs, "finish_reason": c.reason() })
+            let logprobs = about.logprobs.then(|| text_logprobs(t, c));
+            Of::Text(TextChoice { text: &c.text, index, logprobs, finish_reason })
         }
     };
     let (prefix, object) = if about.chat { ("chatcmpl", "chat.completion") } else { ("cmpl", "text_completion") };
-    let body = json!({
-        "id": format!("{prefix}-{}", whose.id),
-        "object": object,
-        "created": 0,
-        "model": about.model,
-        "choices": choices.iter().enumerate().map(choice).collect::<Vec<_>>(),
-        "usage": {
-            "prompt_tokens": about.n_prompt,
-            "completion_tokens": n_written,
-            "total_tokens": about.n_prompt + n_written,
+    let body = Body {
+        id: format!("{prefix}-{}", whose.id),
+        object,
+        created: 0,
+        model: about.model,
+        choices: List(|| choices.iter().enumerate().map(choice)),
+        usage: Usage {
+            prompt_tokens: about.n_prompt,
+            completion_tokens: n_written,
+            total_tokens: about.n_prompt + n_written,
         },
         // What else an answer depends on: the numbers differ in their last bits between instruction sets.
-        "system_fingerprint": format!("oncall-{}-{}", env!("CARGO_PKG_VERSION"), engine.isa()),
-    });
-    write(whose, 200, body, None)
+        system_fingerprint: format!("oncall-{}-{}", env!("CARGO_PKG_VERSION"), engine.isa()),
+    };
+    write(whose, 200, &body, ())
 }
 
 /// The line of a request that can't be served.
@@ -108,47 +149,122 @@ pub(super) fn refused(whose: &Whose<'_>, why: &Refused) -> String {
     let error = json!({
         "message": why.message, "type": "invalid_request_error", "param": why.param, "code": why.code,
     });
-    write(whose, 400, json!({ "error": error }), Some(json!({ "code": why.code, "message": why.message })))
+    write(whose, 400, &json!({ "error": error }), json!({ "code": why.code, "message": why.message }))
 }
 
-fn write(whose: &Whose<'_>, status_code: u16, body: Value, error: Option<Value>) -> String {
-    let response = json!({ "status_code": status_code, "request_id": whose.id, "body": body });
+fn write(whose: &Whose<'_>, status_code: u16, body: &impl Serialize, error: impl Serialize) -> String {
+    let response = Response { status_code, request_id: whose.id, body };
     let line = Line { id: whose.id, custom_id: whose.custom_id, response, error };
     // Texts and numbers always become JSON.
     serde_json::to_string(&line).unwrap_or_default() + "\n"
 }
 
+#[derive(Serialize)]
+struct Body<'a, C: Serialize> {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: C,
+    usage: Usage,
+    system_fingerprint: String,
+}
+
+#[derive(Serialize)]
+struct Usage {
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    total_tokens: usize,
+}
+
+#[derive(Serialize)]
+struct TextChoice<'a, L: Serialize> {
+    text: &'a str,
+    index: usize,
+    logprobs: Option<L>,
+    finish_reason: &'static str,
+}
+
+#[derive(Serialize)]
+struct ChatChoice<'a, L: Serialize> {
+    index: usize,
+    message: Message<'a>,
+    logprobs: Option<L>,
+    finish_reason: &'static str,
+}
+
+#[derive(Serialize)]
+struct Message<'a> {
+    role: &'static str,
+    content: &'a str,
+    refusal: (),
+}
+
+/// The log-probabilities of a chat's text.
+#[derive(Serialize)]
+struct ChatLogprobs<C: Serialize> {
+    content: C,
+    refusal: (),
+}
+
 /// A token as chats' log-probabilities show it.
-fn shown(t: &Tokenizer, token: u32, logprob: f32) -> Value {
-    let bytes = t.token_bytes(token);
-    json!({ "token": String::from_utf8_lossy(&bytes), "logprob": logprob, "bytes": &*bytes })
+#[derive(Serialize)]
+struct Shown {
+    token: String,
+    logprob: f32,
+    bytes: Vec<u8>,
 }
 
-fn chat_logprobs(t: &Tokenizer, c: &Choice) -> Value {
-    let each = c.tokens.iter().filter_map(|(token, l)| l.as_ref().map(|l| (*token, l))).map(|(token, l)| {
-        let mut v = shown(t, token, l.token);
-        v["top_logprobs"] = l.top.iter().map(|&(id, p)| shown(t, id, p)).collect();
-        v
-    });
-    json!({ "content": each.collect::<Vec<_>>(), "refusal": null })
+/// A token that was written.
+#[derive(Serialize)]
+struct Written<T: Serialize> {
+    #[serde(flatten)]
+    token: Shown,
+    top_logprobs: T,
 }
 
-fn text_logprobs(t: &Tokenizer, c: &Choice) -> Value {
-    let text = |id: u32| String::from_utf8_lossy(&t.token_bytes(id)).into_owned();
-    let (mut tokens, mut logprobs, mut tops, mut offsets, mut at) = (vec![], vec![], vec![], vec![], 0);
-    for (token, l) in &c.tokens {
-        let Some(l) = l else { continue };
-        let token = text(*token);
-        offsets.push(at);
-        at += token.chars().count();
-        tokens.push(token);
-        logprobs.push(l.token);
-        // Tokens that look the same are told apart by nothing here: the likelier one is shown.
-        let mut top = serde_json::Map::new();
-        for &(id, p) in &l.top {
-            top.entry(text(id)).or_insert(json!(p));
-        }
-        tops.push(top);
+/// The log-probabilities of a completion's text.
+#[derive(Serialize)]
+struct TextLogprobs<A: Serialize, B: Serialize, C: Serialize> {
+    tokens: A,
+    token_logprobs: B,
+    top_logprobs: C,
+    text_offset: Vec<usize>,
+}
+
+fn chat_logprobs<'a>(t: &'a Tokenizer, c: &'a Choice) -> impl Serialize + 'a {
+    let shown = |token: u32, logprob: f32| {
+        let bytes = t.token_bytes(token).to_vec();
+        Shown { token: String::from_utf8_lossy(&bytes).into_owned(), logprob, bytes }
+    };
+    let written = move |(token, l): (u32, &'a Logprobs)| Written {
+        token: shown(token, l.token),
+        top_logprobs: List(move || l.top.iter().map(move |&(id, p)| shown(id, p))),
+    };
+    ChatLogprobs { content: List(move || c.logprobs().map(written)), refusal: () }
+}
+
+fn text_logprobs<'a>(t: &'a Tokenizer, c: &'a Choice) -> impl Serialize + 'a {
+    let text = move |id: u32| String::from_utf8_lossy(&t.token_bytes(id)).into_owned();
+    // Tokens that look the same are told apart by nothing here: the likelier one is shown.
+    let top = move |l: &'a Logprobs| {
+        Object(move || {
+            let mut seen = HashSet::new();
+            let all = l.top.iter().map(move |&(id, p)| (text(id), p));
+            all.filter(move |(text, _)| seen.insert(text.clone()))
+        })
+    };
+    // A character may be written by several tokens: it counts with the last of them.
+    let (mut decoder, mut at) = (StreamDecoder::new(false), 0);
+    let offset = |(token, _)| {
+        let here = at;
+        at += decoder.push(t, token).chars().count();
+        here
+    };
+    TextLogprobs {
+        text_offset: c.logprobs().map(offset).collect(),
+        tokens: List(move || c.logprobs().map(move |(token, _)| text(token))),
+        token_logprobs: List(|| c.logprobs().map(|(_, l)| l.token)),
+        top_logprobs: List(move || c.logprobs().map(move |(_, l)| top(l))),
     }
-    json!({ "tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets })
 }

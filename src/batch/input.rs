@@ -1,14 +1,15 @@
 //! The requests, one a line: from a file, whose lines are looked through first, or from a pipe as they come.
 
-use super::{BatchError, Fnv, order, request};
+use super::{BatchError, Fnv, order, request, text_of};
 use crate::engine::BatchShape;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
-/// The longest line, in bytes; of a longer one only the number is told.
-const MAX_LINE: u64 = 64 << 20;
+/// The longest line, in bytes; of a longer one only the number is told. Half a million tokens of English text fit; what is read from a
+/// line may take 30 times as much memory.
+pub(super) const MAX_LINE: u64 = 2 << 20;
 
 /// A line of the input.
 pub(super) struct Line {
@@ -28,6 +29,38 @@ pub(super) struct Lines {
     shape: BatchShape,
 }
 
+/// Where requests come from.
+pub(super) enum Source {
+    /// A file.
+    Lines(Lines),
+    /// What can only be read once, and its name.
+    Stream(Box<dyn BufRead + Send>, String),
+}
+
+impl Source {
+    /// Opens it, and looks through a file.
+    ///
+    /// # Errors
+    /// If it can't be read, or two lines of a file have the same `custom_id`.
+    pub fn open(path: Option<&Path>) -> Result<Self, BatchError> {
+        let Some(path) = path else {
+            return Ok(Source::Stream(Box::new(BufReader::new(std::io::stdin())), "the standard input".into()));
+        };
+        let name = path.display().to_string();
+        let open = || {
+            let file = File::open(path)?;
+            let about = file.metadata()?;
+            Ok(if about.is_file() || about.is_dir() { None } else { Some(file) })
+        };
+        match open() {
+            // A pipe, a terminal.
+            Ok(Some(file)) => Ok(Source::Stream(Box::new(BufReader::new(file)), name)),
+            Ok(None) => Ok(Source::Lines(Lines::of_file(path)?)),
+            Err(source) => Err(BatchError::Io { name, source }),
+        }
+    }
+}
+
 /// What is summed up over the lines for the plan.
 #[derive(Default)]
 struct Sums {
@@ -38,11 +71,14 @@ struct Sums {
 }
 
 impl Sums {
+    /// A list of prompts is so many sequences, each of its own length.
     fn add(&mut self, fields: &serde_json::Map<String, serde_json::Value>) {
         let number = |name: &str| fields.get("body").and_then(|b| b.get(name)).and_then(serde_json::Value::as_u64);
-        let n = number("n").unwrap_or(1).min(request::MAX_N);
+        let each = number("n").unwrap_or(1).min(request::MAX_N);
+        let (n_prompts, bytes) = request::prompts(fields);
+        let n = each * n_prompts;
         self.n_sequences += n;
-        self.prompt_bytes += n * request::beginning(fields).len() as u64;
+        self.prompt_bytes += each * bytes;
         if let Some(most) = number("max_completion_tokens").or(number("max_tokens")) {
             self.n_predict.0 = self.n_predict.0.saturating_add(n * most.min(1 << 20));
             self.n_predict.1 += n;
@@ -69,15 +105,16 @@ impl Lines {
         let io = |source| BatchError::Io { name: name.clone(), source };
         let file = File::open(path).map_err(io)?;
         let mut input = BufReader::with_capacity(1 << 18, &file);
-        let (mut places, mut beginnings, mut offset) = (Vec::new(), Vec::new(), 0);
+        let (mut places, mut priorities, mut beginnings, mut offset) = (Vec::new(), Vec::new(), Vec::new(), 0);
         let mut seen: HashMap<String, u64> = HashMap::new();
         let (mut number, mut shape) = (0, Sums::default());
         while let Some((line, n)) = read_line(&mut input, &mut number).map_err(io)? {
             let bytes = line.bytes.unwrap_or_default();
-            if !bytes.trim_ascii().is_empty() || n > MAX_LINE {
+            if !text_of(&bytes).is_empty() || n > MAX_LINE {
                 let parsed = request::line(&bytes).ok();
                 let text = parsed.as_ref().map(|p| request::beginning(&p.1)).unwrap_or_default();
                 beginnings.push(order::beginnings(&text));
+                priorities.push(parsed.as_ref().map_or(0, |p| request::priority(&p.1)));
                 places.push((number, offset, n as usize));
                 if let Some((custom_id, fields)) = parsed {
                     shape.add(&fields);
@@ -89,7 +126,7 @@ impl Lines {
             }
             offset += n;
         }
-        let places = order::order(&beginnings).into_iter().map(|i| places[i]).collect();
+        let places = order::order(&priorities, &beginnings).into_iter().map(|i| places[i]).collect();
         Ok(Lines { file, name, places, next: 0, shape: shape.mean() })
     }
 
@@ -147,7 +184,39 @@ pub(super) fn read_line(input: &mut impl BufRead, number: &mut u64) -> std::io::
 
 /// The id of a request's result, made from its `custom_id` so that it is the same in every run.
 pub(super) fn id_of(custom_id: &str) -> String {
+    format!("batch_req_{:016x}", hash(custom_id.as_bytes()))
+}
+
+/// The id of a result for a line that has no `custom_id` of its own: of its number, and of its bytes, so that it's another when the
+/// line was edited.
+pub(super) fn id_of_line(line: &Line) -> String {
+    let bytes = line.bytes.as_deref().map_or(&b""[..], text_of);
+    format!("batch_line_{}_{:016x}", line.number, hash(bytes))
+}
+
+fn hash(bytes: &[u8]) -> u64 {
     let mut h = Fnv::default();
-    h.write(custom_id.as_bytes());
-    format!("batch_req_{:016x}", h.finish())
+    h.write(bytes);
+    h.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn each_prompt_of_a_list_is_a_sequence() {
+        let mut sums = Sums::default();
+        for body in [
+            json!({ "prompt": ["a".repeat(10), "b".repeat(30)], "n": 3, "max_tokens": 5 }),
+            json!({ "prompt": [1, 2, 3], "max_tokens": 5 }),
+            json!({ "prompt": [[1, 2], [3]], "max_tokens": 5 }),
+            json!({ "prompt": "abcdefgh", "max_tokens": 5 }),
+        ] {
+            sums.add(json!({ "body": body }).as_object().unwrap());
+        }
+        assert_eq!((sums.n_sequences, sums.prompt_bytes), (6 + 1 + 2 + 1, 120 + 12 + 12 + 8));
+        assert_eq!(sums.mean().n_predict, Some(5));
+    }
 }

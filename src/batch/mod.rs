@@ -42,6 +42,14 @@ pub enum BatchError {
         /// The file.
         name: String,
     },
+    /// The folder of the output.
+    #[error("{name}: the folder {folder} doesn't exist: make it first")]
+    NoFolder {
+        /// The file.
+        name: String,
+        /// The folder.
+        folder: String,
+    },
     /// There are results already.
     #[error("{name} holds something already: --resume goes on with it, another name begins anew")]
     Exists {
@@ -84,6 +92,22 @@ pub enum BatchError {
     /// The chat template in the model's file.
     #[error(transparent)]
     Model(#[from] crate::engine::EngineError),
+}
+
+/// What is wrong with a line of JSON, by its byte: the line's own number is said elsewhere.
+fn json_error(e: &serde_json::Error) -> String {
+    let message = e.to_string();
+    let what = message.split(" at line ").next().unwrap_or_default();
+    match what {
+        "recursion limit exceeded" => format!("it is nested more than 127 levels deep, from byte {}", e.column()),
+        _ if e.column() > 0 => format!("{what}, at byte {}", e.column()),
+        _ => what.into(),
+    }
+}
+
+/// A line without white space around it, and without the mark that some editors put before the first.
+fn text_of(line: &[u8]) -> &[u8] {
+    line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line).trim_ascii()
 }
 
 /// FNV-1a: the same in every run and version, which the standard library's hasher isn't.

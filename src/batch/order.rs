@@ -1,5 +1,6 @@
-//! The order in which requests are served: those that begin alike one after the other, otherwise as they came.
+//! The order in which requests are served: by priority; among equals those that begin alike one after the other, otherwise as they came.
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 
 /// Bytes of text that are compared at a time: about two KV blocks' worth of tokens.
@@ -19,9 +20,9 @@ pub(super) fn beginnings(text: &[u8]) -> Vec<u64> {
         .collect()
 }
 
-/// The order for texts with these beginnings: indices into `texts`. A group that begins alike stands where its first stood, and is
-/// ordered in itself likewise.
-pub(super) fn order(texts: &[Vec<u64>]) -> Vec<usize> {
+/// The order for texts with these priorities and beginnings: indices into `texts`. Among those of a priority a group that begins alike
+/// stands where its first stood, and is ordered in itself likewise.
+pub(super) fn order(priorities: &[i32], texts: &[Vec<u64>]) -> Vec<usize> {
     let mut first: HashMap<u64, usize> = HashMap::new();
     for (i, text) in texts.iter().enumerate() {
         for &b in text {
@@ -31,7 +32,7 @@ pub(super) fn order(texts: &[Vec<u64>]) -> Vec<usize> {
     // Whoever shares a beginning with nobody is the first of its own; at the end of its beginnings everyone is.
     let key = |i: usize| texts[i].iter().map(|b| first[b]).chain([i]);
     let mut order: Vec<usize> = (0..texts.len()).collect();
-    order.sort_by(|&a, &b| key(a).cmp(key(b)));
+    order.sort_by(|&a, &b| Reverse(priorities[a]).cmp(&Reverse(priorities[b])).then_with(|| key(a).cmp(key(b))));
     order
 }
 
@@ -54,7 +55,7 @@ mod tests {
                 .iter()
                 .map(|t| beginnings(&t.iter().flat_map(|&b| [b; PIECE]).chain([7; 100]).collect::<Vec<u8>>()))
                 .collect();
-            let order = order(&texts);
+            let order = order(&vec![0; texts.len()], &texts);
             let mut sorted = order.clone();
             sorted.sort_unstable();
             prop_assert_eq!(sorted, (0..texts.len()).collect::<Vec<_>>());
@@ -87,7 +88,9 @@ mod tests {
     #[test]
     fn nothing_in_common_changes_nothing() {
         let texts: Vec<Vec<u64>> = (0..9).map(|i| beginnings(format!("{i}").repeat(2000).as_bytes())).collect();
-        assert_eq!(order(&texts), (0..9).collect::<Vec<_>>());
-        assert_eq!(order(&[vec![1, 2], vec![5], vec![1, 3], vec![1, 2]]), [0, 3, 2, 1]);
+        assert_eq!(order(&[7; 9], &texts), (0..9).collect::<Vec<_>>());
+        let texts = [vec![1, 2], vec![5], vec![1, 3], vec![1, 2]];
+        assert_eq!(order(&[0; 4], &texts), [0, 3, 2, 1]);
+        assert_eq!(order(&[0, 0, 1, -1], &texts), [2, 0, 1, 3], "the urgent come first");
     }
 }

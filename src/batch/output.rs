@@ -1,11 +1,11 @@
 //! The file of results: whole lines only, one for each request, whatever happened to the program that wrote it.
 
-use super::BatchError;
+use super::{BatchError, json_error, text_of};
 use serde::Deserialize;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, ErrorKind, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// How often the results are made safe from a loss of power. A crash of the program alone loses nothing.
@@ -19,6 +19,8 @@ pub(super) struct Output {
 }
 
 enum To {
+    /// A file that isn't there yet.
+    New(PathBuf),
     /// The file, and its length in whole lines.
     File(File, u64),
     Stdout,
@@ -27,10 +29,10 @@ enum To {
 /// What a file of results holds already.
 #[derive(Debug, Default)]
 pub(super) struct Done {
-    /// Whose results there are: `custom_id`s, and ids of results that have none.
-    pub keys: HashSet<String>,
-    /// Those among them that are errors.
-    pub n_failed: u64,
+    /// The `custom_id`s that there are results for, and whether each is an error.
+    pub custom_ids: HashMap<String, bool>,
+    /// The ids of results that have no `custom_id`; they are errors.
+    pub ids: HashSet<String>,
 }
 
 /// What is read back of a result.
@@ -38,8 +40,13 @@ pub(super) struct Done {
 struct Known {
     id: String,
     custom_id: Option<String>,
+    #[serde(rename = "response")]
+    _response: serde::de::IgnoredAny,
     error: Option<serde::de::IgnoredAny>,
 }
+
+/// What every line of ours begins with.
+const BEGINNING: &[u8] = br#"{"id":"batch_"#;
 
 impl Output {
     /// The standard output.
@@ -47,28 +54,57 @@ impl Output {
         Output { to: To::Stdout, name: "the standard output".into(), synced: Instant::now() }
     }
 
-    /// A file. If it holds results already they are kept when `resume` is set, and it's an error otherwise. A last line that was only
-    /// half written is taken off.
+    /// A file, in which nothing is changed yet. If it holds results already they are kept when `resume` is set, and it's an error
+    /// otherwise.
     pub fn file(path: &Path, resume: bool) -> Result<(Self, Done), BatchError> {
         let name = path.display().to_string();
         let io = |source| BatchError::Io { name: name.clone(), source };
-        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(BatchError::Busy { name }),
-            // Not every file system has locks.
-            Err(TryLockError::Error(_)) => {}
-        }
-        let is_file = file.metadata().map_err(io)?.is_file();
-        if is_file && !resume && file.metadata().map_err(io)?.len() > 0 {
+        let file = match OpenOptions::new().read(true).write(true).open(path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+                if !folder.is_dir() {
+                    return Err(BatchError::NoFolder { name, folder: folder.display().to_string() });
+                }
+                let to = To::New(path.into());
+                return Ok((Output { to, name, synced: Instant::now() }, Done::default()));
+            }
+            Err(e) => return Err(io(e)),
+        };
+        lock(&file, &name)?;
+        let about = file.metadata().map_err(io)?;
+        if about.is_file() && !resume && about.len() > 0 {
             return Err(BatchError::Exists { name });
         }
-        let (mut done, mut len) = (Done::default(), 0);
-        if is_file {
-            (done, len) = read_back(&file, &name)?;
-            file.set_len(len).and_then(|()| file.seek(SeekFrom::Start(len))).map_err(io)?;
-        }
+        let (done, len) = if about.is_file() { read_back(&file, &name)? } else { Default::default() };
         Ok((Output { to: To::File(file, len), name, synced: Instant::now() }, done))
+    }
+
+    /// Makes the file, or takes off a last line that was only half written. From here on it may be written to.
+    pub fn begin(&mut self) -> Result<(), BatchError> {
+        match &mut self.to {
+            To::Stdout => Ok(()),
+            To::New(path) => match OpenOptions::new().write(true).create_new(true).open(path) {
+                Ok(file) => {
+                    lock(&file, &self.name)?;
+                    self.to = To::File(file, 0);
+                    Ok(())
+                }
+                // It wasn't there when the job was opened.
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => Err(BatchError::Busy { name: self.name.clone() }),
+                Err(e) => Err(self.error(e)),
+            },
+            To::File(file, len) => {
+                let mut cut = || -> std::io::Result<()> {
+                    if file.metadata()?.is_file() {
+                        file.set_len(*len)?;
+                        file.seek(SeekFrom::Start(*len))?;
+                    }
+                    Ok(())
+                };
+                cut().map_err(|e| self.error(e))
+            }
+        }
     }
 
     /// Writes a line, with its end, at once.
@@ -78,6 +114,7 @@ impl Output {
                 let mut out = std::io::stdout().lock();
                 out.write_all(line.as_bytes()).and_then(|()| out.flush())
             }
+            To::New(_) => Err(ErrorKind::NotFound.into()),
             To::File(file, len) => {
                 file.write_all(line.as_bytes()).map(|()| *len += line.len() as u64).inspect_err(|_| {
                     // A full disk: only whole lines stay, if they can be cut.
@@ -98,41 +135,64 @@ impl Output {
                 Err(e) if e.kind() == ErrorKind::InvalidInput => Ok(()),
                 result => result.map_err(|e| self.error(e)),
             },
-            To::Stdout => Ok(()),
+            To::Stdout | To::New(_) => Ok(()),
         }
     }
 
     fn error(&self, source: std::io::Error) -> BatchError {
         let name = self.name.clone();
         match (source.kind(), &self.to) {
-            (ErrorKind::StorageFull | ErrorKind::QuotaExceeded, To::File(..)) => BatchError::Full { name },
+            (ErrorKind::StorageFull | ErrorKind::QuotaExceeded, To::File(..) | To::New(_)) => BatchError::Full { name },
             _ => BatchError::Io { name, source },
         }
     }
 }
 
-/// Reads results back: which there are, and the length of the whole lines.
+/// Sees to it that no other run writes to the file.
+fn lock(file: &File, name: &str) -> Result<(), BatchError> {
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(BatchError::Busy { name: name.into() }),
+        // Not every file system has locks.
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(()),
+    }
+}
+
+/// Reads results back: which there are, and the length up to the last. What comes after it can be taken off if it's the beginning of a
+/// result; anything else is somebody's and an error.
 fn read_back(file: &File, name: &str) -> Result<(Done, u64), BatchError> {
     let io = |source| BatchError::Io { name: name.into(), source };
-    let (mut done, mut len, mut line) = (Done::default(), 0, Vec::new());
+    let (mut done, mut len, mut at, mut line) = (Done::default(), 0, 0, Vec::new());
     let mut input = BufReader::with_capacity(1 << 18, file);
     for number in 1.. {
         line.clear();
         let n = input.read_until(b'\n', &mut line).map_err(io)?;
-        let whole = line.last() == Some(&b'\n');
-        if n == 0 || !whole {
+        if n == 0 {
             break;
         }
-        match serde_json::from_slice::<Known>(&line) {
-            Ok(known) => {
-                done.n_failed += u64::from(known.error.is_some());
-                done.keys.insert(known.custom_id.unwrap_or(known.id));
-            }
-            // After a loss of power the end of a file may hold what was never written. In the middle that's something else.
-            Err(_) if input.fill_buf().map_err(io)?.is_empty() => break,
-            Err(e) => return Err(BatchError::NotResults { name: name.into(), number, why: e.to_string() }),
+        at += n as u64;
+        let text = text_of(&line);
+        // After a loss of power the end of a file may hold what was never written.
+        if text.is_empty() || text.iter().all(|&b| b == 0) {
+            continue;
         }
-        len += n as u64;
+        let whole = line.last() == Some(&b'\n');
+        match serde_json::from_slice::<Known>(text) {
+            Ok(known) if whole => {
+                match known.custom_id {
+                    Some(custom_id) => drop(done.custom_ids.insert(custom_id, known.error.is_some())),
+                    None => drop(done.ids.insert(known.id)),
+                }
+                len = at;
+            }
+            result => {
+                let last = input.fill_buf().map_err(io)?.is_empty();
+                if last && (text.starts_with(BEGINNING) || BEGINNING.starts_with(text)) {
+                    break;
+                }
+                let why = result.err().map_or("its end is missing".into(), |e| json_error(&e));
+                return Err(BatchError::NotResults { name: name.into(), number, why });
+            }
+        }
     }
     Ok((done, len))
 }
@@ -143,15 +203,22 @@ mod tests {
     use proptest::prelude::*;
 
     fn lines(n: usize) -> String {
-        let error = |i| if i % 3 == 0 { r#"{"code":"x"}"# } else { "null" };
-        (0..n).map(|i| format!("{{\"id\":\"r{i}\",\"custom_id\":\"é\\n{i}\",\"error\":{}}}\n", error(i))).collect()
+        let line = |i| {
+            let error = if i % 3 == 0 { r#"{"code":"x"}"# } else { "null" };
+            format!("{{\"id\":\"batch_req_{i}\",\"custom_id\":\"é\\n{i}\",\"response\":{{}},\"error\":{error}}}\n")
+        };
+        (0..n).map(line).collect()
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
-        /// Cut anywhere, the whole lines are kept and known, and writing goes on after them.
+        #![proptest_config(ProptestConfig::with_cases(60))]
+        /// Cut anywhere, the whole lines are kept and known, and writing goes on after them. What nobody of us wrote stays.
         #[test]
-        fn a_cut_file_is_repaired(n in 0usize..6, cut in 0usize..300, junk in prop::option::of("[a-z]{1,9}")) {
+        fn a_cut_file_is_repaired(
+            n in 0usize..6,
+            cut in 0usize..500,
+            junk in prop::option::of(prop::sample::select(vec!["x", "dear diary\n", "\n \n", "{\"id\":\"batch_req_\0\0\n", "\0\0", "{\"a\":1}\n", "{\"id\":\"1\"}\n"]))
+        ) {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("out.jsonl");
             let text = lines(n);
@@ -160,16 +227,46 @@ mod tests {
             let n_whole = bytes.iter().filter(|&&b| b == b'\n').count();
             if let Some(junk) = junk {
                 bytes.truncate(whole);
-                bytes.extend(junk.bytes().chain(*b"\n"));
+                bytes.extend(junk.bytes());
             }
             std::fs::write(&path, &bytes).unwrap();
-            let (mut out, done) = Output::file(&path, true).unwrap();
-            prop_assert_eq!(done.keys.len(), n_whole);
-            prop_assert_eq!(done.n_failed as usize, n_whole.div_ceil(3));
+            let result = Output::file(&path, true);
+            prop_assert_eq!(&std::fs::read(&path).unwrap(), &bytes, "nothing is changed by looking");
+            if ["x", "dear diary\n", "{\"a\":1}\n", "{\"id\":\"1\"}\n"].contains(&junk.unwrap_or_default()) {
+                let refused = matches!(result, Err(BatchError::NotResults { .. }));
+                prop_assert!(refused);
+                return Ok(());
+            }
+            let (mut out, done) = result.unwrap();
+            prop_assert_eq!(done.custom_ids.len(), n_whole);
+            prop_assert_eq!(done.custom_ids.values().filter(|&&failed| failed).count(), n_whole.div_ceil(3));
+            out.begin().unwrap();
             out.write("{\"id\":\"new\"}\n").unwrap();
             let want = format!("{}{{\"id\":\"new\"}}\n", &text[..whole]);
             prop_assert_eq!(std::fs::read_to_string(&path).unwrap(), want);
         }
+    }
+
+    #[test]
+    fn a_new_file_is_made_when_the_job_begins() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.jsonl");
+        let (mut out, _) = Output::file(&path, false).unwrap();
+        assert!(!path.exists());
+        let (mut other, _) = Output::file(&path, false).unwrap();
+        out.begin().unwrap();
+        out.write("a\n").unwrap();
+        assert!(matches!(other.begin(), Err(BatchError::Busy { .. })));
+        let e = Output::file(&dir.path().join("no/out"), false).err().unwrap().to_string();
+        assert!(e.contains("no doesn't exist: make it first"), "{e}");
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_a_result() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.jsonl");
+        std::fs::write(&path, format!("\u{feff}{}", lines(2))).unwrap();
+        assert_eq!(Output::file(&path, true).unwrap().1.custom_ids.len(), 2);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! A line of the input: what is asked for, checked field by field. What isn't supported is an error, never ignored.
 
+use super::{json_error, text_of};
 use crate::engine::GenerationParams;
 use crate::session::grammar::{Grammar, GrammarError};
 use crate::session::sampler::SamplingParams;
@@ -51,7 +52,7 @@ impl Refused {
         Refused { code, param: None, message: message.into() }
     }
 
-    fn field(name: &str, message: impl std::fmt::Display) -> Self {
+    pub fn field(name: &str, message: impl std::fmt::Display) -> Self {
         Refused { code: "invalid_value", param: Some(name.into()), message: format!("{name} {message}") }
     }
 }
@@ -61,10 +62,13 @@ const COMMON: &str = "model, max_tokens, temperature, top_p, top_k, min_p, typic
      presence_penalty, frequency_penalty, seed, stop, n, logprobs, logit_bias, response_format, ignore_eos, priority, \
      stream (false), user, metadata, store (false)";
 
+/// Completions of one line, for all its prompts, at most: a line's result is held until it's whole.
+const MAX_CHOICES: usize = 2048;
+
 /// The `custom_id` of a line, and the rest of it.
 pub(super) fn line(bytes: &[u8]) -> Result<(String, Map<String, Value>), Refused> {
-    let value: Value =
-        serde_json::from_slice(bytes).map_err(|e| Refused::new("invalid_json", format!("the line isn't JSON: {e}")))?;
+    let value: Value = serde_json::from_slice(text_of(bytes))
+        .map_err(|e| Refused::new("invalid_json", format!("the line isn't JSON: {}", json_error(&e))))?;
     let Value::Object(mut fields) = value else {
         return Err(Refused::new("invalid_json", "the line must be a JSON object"));
     };
@@ -85,6 +89,29 @@ pub(super) fn beginning(fields: &Map<String, Value>) -> Vec<u8> {
         })
     };
     part("messages").or_else(|| part("prompt")).unwrap_or_default()
+}
+
+/// How many prompts a line has, and about how many bytes of text they are.
+pub(super) fn prompts(fields: &Map<String, Value>) -> (u64, u64) {
+    const BYTES_A_TOKEN: usize = 4;
+    let bytes = |v: &Value| match v {
+        Value::String(text) => text.len(),
+        Value::Array(tokens) => BYTES_A_TOKEN * tokens.len(),
+        _ => BYTES_A_TOKEN,
+    };
+    match fields.get("body").and_then(|b| b.get("prompt")) {
+        Some(Value::Array(list)) if !list.is_empty() => {
+            let n = if list.iter().all(Value::is_number) { 1 } else { list.len() };
+            (n as u64, list.iter().map(bytes).sum::<usize>() as u64)
+        }
+        _ => (1, beginning(fields).len() as u64),
+    }
+}
+
+/// How urgent a line is; what isn't a priority is refused later.
+pub(super) fn priority(fields: &Map<String, Value>) -> i32 {
+    let p = fields.get("body").and_then(|b| b.get("priority")).and_then(Value::as_i64);
+    p.and_then(|p| i32::try_from(p).ok()).unwrap_or(0)
 }
 
 /// Whether a line asks for a chat.
@@ -161,14 +188,16 @@ impl Body {
             Some(Value::String(model)) => model,
             Some(_) => return Err(Refused::field("model", "must be a text")),
         };
-        for (name, neutral) in [("stream", Value::Bool(false)), ("store", Value::Bool(false))] {
-            if f.take(name).is_some_and(|v| v != neutral) {
-                return Err(Refused::field(name, "can only be false in a batch"));
-            }
+        f.neutral("stream", false.into())?;
+        f.neutral("store", false.into())?;
+        if !chat {
+            f.neutral("echo", false.into())?;
+            f.neutral("best_of", n.into())?;
         }
         f.take("user");
         f.take("metadata");
         let prompt = if chat { f.messages()? } else { f.prompt()? };
+        prompt.check_number(n as usize)?;
         if let Some((name, _)) = self.fields.iter().find(|(_, v)| !v.is_null()) {
             let own = if chat { "messages, max_completion_tokens, top_logprobs" } else { "prompt" };
             return Err(Refused {
@@ -180,6 +209,14 @@ impl Body {
         Ok(Asked { prompt, n, model, params, priority })
     }
 
+    /// A field that may be there as long as it asks for nothing.
+    fn neutral(&mut self, name: &str, neutral: Value) -> Result<(), Refused> {
+        match self.take(name) {
+            Some(v) if v != neutral => Err(Refused::field(name, format!("can only be {neutral} here, it is {v}"))),
+            _ => Ok(()),
+        }
+    }
+
     fn take(&mut self, name: &str) -> Option<Value> {
         self.fields.remove(name).filter(|v| !v.is_null())
     }
@@ -188,8 +225,12 @@ impl Body {
         if let Some(v) = self.take(name) {
             let x = v.as_f64().filter(|x| range.contains(x));
             let (low, high) = (range.start(), range.end());
-            *to = x.ok_or_else(|| Refused::field(name, format!("must be a number from {low} to {high}, it is {v}")))?
-                as f32;
+            let which = if *high == f64::from(f32::MAX) {
+                format!("of at least {low}")
+            } else {
+                format!("from {low} to {high}")
+            };
+            *to = x.ok_or_else(|| Refused::field(name, format!("must be a number {which}, it is {v}")))? as f32;
         }
         Ok(())
     }
@@ -212,10 +253,12 @@ impl Body {
     }
 
     fn stop(&mut self) -> Result<Vec<String>, Refused> {
-        let texts = match self.take("stop") {
+        let texts: Vec<String> = match self.take("stop") {
             None => return Ok(Vec::new()),
             Some(Value::String(s)) => vec![s],
-            Some(Value::Array(list)) => list.iter().filter_map(|v| v.as_str().map(String::from)).collect(),
+            Some(Value::Array(list)) => {
+                list.iter().map(|v| v.as_str().map(String::from)).collect::<Option<_>>().unwrap_or_default()
+            }
             Some(_) => Vec::new(),
         };
         if texts.is_empty() || texts.len() > 64 || texts.iter().any(String::is_empty) {
@@ -309,6 +352,24 @@ impl Body {
     }
 }
 
+impl Prompt {
+    /// Whether so many completions of each aren't too many.
+    fn check_number(&self, n: usize) -> Result<(), Refused> {
+        let n_prompts = match self {
+            Prompt::Chat(_) => 1,
+            Prompt::Texts(texts) => texts.len(),
+            Prompt::Tokens(tokens) => tokens.len(),
+        };
+        if n_prompts * n <= MAX_CHOICES {
+            return Ok(());
+        }
+        let why = format!(
+            "has {n_prompts} prompts, with n = {n}; a line can have {MAX_CHOICES} completions in all: divide it"
+        );
+        Err(Refused::field("prompt", why))
+    }
+}
+
 /// A message's text, which may be written in parts.
 fn content(v: Option<Value>) -> Option<String> {
     match v {
@@ -382,6 +443,9 @@ mod tests {
         let a = completion(json!({"prompt": "once", "logprobs": 2})).unwrap();
         assert_eq!((a.prompt, a.params.logprobs), (Prompt::Texts(vec!["once".into()]), Some(2)));
         assert_eq!(a.params.sampling, SamplingParams { seed: Some(77), ..SamplingParams::default() });
+        completion(json!({"prompt": vec!["a"; 16], "n": 128, "best_of": 128, "echo": false})).unwrap();
+        let marked = "\u{feff}{\"custom_id\": \"a\"}\r\n";
+        assert_eq!(line(marked.as_bytes()).unwrap().0, "a");
         assert_eq!(completion(json!({"prompt": [1, 2]})).unwrap().prompt, Prompt::Tokens(vec![vec![1, 2]]));
         assert_eq!(completion(json!({"prompt": [[1], [2]]})).unwrap().prompt, Prompt::Tokens(vec![vec![1], vec![2]]));
     }
@@ -400,6 +464,11 @@ mod tests {
             (json!({"prompt": "a", "top_p": 2}), "top_p"),
             (json!({"prompt": "a", "stop": [""]}), "stop"),
             (json!({"prompt": "a", "stop": 5}), "stop"),
+            (json!({"prompt": "a", "stop": ["zzz", 5, null]}), "stop"),
+            (json!({"prompt": "a", "echo": true}), "can only be false"),
+            (json!({"prompt": "a", "n": 2, "best_of": 3}), "can only be 2"),
+            (json!({"prompt": vec!["a"; 17], "n": 128}), "17 prompts, with n = 128"),
+            (json!({"prompt": "a", "temperature": -2}), "of at least 0, it is -2"),
             (json!({"prompt": "a", "logit_bias": {"x": 1}}), "logit_bias"),
             (json!({"prompt": "a", "max_tokens": -1}), "max_tokens"),
             (json!({"prompt": "a", "logprobs": true}), "logprobs"),
@@ -425,6 +494,10 @@ mod tests {
             let e = chat(body.clone()).expect_err(&body.to_string());
             assert!(e.message.contains(word), "{body}: {e}");
         }
+        let deep = format!("{{\"custom_id\": {}", "[".repeat(200));
+        let said = |text: &str| line(text.as_bytes()).unwrap_err().message;
+        assert!(said(&deep).contains("nested more than 127 levels deep"), "{}", said(&deep));
+        assert!(said("{\"custom_id\": }").ends_with("at byte 15"), "{}", said("{\"custom_id\": }"));
         let envelope = |v: Value| read(v).unwrap_err().message;
         assert!(envelope(json!([])).contains("object"));
         assert!(envelope(json!({"url": "/v1/completions"})).contains("custom_id"));

@@ -1,15 +1,20 @@
 //! A job: keeps the engine's queue filled from the input, and writes each result when it's complete.
 
 use super::answer::{self, About, Choice, Whose};
-use super::input::{self, Line, Lines};
+use super::input::{self, Line, Lines, Source};
 use super::output::{Done, Output};
 use super::request::{self, Asked, Prompt, Refused};
-use super::{BatchError, Files, Fnv};
-use crate::engine::{Account, BatchShape, Engine, EngineError, Event, Finish, QueueStats, Request, Ticket};
+use super::{BatchError, Files, Fnv, text_of};
+use crate::engine::{
+    Account, BatchShape, Engine, EngineError, Event, Finish, GenerationParams, QueueStats, Request, Ticket,
+};
 use crate::ops::kv::KvError;
+use crate::session::grammar::GrammarError;
 use crate::session::template::ChatTemplate;
 use serde::Serialize;
 use std::collections::{HashMap, HashSet};
+use std::io::BufRead;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::time::{Duration, Instant};
@@ -28,7 +33,7 @@ pub struct Figures {
     pub done: u64,
     /// Requests in the input; unknown for a pipe.
     pub total: Option<u64>,
-    /// Results that are errors, those of earlier runs too.
+    /// Results that are errors, those of earlier runs too, as far as their requests are in this input.
     pub failed: u64,
     /// Results that an earlier run had written.
     pub resumed: u64,
@@ -50,21 +55,16 @@ pub struct Figures {
     pub interrupted: bool,
 }
 
-/// A job that is about to begin: the input looked through, the output open.
+/// A job that is about to begin: the input looked through, the output read, nothing written.
 pub struct Job {
     source: Source,
     output: Output,
     done: Done,
 }
 
-enum Source {
-    Lines(Lines),
-    Stdin,
-}
-
 /// What comes in while the job runs.
 enum Incoming {
-    /// A line of the standard input; `None` at its end.
+    /// A line of a stream; `None` at its end.
     Line(Result<Option<Line>, BatchError>),
     /// Of a request and one of its choices.
     Event(u64, usize, Event),
@@ -78,8 +78,24 @@ struct InFlight {
     model: String,
     logprobs: bool,
     n_prompt: usize,
+    prompts: Vec<Vec<u32>>,
+    /// Completions of each prompt.
+    n: usize,
+    params: GenerationParams,
+    priority: i32,
+    /// All of them.
     choices: Vec<Choice>,
+    /// Of those that the queue has got.
     tickets: Vec<Ticket>,
+}
+
+impl InFlight {
+    /// Choice `i`, for the queue.
+    fn request(&self, i: usize) -> Request {
+        let mut params = self.params.clone();
+        params.sampling.seed = params.sampling.seed.map(|s| s.wrapping_add(i as u64));
+        Request { prompt: self.prompts[i / self.n].clone(), params, priority: self.priority }
+    }
 }
 
 impl Job {
@@ -88,10 +104,7 @@ impl Job {
     /// # Errors
     /// See [`BatchError`].
     pub fn open(files: &Files) -> Result<Self, BatchError> {
-        let source = match &files.input {
-            Some(path) => Source::Lines(Lines::of_file(path)?),
-            None => Source::Stdin,
-        };
+        let source = Source::open(files.input.as_deref())?;
         let (output, done) = match &files.output {
             Some(path) => Output::file(path, files.resume)?,
             None => (Output::stdout(), Done::default()),
@@ -103,7 +116,7 @@ impl Job {
     pub fn shape(&self) -> BatchShape {
         match &self.source {
             Source::Lines(l) => l.shape(),
-            Source::Stdin => BatchShape::default(),
+            Source::Stream(..) => BatchShape::default(),
         }
     }
 }
@@ -120,25 +133,32 @@ pub fn run(
     stop: &dyn Fn() -> bool,
 ) -> Result<Figures, BatchError> {
     let (send, receive) = channel();
+    let (stream, lines) = match job.source {
+        Source::Lines(lines) => (None, Some(lines)),
+        Source::Stream(input, name) => (Some((input, name)), None),
+    };
     let mut r = Run {
         template: engine.chat_template()?,
+        model: Path::new(engine.gguf().name()).file_name().unwrap_or_default().to_string_lossy().into_owned(),
         window: AHEAD * engine.n_sessions(),
         engine,
         output: job.output,
-        earlier: job.done.keys,
+        earlier: job.done,
         seen: HashSet::new(),
-        stdin: matches!(job.source, Source::Stdin).then(|| read_stdin(send.clone())),
-        lines: if let Source::Lines(l) = job.source { Some(l) } else { None },
+        stream: None,
+        figures: Figures { total: lines.as_ref().map(|l| l.total() as u64), ..Figures::default() },
+        lines,
         events: send,
         in_flight: HashMap::new(),
+        partial: None,
         n_running: 0,
         exhausted: false,
         asked_for_line: false,
         began: Instant::now(),
         before: engine.account(),
-        figures: Figures { failed: job.done.n_failed, ..Figures::default() },
     };
-    r.figures.total = r.lines.as_ref().map(|l| l.total() as u64);
+    r.output.begin()?;
+    r.stream = stream.map(|(input, name)| read_stream(input, name, r.events.clone()));
     let result = r.work(&receive, progress, stop);
     // In any case nothing goes on in the background, and what is written is safe.
     r.in_flight.values().flat_map(|f| &f.tickets).for_each(Ticket::cancel);
@@ -148,15 +168,15 @@ pub fn run(
     Ok(r.figures)
 }
 
-/// Lines of the standard input, one for each permit.
-fn read_stdin(to: Sender<Incoming>) -> SyncSender<()> {
+/// Lines of a stream, one for each permit.
+fn read_stream(mut input: Box<dyn BufRead + Send>, name: String, to: Sender<Incoming>) -> SyncSender<()> {
     let (permits, permitted) = sync_channel::<()>(1);
     std::thread::spawn(move || {
-        let (mut input, mut number) = (std::io::stdin().lock(), 0);
+        let mut number = 0;
         while permitted.recv().is_ok() {
             let line = input::read_line(&mut input, &mut number)
                 .map(|l| l.map(|l| l.0))
-                .map_err(|source| BatchError::Io { name: "the standard input".into(), source });
+                .map_err(|source| BatchError::Io { name: name.clone(), source });
             let last = !matches!(line, Ok(Some(_)));
             if to.send(Incoming::Line(line)).is_err() || last {
                 return;
@@ -169,21 +189,25 @@ fn read_stdin(to: Sender<Incoming>) -> SyncSender<()> {
 struct Run<'e> {
     engine: &'e Engine,
     template: Option<ChatTemplate>,
+    /// The model's name, for answers to requests that name none.
+    model: String,
     output: Output,
     /// Whose results an earlier run has written, as far as their requests haven't come yet.
-    earlier: HashSet<String>,
+    earlier: Done,
     /// The `custom_id`s that have come.
     seen: HashSet<String>,
     lines: Option<Lines>,
-    stdin: Option<SyncSender<()>>,
+    stream: Option<SyncSender<()>>,
     asked_for_line: bool,
     exhausted: bool,
     events: Sender<Incoming>,
     /// By the number of their line.
     in_flight: HashMap<u64, InFlight>,
-    /// Their choices that aren't complete.
+    /// The one of which the queue hasn't got all choices yet.
+    partial: Option<u64>,
+    /// Choices that the queue has got and that aren't complete.
     n_running: usize,
-    /// Choices in flight at most, unless a single request has more.
+    /// How many these are at most.
     window: usize,
     began: Instant,
     before: Account,
@@ -203,20 +227,18 @@ impl Run<'_> {
                 stopped = Some(Instant::now());
                 self.figures.interrupted = true;
             }
-            match stopped {
-                Some(at) if at.elapsed() > GRACE || self.in_flight.is_empty() => return Ok(()),
-                Some(_) => {}
-                None => self.fill()?,
-            }
-            if self.exhausted && self.in_flight.is_empty() {
+            let none_left = self.in_flight.is_empty() && (self.exhausted || stopped.is_some());
+            if none_left || stopped.is_some_and(|at| at.elapsed() > GRACE) {
                 return Ok(());
             }
-            match incoming.recv_timeout(TICK) {
+            // As long as there is something to begin, only what has come already is looked at.
+            let wait = if self.fill(stopped.is_none())? { Duration::ZERO } else { TICK };
+            match incoming.recv_timeout(wait) {
                 Ok(Incoming::Event(number, choice, event)) => self.event(number, choice, event)?,
                 Ok(Incoming::Line(line)) => {
                     self.asked_for_line = false;
                     match line? {
-                        Some(line) => self.begin(line)?,
+                        Some(line) => self.begin(&line)?,
                         None => self.exhausted = true,
                     }
                 }
@@ -227,65 +249,106 @@ impl Run<'_> {
         }
     }
 
-    /// Begins requests until enough are in flight.
-    fn fill(&mut self) -> Result<(), BatchError> {
-        while !self.exhausted && self.n_running < self.window {
-            if let Some(permits) = &self.stdin {
-                if !self.asked_for_line {
-                    self.asked_for_line = permits.try_send(()).is_ok();
-                }
-                return Ok(());
-            }
-            match self.lines.as_mut().map(Lines::next).transpose()?.flatten() {
-                Some(line) => self.begin(line)?,
-                None => self.exhausted = true,
-            }
+    /// Hands a choice to the queue, or else begins a request, if not too many are in flight. Whether there was one.
+    fn fill(&mut self, may_begin: bool) -> Result<bool, BatchError> {
+        if self.n_running >= self.window {
+            return Ok(false);
         }
-        Ok(())
+        if let Some(number) = self.partial {
+            return self.submit(number).map(|()| true);
+        }
+        if self.exhausted || !may_begin {
+            return Ok(false);
+        }
+        if let Some(permits) = &self.stream {
+            self.asked_for_line = self.asked_for_line || permits.try_send(()).is_ok();
+            return Ok(false);
+        }
+        match self.lines.as_mut().map(Lines::next).transpose()?.flatten() {
+            Some(line) => self.begin(&line)?,
+            None => self.exhausted = true,
+        }
+        Ok(true)
     }
 
     /// Begins a request, or writes why it can't be.
-    fn begin(&mut self, line: Line) -> Result<(), BatchError> {
-        let number = line.number;
+    fn begin(&mut self, line: &Line) -> Result<(), BatchError> {
         let parsed = match &line.bytes {
-            Some(b) if b.trim_ascii().is_empty() => return Ok(()),
+            Some(b) if text_of(b).is_empty() => return Ok(()),
             Some(b) => request::line(b),
-            None => Err(Refused::new("line_too_long", "the line is longer than 64 MiB")),
+            None => {
+                let why = format!("the line is longer than {} MiB", input::MAX_LINE >> 20);
+                Err(Refused::new("line_too_long", why))
+            }
         };
         let (custom_id, fields) = match parsed {
             Ok(parsed) => parsed,
-            Err(why) => return self.refuse_line(number, &why),
+            Err(why) => return self.refuse_line(line, &why),
         };
-        if self.earlier.remove(&custom_id) {
+        if let Some(failed) = self.earlier.custom_ids.remove(&custom_id) {
             self.seen.insert(custom_id);
-            self.resumed();
+            self.resumed(failed);
             return Ok(());
         }
         if !self.seen.insert(custom_id.clone()) {
             let why = format!("custom_id {custom_id:?} was on an earlier line");
-            return self.refuse_line(number, &Refused::new("duplicate_custom_id", why));
+            return self.refuse_line(line, &Refused::new("duplicate_custom_id", why));
         }
         let id = input::id_of(&custom_id);
         let chat = request::is_chat(&fields);
         let mut seed = Fnv::default();
         seed.write(custom_id.as_bytes());
-        let begun = request::asked(fields, seed.finish()).and_then(|a| self.submit(number, a, chat, &id, &custom_id));
-        match begun {
-            Ok(()) => Ok(()),
+        let asked = request::asked(fields, seed.finish()).and_then(|a| Ok((self.prompts(&a)?, a)));
+        match asked {
+            Ok((prompts, asked)) => {
+                self.in_flight.insert(line.number, self.in_flight(id, custom_id, chat, asked, prompts));
+                self.partial = Some(line.number);
+                Ok(())
+            }
             Err(why) => self.write_refused(&Whose { id: &id, custom_id: Some(&custom_id) }, &why),
         }
     }
 
-    /// Counts a request whose result was there.
-    fn resumed(&mut self) {
-        self.figures.resumed += 1;
-        self.figures.done += 1;
+    fn in_flight(&self, id: String, custom_id: String, chat: bool, asked: Asked, prompts: Vec<Vec<u32>>) -> InFlight {
+        let n = asked.n as usize;
+        InFlight {
+            id,
+            custom_id,
+            chat,
+            model: if asked.model.is_empty() { self.model.clone() } else { asked.model },
+            logprobs: asked.params.logprobs.is_some(),
+            n_prompt: prompts.iter().map(Vec::len).sum(),
+            choices: (0..n * prompts.len()).map(|_| Choice::default()).collect(),
+            tickets: Vec::new(),
+            prompts,
+            n,
+            params: asked.params,
+            priority: asked.priority,
+        }
     }
 
-    fn submit(&mut self, number: u64, asked: Asked, chat: bool, id: &str, custom_id: &str) -> Result<(), Refused> {
+    /// Counts a request whose result was there.
+    fn resumed(&mut self, failed: bool) {
+        self.figures.resumed += 1;
+        self.figures.done += 1;
+        self.figures.failed += u64::from(failed);
+    }
+
+    /// The tokens of a request's prompts, if the model can go on from them.
+    fn prompts(&self, asked: &Asked) -> Result<Vec<Vec<u32>>, Refused> {
         let prompts = self.tokens(&asked.prompt)?;
-        let n_ctx = self.engine.n_ctx();
+        let (n_ctx, n_vocab) = (self.engine.n_ctx(), self.engine.config().n_vocab);
+        let strange = |t: u32| t as usize >= n_vocab;
+        if let Some((token, _)) = asked.params.sampling.logit_bias.iter().find(|b| strange(b.0)) {
+            return Err(Refused::field("logit_bias", format!("has token {token}, the vocabulary has {n_vocab}")));
+        }
         for p in &prompts {
+            if let Some(&token) = p.iter().find(|t| strange(**t)) {
+                return Err(Refused::field("prompt", format!("has token {token}, the vocabulary has {n_vocab}")));
+            }
+            if p.is_empty() {
+                return Err(Refused::field("prompt", format!("is empty: {}", EngineError::Empty)));
+            }
             let wanted = p.len().saturating_add(asked.params.n_predict.unwrap_or(0));
             if wanted > n_ctx {
                 let rest = asked.params.n_predict.map_or(String::new(), |n| format!(" and {n} to write"));
@@ -297,35 +360,30 @@ impl Run<'_> {
                 return Err(Refused::new("context_length_exceeded", why));
             }
         }
-        let n_choices = prompts.len() * asked.n as usize;
-        let mut f = InFlight {
-            id: id.into(),
-            custom_id: custom_id.into(),
-            chat,
-            model: asked.model,
-            logprobs: asked.params.logprobs.is_some(),
-            n_prompt: prompts.iter().map(Vec::len).sum(),
-            choices: (0..n_choices).map(|_| Choice::default()).collect(),
-            tickets: Vec::with_capacity(n_choices),
+        Ok(prompts)
+    }
+
+    /// Hands the next choice of a request to the queue.
+    fn submit(&mut self, number: u64) -> Result<(), BatchError> {
+        // It may have failed with an earlier choice.
+        let Some(f) = self.in_flight.get_mut(&number) else {
+            self.partial = None;
+            return Ok(());
         };
-        for i in 0..n_choices {
-            let mut params = asked.params.clone();
-            params.sampling.seed = params.sampling.seed.map(|s| s.wrapping_add(i as u64));
-            let prompt = prompts[i / asked.n as usize].clone();
-            let to = self.events.clone();
-            let on_event = move |e| drop(to.send(Incoming::Event(number, i, e)));
-            let ticket = self.engine.submit_with(Request { prompt, params, priority: asked.priority }, on_event);
-            match ticket {
-                Ok(t) => f.tickets.push(t),
-                Err(e) => {
-                    f.tickets.iter().for_each(Ticket::cancel);
-                    return Err(Refused::new("invalid_request", e.to_string()));
+        let i = f.tickets.len();
+        let to = self.events.clone();
+        let on_event = move |e| drop(to.send(Incoming::Event(number, i, e)));
+        match self.engine.submit_with(f.request(i), on_event) {
+            Ok(ticket) => {
+                f.tickets.push(ticket);
+                self.n_running += 1;
+                if f.tickets.len() == f.choices.len() {
+                    self.partial = None;
                 }
+                Ok(())
             }
+            Err(e) => self.failed(number, Arc::new(e)),
         }
-        self.n_running += n_choices;
-        self.in_flight.insert(number, f);
-        Ok(())
     }
 
     /// The tokens of the prompts.
@@ -374,24 +432,21 @@ impl Run<'_> {
     /// What lies in the request, or in what the model makes of it, is its result; what lies in the machine ends the job, so that the
     /// request can be tried again.
     fn failed(&mut self, number: u64, e: Arc<EngineError>) -> Result<(), BatchError> {
-        if !matches!(*e, EngineError::Sampler(_) | EngineError::Grammar(_) | EngineError::Kv(KvError::Full { .. })) {
-            return Err(BatchError::Engine(e));
-        }
+        let Some(why) = own_fault(&e) else { return Err(BatchError::Engine(e)) };
         let Some(f) = self.in_flight.remove(&number) else { return Ok(()) };
         f.tickets.iter().for_each(Ticket::cancel);
-        self.n_running -= f.choices.iter().filter(|c| !c.is_done()).count();
-        let whose = Whose { id: &f.id, custom_id: Some(&f.custom_id) };
-        self.write_refused(&whose, &Refused::new("generation_failed", e.to_string()))
+        self.n_running -= f.tickets.len() - f.choices.iter().filter(|c| c.is_done()).count();
+        self.write_refused(&Whose { id: &f.id, custom_id: Some(&f.custom_id) }, &why)
     }
 
-    /// A line that has no `custom_id` of its own is known by its number.
-    fn refuse_line(&mut self, number: u64, why: &Refused) -> Result<(), BatchError> {
-        let id = format!("batch_line_{number}");
-        if self.earlier.remove(&id) {
-            self.resumed();
+    /// A line that has no `custom_id` of its own is known by its number and its bytes.
+    fn refuse_line(&mut self, line: &Line, why: &Refused) -> Result<(), BatchError> {
+        let id = input::id_of_line(line);
+        if self.earlier.ids.remove(&id) {
+            self.resumed(true);
             return Ok(());
         }
-        let why = Refused { message: format!("line {number}: {}", why.message), ..why.clone() };
+        let why = Refused { message: format!("line {}: {}", line.number, why.message), ..why.clone() };
         self.write_refused(&Whose { id: &id, custom_id: None }, &why)
     }
 
@@ -417,5 +472,18 @@ impl Run<'_> {
             .map(|_| store.bytes_read() as f64 / f.queue.n_computed as f64);
         let fresh = f.done - f.resumed;
         f.seconds_left = f.total.filter(|_| fresh > 0).map(|t| f.seconds / fresh as f64 * (t - f.done.min(t)) as f64);
+    }
+}
+
+/// What is wrong with a request, if it's the request that something is wrong with.
+fn own_fault(e: &EngineError) -> Option<Refused> {
+    match e {
+        EngineError::Grammar(GrammarError::System(_)) => None,
+        EngineError::Grammar(GrammarError::Failed { .. })
+        | EngineError::Sampler(_)
+        | EngineError::Kv(KvError::Full { .. }) => Some(Refused::new("generation_failed", e.to_string())),
+        EngineError::Grammar(e) => Some(Refused::field("response_format", format!("can't be used: {e}"))),
+        EngineError::Stop(_) => Some(Refused::field("stop", format!("can't be used: {e}"))),
+        _ => None,
     }
 }

@@ -268,7 +268,13 @@ fn parse_share(s: &str) -> Result<f32, String> {
 
 /// A file in Lark.
 fn read_grammar(path: &str) -> Result<Grammar, String> {
-    Grammar::lark(&std::fs::read_to_string(path).map_err(|e| e.to_string())?).map_err(|e| e.to_string())
+    let source = std::fs::read_to_string(path).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => {
+            "there is no such file; it takes the name of a file in Lark, not the grammar itself".into()
+        }
+        _ => e.to_string(),
+    })?;
+    Grammar::lark(&source).map_err(|e| e.to_string())
 }
 
 fn parse_schema(s: &str) -> Result<Grammar, String> {

@@ -61,6 +61,7 @@ pub(super) fn run(a: BatchArgs) -> Result<(), Failure> {
     if a.resume && files.output.is_none() {
         return Err(Failure::usage("--resume needs results in a file to go on with: -o FILE"));
     }
+    refuse_same_files(&a)?;
     output::catch_ctrl_c()?;
     let job = Job::open(&files)?;
     let options = options(&a, &job)?;
@@ -83,8 +84,56 @@ pub(super) fn run(a: BatchArgs) -> Result<(), Failure> {
     }
     match &figures {
         f if f.interrupted => Err(Failure::interrupted()),
-        f if f.failed > 0 => Err(Failure::new(format!("{} of {} results are errors", f.failed, f.done))),
+        f if f.failed > 0 => {
+            let are = if f.failed == 1 { "is an error" } else { "are errors" };
+            Err(Failure::new(format!("{} of {} results {are}", f.failed, f.done)))
+        }
         _ => Ok(()),
+    }
+}
+
+/// A job that writes over what it reads, or writes two things to one file, loses one of them.
+fn refuse_same_files(a: &BatchArgs) -> Result<(), Failure> {
+    let stream = |path: &Path, of: &str| if path == Path::new("-") { of.into() } else { path.to_owned() };
+    let files = [
+        ("--input", Some(stream(&a.input, "/dev/stdin"))),
+        ("--output", Some(stream(&a.output, "/dev/stdout"))),
+        ("--record", a.model.record.clone()),
+        ("--model", a.model.model.clone()),
+    ];
+    let files: Vec<(&str, PathBuf)> = files.into_iter().filter_map(|(flag, path)| Some((flag, path?))).collect();
+    for (i, (flag, path)) in files.iter().enumerate() {
+        for (other, with) in &files[i + 1..] {
+            if same_file(path, with) {
+                let path = path.display();
+                return Err(Failure::usage(format!(
+                    "{flag} and {other} are the same file, {path}: give {other} another name"
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether two paths lead to one file, which needn't be there yet.
+fn same_file(a: &Path, b: &Path) -> bool {
+    let place = |path: &Path| {
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Some(folder.canonicalize().ok()?.join(path.file_name()?))
+    };
+    match (a.metadata(), b.metadata()) {
+        (Ok(x), Ok(y)) if x.is_file() && y.is_file() => {
+            #[cfg(unix)]
+            let same = {
+                use std::os::unix::fs::MetadataExt;
+                (x.dev(), x.ino()) == (y.dev(), y.ino())
+            };
+            #[cfg(not(unix))]
+            let same = a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
+            same
+        }
+        (Err(_), Err(_)) => place(a).is_some_and(|a| place(b).is_some_and(|b| a == b)),
+        _ => false,
     }
 }
 
@@ -111,7 +160,7 @@ fn line(f: &Figures) -> String {
     let total = f.total.map_or(String::new(), |t| format!("/{t}"));
     let mut line = format!("{}{total} done", f.done);
     if f.failed > 0 {
-        line += &format!(", {} errors", f.failed);
+        line += &format!(", {} error{}", f.failed, if f.failed == 1 { "" } else { "s" });
     }
     line += &format!(", {:.1} tokens/s in, {:.1} out", f.tokens_in_per_s, f.tokens_out_per_s);
     if let Some(rate) = f.hit_rate {

@@ -92,7 +92,11 @@ pub fn plan_batch(
         Budget::new(&needs(&o, &model, dense, n_ctx), o.memory)
     };
     if let Some(n) = given {
-        budget(n)?;
+        // Fewer sequences are a way out, if there is more than one.
+        budget(n).map_err(|e| match e {
+            EngineError::Budget { budget, smallest } if n > 1 => EngineError::BatchBudget { n, budget, smallest },
+            other => other,
+        })?;
         return Ok(BatchPlan {
             n_sequences: n,
             kv_positions: kv_positions(shape, n, n_ctx),
@@ -116,9 +120,14 @@ fn choose(all: &[(usize, Budget, f64)], shape: &BatchShape, n_ctx: usize, expert
     let best = all.iter().map(|c| c.2).fold(0.0, f64::max);
     let at = all.iter().position(|c| c.2 * WORTH >= best).unwrap_or(0);
     let (n, budget, rate) = all[at];
-    let share = if experts > 0.0 { 100.0 * budget.slots as f64 / experts } else { 100.0 };
+    let sequences = if n == 1 { "1 sequence".into() } else { format!("{n} sequences") };
+    let slots = if experts > 0.0 {
+        format!(" leave slots for {:.0}% of the experts", 100.0 * budget.slots as f64 / experts)
+    } else {
+        String::new()
+    };
     let why = format!(
-        "{n} sequences: {} MiB of KV cache leave slots for {share:.0}% of the experts; expected {:.1} times the tokens/s of one",
+        "{sequences}: {} MiB of KV cache{slots}; expected {:.1} times the tokens/s of one",
         budget.kv >> 20,
         rate / all[0].2
     );
@@ -158,9 +167,20 @@ mod tests {
         let Err(EngineError::Budget { smallest, .. }) = plan(1, None) else { panic!("one MiB is too little") };
         let tight = plan((smallest >> 20) + 1, None).unwrap();
         assert!(tight.n_sequences < wide.n_sequences, "{tight:?}");
-        assert!(plan((smallest >> 20) + 1, Some(5000)).is_err());
+        let e = plan((smallest >> 20) + 1, Some(5000)).unwrap_err().to_string();
+        assert!(e.contains("too little for 5000 sequences") && e.contains("--sequences"), "{e}");
+        let e = plan(1, Some(1)).unwrap_err().to_string();
+        assert!(e.contains("for this model") && !e.contains("--sequences"), "{e}");
+        assert!(wide.why.starts_with(&format!("{} sequences: ", wide.n_sequences)) && wide.why.contains("experts"));
         assert_eq!(plan(2048, Some(5)).unwrap().n_sequences, 5);
         let few = BatchShape { n_sequences: Some(3), ..shape };
         assert!(plan_batch(&gguf, &EngineOptions::default(), &few, None).unwrap().n_sequences <= 3);
+        let one = BatchShape { n_sequences: Some(1), ..shape };
+        let plan = plan_batch(&gguf, &EngineOptions::default(), &one, None).unwrap();
+        assert!(plan.why.starts_with("1 sequence: "), "{}", plan.why);
+        let (bytes, dense, kv, activations, base, slots, chunk, least) = (None, 0, 1 << 20, 0, 0, 0, 1, 0);
+        let budget = Budget { bytes, dense, kv, activations, base, slots, chunk, least };
+        let dense = choose(&[(1, budget, 1.0)], &one, 256, 0.0);
+        assert!(!dense.why.contains("experts"), "{}", dense.why);
     }
 }

@@ -109,6 +109,21 @@ pub enum EngineError {
         /// The smallest that works.
         smallest: u64,
     },
+    /// The memory budget is too small for so many sequences.
+    #[error(
+        "{} MiB of memory are too little for {n} sequences of this model: the least that works with them is {} MiB; fewer of them \
+         (--sequences), a shorter context (-c) or a q8_0 KV cache (-ctk q8_0 -ctv q8_0) would lower it",
+        budget >> 20,
+        smallest.div_ceil(1 << 20)
+    )]
+    BatchBudget {
+        /// Sequences.
+        n: usize,
+        /// The budget.
+        budget: u64,
+        /// The smallest that works.
+        smallest: u64,
+    },
     /// The queue's worker is gone.
     #[error("the engine stopped before this was done: its queue's worker ended; load the model again")]
     Stopped,

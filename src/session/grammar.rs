@@ -8,14 +8,31 @@ use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{InferenceCapabilities, SimpleVob, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
 
 /// The longest grammar or schema, in bytes.
 const MAX_SOURCE: usize = 1 << 20;
+/// How deep rules may lead into each other, in all: llguidance follows them by recursion.
+const MAX_RULE_LEVELS: usize = 10_000;
+/// The same for a schema's references. Where a schema is intersected with what it refers to, it is copied: what that takes grows with the
+/// square of the depth, to some 60 MB here.
+const MAX_SCHEMA_LEVELS: usize = 2000;
+/// Stack for each level: the most that was seen is 4.5 KiB, without optimisation some three times as much.
+const STACK_A_LEVEL: usize = 16 << 10;
+/// Stack for the rest: regular expressions, intersections of schemas.
+const STACK: usize = 4 << 20;
 
-/// What a text has to be like.
+/// What a text has to be like. Clones are one grammar, which is compiled once for all of them if they are used one after the other.
 #[derive(Clone, Debug)]
-pub struct Grammar(TopLevelGrammar);
+pub struct Grammar(Arc<Source>);
+
+#[derive(Debug)]
+struct Source {
+    grammar: TopLevelGrammar,
+    /// A bound on how deep compiling it recurses.
+    n_levels: usize,
+}
 
 /// Why a grammar can't be used.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -28,6 +45,27 @@ pub enum GrammarError {
         /// Its length.
         len: usize,
     },
+    /// It would lead the compiler too deep.
+    #[error(
+        "{what}'s rules or references lead into each other up to {n_levels} levels deep, at most {most} are followed: divide it, or have \
+         fewer definitions"
+    )]
+    TooDeep {
+        /// Grammar or schema.
+        what: &'static str,
+        /// How deep.
+        n_levels: usize,
+        /// How deep it may be.
+        most: usize,
+    },
+    /// It isn't in the language that grammars are written in.
+    #[error(
+        "this is GBNF; grammars are written in llguidance's variant of Lark: a rule is `start: \"yes\" | \"no\"`, the first one is start"
+    )]
+    Gbnf,
+    /// The system has no thread to compile it on.
+    #[error("the system refused a thread to compile the grammar on: {0}")]
+    System(String),
     /// A schema that isn't JSON, or not a schema.
     #[error("the JSON schema can't be read: {0}")]
     Schema(String),
@@ -53,11 +91,17 @@ impl Grammar {
     /// # Errors
     /// If it's too long or empty. Whether it is right is found out when it's first used.
     pub fn lark(source: &str) -> Result<Self, GrammarError> {
-        check_len("the grammar", source)?;
+        let what = "the grammar";
+        check_len(what, source.len())?;
         if source.trim().is_empty() {
             return Err(GrammarError::Compile("it is empty".into()));
         }
-        Ok(Grammar(TopLevelGrammar::from_lark(source.to_string())))
+        if source.lines().any(is_gbnf) {
+            return Err(GrammarError::Gbnf);
+        }
+        let n_levels = lark_levels(source)?;
+        let grammar = TopLevelGrammar::from_lark(source.to_string());
+        Ok(Grammar(Arc::new(Source { grammar, n_levels })))
     }
 
     /// Texts that are JSON and valid under this schema.
@@ -65,15 +109,17 @@ impl Grammar {
     /// # Errors
     /// If the schema is too long or isn't JSON.
     pub fn json_schema(source: &str) -> Result<Self, GrammarError> {
-        check_len("the JSON schema", source)?;
+        check_len(SCHEMA, source.len())?;
         Self::schema(serde_json::from_str(source).map_err(|e| GrammarError::Schema(e.to_string()))?)
     }
 
     /// As [`Grammar::json_schema`], for a schema that was read already.
     ///
     /// # Errors
-    /// If it isn't an object or a boolean.
+    /// If it isn't an object or a boolean, or is too long or too deep.
     pub fn schema(mut schema: Value) -> Result<Self, GrammarError> {
+        check_len(SCHEMA, schema.to_string().len())?;
+        let n_levels = schema_levels(&schema)?;
         match &mut schema {
             // Between tokens of JSON a space, or a new line and its indentation: a weak model would write white space for ever.
             Value::Object(fields) if !fields.contains_key("x-guidance") => {
@@ -82,18 +128,78 @@ impl Grammar {
             Value::Object(_) | Value::Bool(_) => {}
             _ => return Err(GrammarError::Schema("it must be an object".into())),
         }
-        Ok(Grammar(TopLevelGrammar::from_json_schema(schema)))
+        let grammar = TopLevelGrammar::from_json_schema(schema);
+        Ok(Grammar(Arc::new(Source { grammar, n_levels })))
     }
 
     /// Texts that are a JSON object.
     pub fn json_object() -> Self {
         let pattern = json!({ "whitespace_pattern": r"\x20|\x0A\x20{0,20}" });
-        Grammar(TopLevelGrammar::from_json_schema(json!({ "type": "object", "x-guidance": pattern })))
+        let grammar = TopLevelGrammar::from_json_schema(json!({ "type": "object", "x-guidance": pattern }));
+        Grammar(Arc::new(Source { grammar, n_levels: 1 }))
     }
 }
 
-fn check_len(what: &'static str, source: &str) -> Result<(), GrammarError> {
-    if source.len() > MAX_SOURCE { Err(GrammarError::TooLong { what, len: source.len() }) } else { Ok(()) }
+const SCHEMA: &str = "the JSON schema";
+
+fn check_len(what: &'static str, len: usize) -> Result<(), GrammarError> {
+    if len > MAX_SOURCE { Err(GrammarError::TooLong { what, len }) } else { Ok(()) }
+}
+
+/// Whether a line is a rule of GBNF, which no line of Lark can be.
+fn is_gbnf(line: &str) -> bool {
+    line.split_once("::=").is_some_and(|(name, _)| {
+        let name = name.trim();
+        !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || "-_".contains(c))
+    })
+}
+
+/// At least as deep as compiling a grammar recurses: a rule is entered by its colon, once, and a group, a template or a condition by
+/// its bracket. What stands in texts counts as well, so that Lark needn't be read for it.
+fn lark_levels(source: &str) -> Result<usize, GrammarError> {
+    let own = source.bytes().filter(|b| b":([{".contains(b)).count();
+    check_levels("the grammar", own, MAX_RULE_LEVELS)?;
+    let schema = |(at, word): (usize, &str)| {
+        serde_json::Deserializer::from_str(&source[at + word.len()..]).into_iter::<Value>().next()?.ok()
+    };
+    // They are compiled one after the other.
+    let schemas = source.match_indices("%json").filter_map(schema);
+    schemas.map(|s| schema_levels(&s)).try_fold(own, |most, n| Ok(most.max(n?)))
+}
+
+fn check_levels(what: &'static str, n_levels: usize, most: usize) -> Result<usize, GrammarError> {
+    if n_levels > most { Err(GrammarError::TooDeep { what, n_levels, most }) } else { Ok(n_levels) }
+}
+
+/// At least as deep as compiling a schema recurses: it follows each reference once, so that all that are referred to may stand upon
+/// each other.
+fn schema_levels(schema: &Value) -> Result<usize, GrammarError> {
+    let mut references = HashSet::new();
+    let mut n = levels(schema, &mut references);
+    for reference in references {
+        // That bounds the time that counting takes, too.
+        check_levels(SCHEMA, n, MAX_SCHEMA_LEVELS)?;
+        // As llguidance finds it: parts aren't unescaped, and the whole is also `#/`.
+        let parts = reference.strip_prefix("#/").filter(|path| !path.is_empty()).into_iter().flat_map(|p| p.split('/'));
+        let to = parts.clone().try_fold(schema, |at, part| match at {
+            Value::Array(list) => list.get(part.parse::<usize>().ok()?),
+            other => other.get(part),
+        });
+        n += 1 + to.map_or(0, |to| levels(to, &mut HashSet::new()));
+    }
+    check_levels(SCHEMA, n, MAX_SCHEMA_LEVELS)
+}
+
+/// The levels of objects and lists in each other, and what they refer to.
+fn levels<'v>(v: &'v Value, references: &mut HashSet<&'v str>) -> usize {
+    match v {
+        Value::Object(fields) => {
+            references.extend(fields.get("$ref").and_then(Value::as_str));
+            1 + fields.values().map(|v| levels(v, references)).max().unwrap_or(0)
+        }
+        Value::Array(list) => 1 + list.iter().map(|v| levels(v, references)).max().unwrap_or(0),
+        _ => 0,
+    }
 }
 
 /// A vocabulary as llguidance sees it: a tree of bytes, and how the model's own tokeniser divides text.
@@ -122,6 +228,8 @@ impl TokenizerEnv for Vocabulary {
 /// What grammars are compiled with.
 pub struct Grammars {
     factory: ParserFactory,
+    /// The grammar that was compiled last, before its first token: most are used many times in turn.
+    last: Mutex<Option<(Grammar, GrammarState)>>,
 }
 
 impl Grammars {
@@ -143,7 +251,7 @@ impl Grammars {
         let slices = llguidance::earley::SlicedBiasComputer::general_slices();
         let mut factory = ParserFactory::new(&env, InferenceCapabilities::default(), &slices).map_err(compile)?;
         factory.quiet().limits_mut().verbose_errors = false;
-        Ok(Grammars { factory })
+        Ok(Grammars { factory, last: Mutex::default() })
     }
 
     /// The state of a text that is to follow this grammar.
@@ -151,20 +259,50 @@ impl Grammars {
     /// # Errors
     /// If the grammar is wrong or too large, or uses what isn't supported.
     pub fn start(&self, grammar: &Grammar) -> Result<GrammarState, GrammarError> {
-        let matcher = Matcher::new(self.factory.create_parser(grammar.0.clone()));
-        match matcher.get_error() {
-            Some(why) => Err(GrammarError::Compile(why)),
-            None => Ok(GrammarState { matcher, mask: None, n_tokens: 0 }),
+        let mut last = self.last.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((_, state)) = last.as_ref().filter(|(of, _)| Arc::ptr_eq(&of.0, &grammar.0)) {
+            return Ok(state.fork());
         }
+        let state = self.compile(grammar)?;
+        *last = Some((grammar.clone(), state.fork()));
+        Ok(state)
+    }
+
+    /// Compiles on a thread of its own, whose stack is as deep as this grammar may need it.
+    fn compile(&self, grammar: &Grammar) -> Result<GrammarState, GrammarError> {
+        let source = &*grammar.0;
+        let work = || {
+            let matcher = Matcher::new(self.factory.create_parser(source.grammar.clone()));
+            match matcher.get_error() {
+                Some(why) => Err(compile(why)),
+                None => Ok(GrammarState { matcher, mask: None, n_tokens: 0 }),
+            }
+        };
+        std::thread::scope(|s| {
+            let thread = std::thread::Builder::new().name("oncall-grammar".into());
+            let thread = thread.stack_size(STACK + source.n_levels * STACK_A_LEVEL);
+            let thread = thread.spawn_scoped(s, work).map_err(|e| GrammarError::System(e.to_string()))?;
+            thread.join().unwrap_or_else(|_| Err(compile("the compiler panicked; please report the grammar")))
+        })
     }
 }
 
 fn compile(e: impl std::fmt::Display) -> GrammarError {
-    GrammarError::Compile(e.to_string())
+    GrammarError::Compile(readable(&e.to_string()))
+}
+
+/// llguidance's messages without what is for its authors, and not longer than anybody reads.
+fn readable(message: &str) -> String {
+    let message = message.split("\n<").next().unwrap_or_default().trim_end();
+    match message {
+        "NoExtensionBias" | "NoExtension" => {
+            "no token can come next: no text that the vocabulary can spell follows it".into()
+        }
+        _ => message.chars().take(1000).collect(),
+    }
 }
 
 /// Where in its grammar a text is.
-#[derive(Clone)]
 pub struct GrammarState {
     matcher: Matcher,
     mask: Option<SimpleVob>,
@@ -172,6 +310,12 @@ pub struct GrammarState {
 }
 
 impl GrammarState {
+    /// A copy that shares nothing, not even the lexer's states, whose number is bounded: what one text does changes nothing for
+    /// another.
+    fn fork(&self) -> Self {
+        GrammarState { matcher: self.matcher.deep_clone(), mask: self.mask.clone(), n_tokens: self.n_tokens }
+    }
+
     /// The tokens that may come next: token `t` is bit `t % 32` of word `t / 32`.
     ///
     /// # Errors
@@ -202,7 +346,7 @@ impl GrammarState {
     }
 
     fn failed(&self, e: impl std::fmt::Display) -> GrammarError {
-        GrammarError::Failed { n_tokens: self.n_tokens, why: e.to_string() }
+        GrammarError::Failed { n_tokens: self.n_tokens, why: readable(&e.to_string()) }
     }
 }
 
@@ -299,6 +443,93 @@ mod tests {
         let e = start(Grammar::json_schema(r#"{"type":"object","if":{}}"#).unwrap());
         assert!(e.contains("if"), "what isn't supported isn't ignored: {e}");
         let mut state = grammars.start(&Grammar::lark("start: \"yes\"").unwrap()).unwrap();
-        state.accept(7).unwrap_err();
+        let e = state.accept(7).unwrap_err().to_string();
+        assert!(!e.contains('<'), "{e}");
+        let mut state = grammars.start(&Grammar::lark("start: A\nA: /a/ & /b/").unwrap()).unwrap();
+        let e = state.mask().unwrap_err().to_string();
+        assert!(e.contains("no token can come next"), "{e}");
+        assert_eq!(Grammar::lark("root ::= \"a\"").unwrap_err(), GrammarError::Gbnf);
+        let long = json!({ "enum": ["x".repeat(MAX_SOURCE)] });
+        assert!(matches!(Grammar::schema(long), Err(GrammarError::TooLong { .. })));
+    }
+
+    /// A schema whose definitions are a chain, and the Lark rules of one.
+    fn chain(n: usize, link: impl Fn(Value) -> Value) -> Value {
+        let mut defs: serde_json::Map<String, Value> =
+            (0..n).map(|i| (format!("a{i}"), link(json!({ "$ref": format!("#/$defs/a{}", i + 1) })))).collect();
+        defs.insert(format!("a{n}"), json!({ "type": "null" }));
+        json!({ "$ref": "#/$defs/a0", "$defs": defs })
+    }
+
+    fn rules(n: usize, link: impl Fn(String) -> String) -> String {
+        let rules: String = (0..n).map(|i| format!("a{i}: {}\n", link(format!("a{}", i + 1)))).collect();
+        format!("start: a0\n{rules}a{n}: \"yes\"\n")
+    }
+
+    /// On a thread with a small stack, as this one is: what is taken can be compiled and used, the rest is an error.
+    #[test]
+    fn long_chains_need_no_stack_of_the_caller() {
+        let t = Arc::new(tokenizer());
+        let grammars = Grammars::new(t.clone(), t.n_vocab()).unwrap();
+        let links: [&dyn Fn(Value) -> Value; 8] = [
+            &|r| r,
+            &|r| json!({ "type": "object", "properties": { "x": r } }),
+            &|r| json!({ "items": r }),
+            &|r| json!({ "prefixItems": [r] }),
+            &|r| json!({ "anyOf": [r] }),
+            &|r| json!({ "allOf": [r, { "type": ["object", "null"] }] }),
+            &|r| json!({ "additionalProperties": r }),
+            &|r| json!({ "properties": { "x": { "allOf": [r, { "type": ["object", "null"] }] } } }),
+        ];
+        let mut all: Vec<(bool, Result<Grammar, GrammarError>)> = Vec::new();
+        for link in links {
+            let depth = levels(&link(json!({})), &mut HashSet::new()) + 1;
+            all.push((true, Grammar::schema(chain(MAX_SCHEMA_LEVELS / depth - 3, link))));
+            all.push((false, Grammar::schema(chain(MAX_SCHEMA_LEVELS / depth + 300, link))));
+        }
+        // Each level of a schema by a name of its own.
+        let nest = (0..50).fold(json!({ "type": "null" }), |v, _| json!({ "items": v }));
+        let aliases: Vec<Value> =
+            (0..50).map(|i| json!({ "$ref": format!("#/$defs/n{}", "/items".repeat(i)) })).collect();
+        let defs = json!({ "$defs": { "n": nest }, "anyOf": aliases });
+        all.push((true, Grammar::schema(defs.clone())));
+        all.push((true, Grammar::lark(&format!("start: %json {defs}"))));
+        all.push((false, Grammar::lark(&format!("start: %json {}", chain(MAX_SCHEMA_LEVELS, |r| r)))));
+        all.push((true, Grammar::lark(&rules(MAX_RULE_LEVELS - 10, |r| r))));
+        all.push((true, Grammar::lark(&rules(MAX_RULE_LEVELS / 9 - 10, |r| format!("(((((((({r}))))))))")))));
+        all.push((true, Grammar::lark(&rules(MAX_RULE_LEVELS - 10, |r| r).replace('a', "A"))));
+        all.push((false, Grammar::lark(&rules(MAX_RULE_LEVELS, |r| r))));
+        let mut conditions = format!("start: a::0\na::_: \"yes\" %if {}true{}", "not(".repeat(9000), ")".repeat(9000));
+        all.push((true, Grammar::lark(&conditions)));
+        conditions = format!("start: a{}\n", "{a".repeat(9000));
+        all.push((true, Grammar::lark(&conditions)));
+        for (i, (fits, grammar)) in all.into_iter().enumerate() {
+            match grammar {
+                Ok(g) => {
+                    assert!(fits, "{i}");
+                    if let Ok(mut state) = grammars.start(&g) {
+                        state.forced();
+                        state.mask().map(drop).unwrap_or_default();
+                        drop(state.fork());
+                    }
+                }
+                Err(e) => assert!(!fits && matches!(e, GrammarError::TooDeep { .. }), "{i}: {e}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_grammar_is_compiled_once_and_its_states_share_nothing() {
+        let t = Arc::new(tokenizer());
+        let grammars = Grammars::new(t.clone(), t.n_vocab()).unwrap();
+        let grammar = Grammar::lark("start: \"yes\" | \"12\"").unwrap();
+        let mut first = grammars.start(&grammar).unwrap();
+        first.accept(6).unwrap();
+        assert!(Arc::ptr_eq(&grammars.last.lock().unwrap().as_ref().unwrap().0.0, &grammar.0));
+        let mut second = grammars.start(&grammar.clone()).unwrap();
+        second.accept(7).unwrap();
+        assert!(first.is_complete() && second.is_complete());
+        let other = Grammar::lark("start: \"yes\"").unwrap();
+        grammars.start(&other).unwrap().accept(7).unwrap_err();
     }
 }
