@@ -174,6 +174,44 @@ fn a_closed_pipe_ends_quietly() {
 }
 
 #[test]
+#[cfg(target_os = "linux")] // its full device
+fn a_standard_error_that_can_t_be_written_changes_nothing() {
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (requests, results) = (dir.path().join("in"), dir.path().join("out"));
+    let body = r#"{"prompt": "Once", "max_tokens": 2}"#;
+    std::fs::write(
+        &requests,
+        format!(r#"{{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {body}}}"#),
+    )
+    .unwrap();
+    let args = ["batch", "-i", requests.to_str().unwrap(), "-o", results.to_str().unwrap()];
+    assert_eq!(oncall(&args).stderr(full()).status().unwrap().code(), Some(0));
+    assert_eq!(std::fs::read_to_string(&results).unwrap().lines().count(), 1);
+    let json = [&args[..], &["--resume", "--json"]].concat();
+    assert_eq!(oncall(&json).stderr(full()).stdout(Stdio::null()).status().unwrap().code(), Some(0));
+    assert_eq!(oncall(&["show", "missing.gguf"]).stderr(full()).status().unwrap().code(), Some(1));
+    // Warnings go another way.
+    let heated = |args: &[&str]| {
+        let mut c = oncall(args);
+        c.env("XDG_CACHE_HOME", dir.path()).stdout(Stdio::null());
+        c
+    };
+    let args = ["run", "-m", "models/tinymoe-stories-Q8_0.gguf", "Once", "-n", "2"];
+    out(&heated(&args).output().unwrap());
+    let damage = || {
+        for file in std::fs::read_dir(dir.path().join("oncall")).unwrap() {
+            std::fs::write(file.unwrap().path(), "damaged").unwrap();
+        }
+    };
+    damage();
+    assert_eq!(heated(&args).stderr(full()).status().unwrap().code(), Some(0));
+    damage();
+    let warned = err(&heated(&args).output().unwrap());
+    assert!(warned.contains("WARN") && !warned.contains('\u{1b}'), "no colours without a terminal: {warned:?}");
+}
+
+#[test]
 #[cfg(unix)]
 fn ctrl_c_stops_the_answer() {
     let mut child = oncall(&["run", "--raw", "Once upon a time", "--ignore-eos", "-c", "100000"])

@@ -79,7 +79,7 @@ pub(super) fn run(a: BatchArgs) -> Result<(), Failure> {
     if a.json && files.output.is_some() {
         output::json(&figures)?;
     } else if a.json {
-        eprintln!("{}", serde_json::to_string(&figures)?);
+        output::tell(&serde_json::to_string(&figures)?);
     }
     match &figures {
         f if f.interrupted => Err(Failure::interrupted()),

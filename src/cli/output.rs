@@ -28,10 +28,15 @@ pub(super) fn json(value: &impl serde::Serialize) -> Result<(), Failure> {
     text(&format!("{}\n", serde_json::to_string(value)?))
 }
 
+/// A line on stderr, where its styles show if that's a terminal. If it can't be written there is nobody to tell, and the work goes on.
+pub(super) fn tell(line: &str) {
+    let _ = writeln!(anstream::stderr(), "{line}");
+}
+
 /// A line about the work on stderr, dimmed in a terminal.
 pub(super) fn note(line: &str) {
     let style = anstyle::Style::new().dimmed();
-    anstream::eprintln!("{style}{line}{style:#}");
+    tell(&format!("{style}{line}{style:#}"));
 }
 
 /// A progress bar on stderr, if that's a terminal, for what takes over a second: it appears after half of one.
