@@ -61,7 +61,7 @@ pub(super) fn run(a: BatchArgs) -> Result<(), Failure> {
     if a.resume && files.output.is_none() {
         return Err(Failure::usage("--resume needs results in a file to go on with: -o FILE"));
     }
-    output::catch_ctrl_c()?;
+    output::catch_ctrl_c();
     let job = Job::open(&files)?;
     let options = options(&a, &job)?;
     let engine = a.model.load_with(&options)?;

@@ -49,7 +49,7 @@ struct Chat {
 }
 
 pub(super) fn run(a: ChatArgs) -> Result<(), Failure> {
-    output::catch_ctrl_c()?;
+    output::catch_ctrl_c();
     let engine = a.model.load()?;
     let template = engine.chat_template()?;
     if template.is_none() && a.system.is_some() {

@@ -103,12 +103,11 @@ pub fn main() -> ExitCode {
         .log_internal_errors(false)
         .init();
     let cli = Cli::parse_from(args::rewrite(std::env::args_os()));
-    match run(cli.command) {
+    match output::handle_ctrl_c().and_then(|()| run(cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(f) => {
             if !f.message.is_empty() {
-                let style = anstyle::AnsiColor::Red.on_default().bold();
-                output::tell(&format!("{style}error:{style:#} {}", f.message));
+                output::error(&f.message);
             }
             ExitCode::from(f.code)
         }
