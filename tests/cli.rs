@@ -1,8 +1,10 @@
 //! The real program, as a user or a script meets it.
 
+use oncall::gguf::{Gguf, GgufWriter};
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 fn oncall(args: &[&str]) -> Command {
     let mut c = Command::new(env!("CARGO_BIN_EXE_oncall"));
@@ -192,6 +194,44 @@ fn a_closed_pipe_ends_quietly() {
 }
 
 #[test]
+#[cfg(target_os = "linux")] // its full device
+fn a_standard_error_that_can_t_be_written_changes_nothing() {
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (requests, results) = (dir.path().join("in"), dir.path().join("out"));
+    let body = r#"{"prompt": "Once", "max_tokens": 2}"#;
+    std::fs::write(
+        &requests,
+        format!(r#"{{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {body}}}"#),
+    )
+    .unwrap();
+    let args = ["batch", "-i", requests.to_str().unwrap(), "-o", results.to_str().unwrap()];
+    assert_eq!(oncall(&args).stderr(full()).status().unwrap().code(), Some(0));
+    assert_eq!(std::fs::read_to_string(&results).unwrap().lines().count(), 1);
+    let json = [&args[..], &["--resume", "--json"]].concat();
+    assert_eq!(oncall(&json).stderr(full()).stdout(Stdio::null()).status().unwrap().code(), Some(0));
+    assert_eq!(oncall(&["show", "missing.gguf"]).stderr(full()).status().unwrap().code(), Some(1));
+    // Warnings go another way.
+    let heated = |args: &[&str]| {
+        let mut c = oncall(args);
+        c.env("XDG_CACHE_HOME", dir.path()).stdout(Stdio::null());
+        c
+    };
+    let args = ["run", "-m", "models/tinymoe-stories-Q8_0.gguf", "Once", "-n", "2"];
+    out(&heated(&args).output().unwrap());
+    let damage = || {
+        for file in std::fs::read_dir(dir.path().join("oncall")).unwrap() {
+            std::fs::write(file.unwrap().path(), "damaged").unwrap();
+        }
+    };
+    damage();
+    assert_eq!(heated(&args).stderr(full()).status().unwrap().code(), Some(0));
+    damage();
+    let warned = err(&heated(&args).output().unwrap());
+    assert!(warned.contains("WARN") && !warned.contains('\u{1b}'), "no colours without a terminal: {warned:?}");
+}
+
+#[test]
 #[cfg(unix)]
 fn ctrl_c_stops_the_answer() {
     let mut child = oncall(&["run", "--raw", "Once upon a time", "--ignore-eos", "-c", "100000"])
@@ -204,6 +244,164 @@ fn ctrl_c_stops_the_answer() {
     Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     let o = child.wait_with_output().unwrap();
     assert_eq!(o.status.code(), Some(130), "{}", err(&o));
+}
+
+/// The model that is built in, changed, in a file.
+fn changed_model(path: &Path, change: impl FnOnce(&mut GgufWriter)) {
+    let source = Gguf::open(Path::new("models/tinymoe-stories-Q8_0.gguf")).unwrap();
+    let mut writer = GgufWriter::new();
+    writer.set_all(source.metadata());
+    for t in source.tensors() {
+        writer.tensor(&t.name, t.shape(), t.format);
+    }
+    change(&mut writer);
+    let mut file = writer.create(path, false).unwrap();
+    for t in source.tensors() {
+        let mut data = vec![0; t.n_bytes as usize];
+        source.read_at(t, 0, &mut data).unwrap();
+        file.write(&data).unwrap();
+    }
+    // Of a tensor that was added.
+    if file.pending().is_some() {
+        file.write(&[0; 4]).unwrap();
+    }
+    file.finish().unwrap();
+}
+
+#[test]
+fn what_a_file_says_does_nothing_to_the_terminal() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("red\u{1b}[31m.gguf");
+    changed_model(&path, |w| {
+        w.set("tokenizer.chat_template", "{{ raise_exception('\u{1b}[31;42mRED\nline') }}");
+        w.set("key\u{1b}[31m", "value");
+        w.set("llama.block_count", 5u32);
+        w.tensor("name\u{1b}[31m", &[1], oncall::quant::by_name("f32").unwrap());
+    });
+    let path = path.to_str().unwrap();
+    let o = run(&["run", "--no-heat", "-m", path, "hi"]);
+    let said = err(&o);
+    assert_eq!(o.status.code(), Some(1));
+    assert!(said.contains("red\\u{1b}[31m.gguf: ") && said.contains("\\u{1b}[31;42mRED\\nline"), "{said:?}");
+    assert!(said.contains("block_count is 5") && !said.contains('\u{1b}'), "{said:?}");
+    let shown = out(&run(&["show", "-m", path, "--metadata", "--tensors", "--kernels"]));
+    assert!(shown.contains("key\\u{1b}[31m = ") && shown.contains("name\\u{1b}[31m ") && !shown.contains('\u{1b}'));
+    let v: serde_json::Value =
+        serde_json::from_str(&out(&run(&["show", path, "--json", "--metadata", "--tensors"]))).unwrap();
+    assert_eq!((&v["metadata"]["key\u{1b}[31m"], &v["metadata"]["llama.block_count"]), (&"value".into(), &5.into()));
+    assert_eq!(v["tensors"].as_array().unwrap().last().unwrap()["name"], "name\u{1b}[31m");
+    let broken = dir.path().join("broken.gguf");
+    changed_model(&broken, |w| {
+        w.remove("llama.embedding_length").remove("tokenizer.ggml.model");
+    });
+    for command in ["show", "plan", "run", "tokenize"] {
+        let o = run(&[command, "-m", broken.to_str().unwrap()]);
+        assert!(err(&o).contains("broken.gguf"), "{command}: {}", err(&o));
+    }
+}
+
+#[test]
+fn no_output_takes_the_model_s_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, text) = (dir.path().join("m.gguf"), dir.path().join("text"));
+    std::fs::copy("models/tinymoe-stories-Q8_0.gguf", &model).unwrap();
+    std::fs::write(&text, "Once upon a time there was a little girl and a dog.").unwrap();
+    let before = std::fs::read(&model).unwrap();
+    let (m, text) = (model.to_str().unwrap(), text.to_str().unwrap());
+    for args in [
+        &["logits", "-m", m, "--no-heat", "--tokens", "1", "-o", m][..],
+        &["perplexity", "-m", m, "--no-heat", "-c", "8", "-f", text, "--save-logits", m],
+        &["experts", "-m", m, "--no-heat", "-n", "1", "--svg", m],
+        &["run", "-m", m, "--no-heat", "hi", "-n", "1", "--record", m],
+        &["quantize", m, m, "q4_0", "--overwrite"],
+    ] {
+        let o = run(args);
+        assert!(o.status.code() == Some(1) && err(&o).contains("is the model itself"), "{args:?}: {}", err(&o));
+        assert!(std::fs::read(&model).unwrap() == before, "{args:?}");
+    }
+    #[cfg(target_os = "linux")]
+    {
+        let o = run(&["logits", "--tokens", "1", "-o", "/dev/full"]);
+        assert!(err(&o).contains("\"/dev/full\"") && !err(&o).contains("removed"), "{}", err(&o));
+        let o = run(&["quantize", m, dir.path().join("no/folder").to_str().unwrap(), "q4_0"]);
+        assert!(o.status.code() == Some(1) && !err(&o).contains("rounded"), "{}", err(&o));
+    }
+}
+
+#[test]
+#[cfg(unix)]
+fn ctrl_c_leaves_no_file_and_ends_with_its_code() {
+    let dir = tempfile::tempdir_in(".").unwrap();
+    let names = || std::fs::read_dir(dir.path()).unwrap().count();
+    let interrupt = |child: &std::process::Child| {
+        Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+        std::thread::sleep(Duration::from_millis(30));
+    };
+    let start = |args: &[&str]| oncall(args).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let mut children = [
+        start(&["doctor", "--dir", dir.path().to_str().unwrap()]),
+        start(&["experts", "--json", "-n", "90000", "-c", "100000"]),
+        // It waits for its input.
+        start(&["tokenize"]),
+    ];
+    std::thread::sleep(Duration::from_millis(700));
+    for child in &mut children {
+        interrupt(child);
+        assert_eq!(child.wait().unwrap().code(), Some(130));
+    }
+    assert_eq!(names(), 0);
+    // The second one doesn't wait for the end of a long chunk.
+    let (text, logits) = (dir.path().join("text"), dir.path().join("logits"));
+    std::fs::write(&text, "once upon a time ".repeat(12_000)).unwrap();
+    let (text, logits) = (text.to_str().unwrap(), logits.to_str().unwrap());
+    let mut child = start(&["perplexity", "-f", text, "-c", "40000", "--save-logits", logits]);
+    while !Path::new(&format!("{logits}.part")).exists() {
+        assert!(child.try_wait().unwrap().is_none());
+    }
+    interrupt(&child);
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(names(), 1);
+}
+
+#[test]
+fn an_environment_s_model_gives_way() {
+    let with = |model: &str, args: &[&str]| oncall(args).env("ONCALL_MODEL", model).output().unwrap();
+    assert!(out(&with("models/tinymoe-stories-Q8_0.gguf", &["show"])).contains("tinymoe"));
+    let missing = with("missing.gguf", &["show"]);
+    assert!(missing.status.code() == Some(1) && err(&missing).contains("missing.gguf"), "{}", err(&missing));
+    out(&with("missing.gguf", &["show", "models/tinymoe-stories-Q8_0.gguf"]));
+    out(&with("", &["run", "Once", "-n", "1"]));
+    let o = with("missing.gguf", &["doctor", "--dir", "/no/such/folder"]);
+    assert!(o.status.code() == Some(1) && err(&o).contains("/no/such/folder"), "{}", err(&o));
+    assert_eq!(run(&["doctor", "-m", "x", "--dir", "y"]).status.code(), Some(2));
+}
+
+#[test]
+fn numbers_below_nothing_and_above_everything() {
+    let o = run(&["run", "--raw", "Once upon a time", "-n", "-1", "-s", "-1"]);
+    assert!(out(&o).len() > 20);
+    for (args, code, words) in [
+        (&["run", "x", "--top-p", "-0.1"][..], 1, "top_p is -0.1"),
+        (&["run", "x", "--memory", "99999999999999999999G"], 2, "no machine"),
+        (&["bench", "-p", "1", "-n", "18446744073709551615", "-d", "1", "-r", "1"], 2, "--predict"),
+        (&["bench", "-c", "10", "-p", "20", "-n", "0", "-r", "1"], 2, "pp20 needs a context of 20"),
+        (&["perplexity", "-f", "models/heldout_sample.txt", "--chunks", "0"], 2, "--chunks"),
+        (&["perplexity", "-f", "models/heldout_sample.txt", "-c", "3"], 2, "-c 3 is too short"),
+        (&["perplexity", "-f", "models/heldout_sample.txt", "--kl-base", "/dev/null"], 1, "/dev/null: it is too short"),
+    ] {
+        let o = run(args);
+        assert!(o.status.code() == Some(code) && err(&o).contains(words), "{args:?}: {}", err(&o));
+    }
+}
+
+#[test]
+fn one_is_told_as_one() {
+    assert_eq!(err(&run(&["tokenize", "--no-special", "Once"])), "1 token\n");
+    let o = run(&["run", "--raw", "Once", "-n", "1"]);
+    assert!(err(&o).contains(", wrote 1, "), "one token takes no pass, so it has no rate: {}", err(&o));
+    let text = out(&run(&["bench", "-p", "2", "-n", "0", "-r", "1", "-t", "1"]));
+    assert!(text.contains(", 1 thread, "), "{text}");
 }
 
 #[test]
@@ -219,9 +417,15 @@ fn bench_measures_prompts_and_answers_at_several_depths() {
 #[test]
 fn help_teaches_and_the_manual_is_there() {
     let help = out(&run(&["--help"]));
-    for word in ["run", "chat", "show", "quantize", "Examples:", "Exit codes"] {
+    for word in ["run", "chat", "show", "quantize", "Examples:", "Exit codes", "ONCALL_MODEL"] {
         assert!(help.contains(word), "{word}");
     }
+    let says = |command: &str| out(&run(&[command, "--help"]));
+    assert!(
+        says("perplexity").contains("[default: 512]")
+            && says("bench").contains("[default: what the longest test needs]")
+    );
+    assert!(says("bench").contains("tg128 @ d8192"));
     assert!(out(&run(&["man"])).starts_with(".ie"));
     assert!(out(&run(&["completions", "bash"])).contains("oncall"));
     assert!(Path::new("models/tinymoe-stories-Q8_0.gguf").exists());

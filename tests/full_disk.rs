@@ -61,12 +61,13 @@ fn a_disk_that_fills_up_while_quantising_leaves_nothing() {
             assert!(done < total / 2, "most is still to come");
             disk.fill_but(64 << 10);
         }
+        true
     });
     let error = error.unwrap_err().to_string();
     assert!(error.contains("small.gguf") && error.contains("free some"), "{error}");
     assert_eq!(disk.names(), ["filler"]);
     disk.make_room();
-    plan.write(&to, false, &mut |_, _| ()).unwrap();
+    plan.write(&to, false, &mut |_, _| true).unwrap();
     assert_eq!(disk.names(), ["small.gguf"]);
     oncall::gguf::Gguf::open(&to).unwrap();
 }

@@ -337,6 +337,11 @@ fn lies_are_named() {
             |e| matches!(e, E::Overlap { first, second } if first == "a" && second == "b"),
         ),
         (
+            "the same tensor twice",
+            two().tensor("a", &[4], F32, 0).tensor("a", &[4], F32, 0).data(64),
+            |e| matches!(e, E::DuplicateTensor { tensor } if tensor == "a"),
+        ),
+        (
             "a name twice",
             two().tensor("a", &[4], F32, 0).tensor("a", &[4], F32, 32).data(64),
             |e| matches!(e, E::DuplicateTensor { tensor } if tensor == "a"),

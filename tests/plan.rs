@@ -100,6 +100,26 @@ fn the_table_goes_from_the_smallest_budget_to_no_reads() {
     }
 }
 
+/// A budget that is asked for has a row, however large, beside what the machine has; others that change nothing have none.
+#[test]
+fn the_budget_that_was_asked_for_is_told() {
+    let plan = json(&["plan", "--memory", "100000GiB"]);
+    assert_eq!(plan["budgets"].as_array().unwrap().last().unwrap()["bytes"], 100_000u64 << 30);
+    let table = text(&oncall(&["plan", "--memory", "100000GiB"]));
+    assert!(table.contains("budget asked for 100000.00 GiB, more than this machine can spare"), "{table}");
+    assert!(table.lines().last().unwrap().starts_with("100000.00 GiB ") && table.ends_with("<\n"), "{table}");
+    let table = text(&oncall(&["plan"]));
+    assert!(table.contains("memory to spare") && !table.contains("budget asked for"), "{table}");
+    let rows: Vec<&str> = table
+        .lines()
+        .skip_while(|l| !l.contains("tokens/s"))
+        .skip(1)
+        .filter_map(|l| l.split_once("iB "))
+        .map(|r| r.1)
+        .collect();
+    assert!(rows.len() > 2 && rows.windows(2).all(|w| w[0] != w[1]), "{table}");
+}
+
 /// A download that has just begun: all sizes are in its header. What needs the weights says that they're missing.
 #[test]
 fn the_header_alone_is_enough() {
@@ -166,6 +186,9 @@ fn a_recorded_run_can_be_replayed_and_planned_with() {
     let path = path.to_str().unwrap();
     let row = json(&["replay", "--trace", path, "--slots", "8", "--policy", "stay", "--sharing", "global"]);
     assert!(row["hit_rate"].as_f64().unwrap() > 0.9, "{row}");
+    let rows = text(&oncall(&["replay", "--trace", path, "--policy", "stay", "--sharing", "global", "--json"]));
+    let slots = |row: &str| serde_json::from_str::<Value>(row).unwrap()["slots"].as_u64().unwrap();
+    assert_eq!(rows.lines().map(slots).collect::<Vec<_>>(), [3, 4, 6], "numbers that matter for 2 of 8 experts");
     let plan = json(&["plan", "--trace", path]);
     assert_eq!(plan["routing"], "trace");
     let o = oncall(&["plan", "--trace", "tests/traces/gpt-oss-120b.route.csv"]);

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use oncall::gguf::Gguf;
 use oncall::gguf::mixture::{self, MIXTURES};
 use oncall::gguf::requantize::{Plan, RequantizeError};
+use oncall::gguf::{Gguf, WriteError};
 use oncall::synth::upcycle::{self, upcycle};
 use oncall::synth::{self, Preset, SynthError};
 
@@ -41,7 +41,11 @@ fn every_mixture_keeps_the_model() {
     for mixture in MIXTURES {
         let plan = Plan::new(&source, mixture).unwrap();
         let mut last = (0, 0);
-        plan.write(&out, true, &mut |done, total| last = (done, total)).unwrap();
+        plan.write(&out, true, &mut |done, total| {
+            last = (done, total);
+            true
+        })
+        .unwrap();
         let result = Gguf::open(&out).unwrap();
         assert_eq!(last, (plan.n_bytes(), plan.n_bytes()), "{}", mixture.name);
         assert_eq!(result.tensors().iter().map(|t| t.n_bytes).sum::<u64>(), plan.n_bytes());
@@ -67,7 +71,9 @@ fn a_mixture_made_is_a_mixture_planned() {
     // the same rules whether weights are drawn in a mixture or brought to it
     let dir = tempfile::tempdir().unwrap();
     for preset in ["tiny-llama-moe-288", "tiny-deepseek2-lite", "tiny-llama-tied"] {
-        let f32 = Gguf::open(&tiny(dir.path(), preset, "f32")).unwrap();
+        // What is open can't be made again.
+        let apart = tempfile::tempdir().unwrap();
+        let f32 = Gguf::open(&tiny(apart.path(), preset, "f32")).unwrap();
         for mixture in MIXTURES {
             let made = Gguf::open(&tiny(dir.path(), preset, mixture.name)).unwrap();
             for (tensor, format) in Plan::new(&f32, mixture).unwrap().tensors() {
@@ -88,14 +94,17 @@ fn what_is_wrong_is_said_before_anything_is_lost() {
     assert_eq!(plan.rounded_twice().map(|t| &*t.name), Some("token_embd.weight"));
     let same = dir.path().join(".").join(path.file_name().unwrap());
     for overwrite in [true, false] {
-        let refused = plan.write(&same, overwrite, &mut |_, _| ());
-        assert!(matches!(refused, Err(RequantizeError::InPlace(_))), "{refused:?}");
+        let refused = plan.write(&same, overwrite, &mut |_, _| true);
+        assert!(matches!(refused, Err(RequantizeError::Write(WriteError::Model { .. }))), "{refused:?}");
     }
     let other = tiny(dir.path(), "tiny-llama", "f16");
-    let refused = plan.write(&other, false, &mut |_, _| ());
+    let refused = plan.write(&other, false, &mut |_, _| true);
     assert!(matches!(refused, Err(RequantizeError::Write(_))), "{refused:?}");
     let same_again = Plan::new(&source, mixture::by_name("q4_0").unwrap()).unwrap();
     assert!(same_again.rounded_twice().is_none(), "a copy rounds nothing");
+    let stopped = plan.write(&dir.path().join("new.gguf"), false, &mut |done, _| done == 0);
+    assert!(matches!(stopped, Err(RequantizeError::Stopped)), "{stopped:?}");
+    assert!(!dir.path().join("new.gguf").exists() && !dir.path().join("new.gguf.part").exists());
     assert!(std::fs::read(&path).unwrap() == before);
 }
 

@@ -31,7 +31,7 @@ pub fn model(name: &str, format: &str) -> PathBuf {
                     upcycle::upcycle(&dense, &options, &path, false, &mut |_, _| ()).expect("upcycling");
                 } else {
                     let plan = Plan::new(&dense, mixture()).expect("formats that can be written");
-                    plan.write(&path, false, &mut |_, _| ()).expect("quantising");
+                    plan.write(&path, false, &mut |_, _| true).expect("quantising");
                 }
             }
             path

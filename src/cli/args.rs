@@ -7,12 +7,14 @@ use crate::ops::kv::KvType;
 use crate::session::grammar::Grammar;
 use crate::session::sampler::SamplingParams;
 use clap::{Args, Parser, ValueEnum};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::OnceLock;
 
 /// Mixture-of-experts language models on your own machine, larger than its memory if need be.
 #[derive(Parser)]
-#[command(name = "oncall", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(name = "oncall", bin_name = "oncall", version, max_term_width = 100, arg_required_else_help = true)]
 #[command(after_help = "Examples:
   oncall run \"Once upon a time\"                    the model that is built in writes a story
   oncall chat -m model.gguf                        talk with a model
@@ -20,7 +22,7 @@ use std::path::PathBuf;
   oncall show model.gguf                           what is in a file, and what it weighs
   oncall bench -m model.gguf                       how fast it is here
 
-Environment: ONCALL_ISA forces an instruction set, ONCALL_LOG=info says what happens, NO_COLOR is respected.
+Environment: ONCALL_MODEL is the model where no -m is given, ONCALL_ISA forces an instruction set, ONCALL_LOG=info says what happens, NO_COLOR is respected.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 after Ctrl-C.")]
 pub(super) struct Cli {
     #[command(subcommand)]
@@ -42,12 +44,20 @@ pub(super) fn rewrite(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
     .collect()
 }
 
+/// `ONCALL_MODEL`, if it's anything. It's a default like another, which gives way to what is given: clap's own notion of an environment
+/// counts as given.
+pub(super) fn model_of_env() -> Option<&'static OsStr> {
+    static MODEL: OnceLock<Option<OsString>> = OnceLock::new();
+    MODEL.get_or_init(|| std::env::var_os("ONCALL_MODEL").filter(|m| !m.is_empty())).as_deref()
+}
+
 /// Which model, and how it is held.
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Model")]
 pub(super) struct ModelArgs {
-    /// A GGUF file, or the first of a split model's files [default: the tiny model that is built in]
-    #[arg(short, long, value_name = "FILE", env = "ONCALL_MODEL")]
+    /// A GGUF file, or the first of a split model's files [default: $ONCALL_MODEL, or the tiny model that
+    /// is built in]
+    #[arg(short, long, value_name = "FILE", default_values = model_of_env(), hide_default_value = true)]
     pub model: Option<PathBuf>,
     /// Context in tokens; 0 for the model's own [default: the model's own, up to 4096]
     #[arg(short, long, value_name = "N")]
@@ -149,6 +159,28 @@ impl ModelArgs {
     }
 }
 
+/// A seed; `-1` is a random one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Seed(Option<u64>);
+
+/// A number of tokens; `-1` is no limit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Limit(Option<usize>);
+
+impl FromStr for Seed {
+    type Err = std::num::ParseIntError;
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        Ok(Seed(if s == "-1" { None } else { Some(s.parse()?) }))
+    }
+}
+
+impl FromStr for Limit {
+    type Err = std::num::ParseIntError;
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        Ok(Limit(if s == "-1" { None } else { Some(s.parse()?) }))
+    }
+}
+
 /// How tokens are chosen.
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Sampling")]
@@ -160,16 +192,16 @@ pub(super) struct SamplingArgs {
     #[arg(long, value_name = "N", default_value_t = 40, allow_negative_numbers = true)]
     top_k: i32,
     /// Only the best tokens that together reach this probability
-    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true)]
     top_p: f32,
     /// Only tokens at least this fraction as likely as the best
-    #[arg(long, value_name = "P", default_value_t = 0.05)]
+    #[arg(long, value_name = "P", default_value_t = 0.05, allow_negative_numbers = true)]
     min_p: f32,
     /// Locally typical sampling; 1 is off
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
     typical: f32,
     /// Penalise tokens of the last --repeat-last-n by this factor; 1 is off
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
     repeat_penalty: f32,
     /// The window of the penalties; -1 for everything so far
     #[arg(long, value_name = "N", default_value_t = 64, allow_negative_numbers = true)]
@@ -180,15 +212,15 @@ pub(super) struct SamplingArgs {
     /// Taken from a token's logit for each time that it's in the window
     #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
     frequency_penalty: f32,
-    /// The same seed writes the same text [default: a random one]
-    #[arg(short, long, value_name = "N")]
-    seed: Option<u64>,
+    /// The same seed writes the same text; -1 for a random one [default: -1]
+    #[arg(short, long, value_name = "N", allow_negative_numbers = true)]
+    seed: Option<Seed>,
     /// Add to a token's logit, as 15043+1 or 15043-inf; may be given several times
     #[arg(long, value_name = "TOKEN±X", value_parser = parse_bias, allow_hyphen_values = true)]
     logit_bias: Vec<(u32, f32)>,
-    /// Tokens to write at most [default: until the model ends or the context is full]
-    #[arg(short = 'n', long, value_name = "N")]
-    predict: Option<usize>,
+    /// Tokens to write at most; -1 for as many as come until the model ends or the context is full [default: -1]
+    #[arg(short = 'n', long, value_name = "N", allow_negative_numbers = true)]
+    predict: Option<Limit>,
     /// End when this text comes; may be given several times
     #[arg(short = 'r', long, value_name = "TEXT")]
     stop: Vec<String>,
@@ -217,10 +249,10 @@ impl SamplingArgs {
                 repeat_last_n: self.repeat_last_n,
                 presence_penalty: self.presence_penalty,
                 frequency_penalty: self.frequency_penalty,
-                seed: self.seed,
+                seed: self.seed.and_then(|s| s.0),
                 logit_bias: self.logit_bias.clone(),
             },
-            n_predict: self.predict,
+            n_predict: self.predict.and_then(|n| n.0),
             stop: self.stop.clone(),
             ignore_eos: self.ignore_eos,
             show_special: false,
@@ -231,7 +263,7 @@ impl SamplingArgs {
 
     /// Replaces the random seed of a chat's next answer, or sets a parameter by its flag's name.
     pub fn set(&mut self, name: &str, value: &str) -> Result<(), String> {
-        fn to<T: std::str::FromStr>(name: &str, value: &str) -> Result<T, String> {
+        fn to<T: FromStr>(name: &str, value: &str) -> Result<T, String> {
             value.parse().map_err(|_| format!("{value:?} isn't a value for {name}"))
         }
         let mut new = self.clone();
@@ -298,10 +330,10 @@ pub(super) fn parse_memory(s: &str) -> Result<Memory, String> {
         _ => return Err("sizes are written as 4GiB, 900MiB or 2.5GB".into()),
     };
     let number: f64 = s[..at].trim().parse().map_err(|_| "sizes are written as 4GiB, 900MiB or 2.5GB".to_string())?;
-    if number.is_finite() && number >= 0.0 {
-        Ok(Memory::Bytes((number * unit) as u64))
-    } else {
-        Err("it can't be negative".into())
+    match number * unit {
+        bytes if (0.0..2f64.powi(63)).contains(&bytes) => Ok(Memory::Bytes(bytes as u64)),
+        bytes if bytes < 0.0 => Err("it can't be negative".into()),
+        _ => Err("no machine has as much".into()),
     }
 }
 
@@ -331,9 +363,17 @@ mod tests {
         assert_eq!(parse_memory("2GB"), Ok(Memory::Bytes(2_000_000_000)));
         assert_eq!(parse_memory("123"), Ok(Memory::Bytes(123)));
         assert_eq!(parse_memory("auto"), Ok(Memory::Auto));
-        for bad in ["", "GiB", "4 parsecs", "-1G", "infG"] {
+        for bad in ["", "GiB", "4 parsecs", "-1G", "infG", "NaN", "99999999999999999999G"] {
             assert!(parse_memory(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn less_than_nothing_is_no_limit() {
+        assert_eq!("-1".parse(), Ok(Seed(None)));
+        assert_eq!("18446744073709551615".parse(), Ok(Seed(Some(u64::MAX))));
+        assert_eq!(("-1".parse(), "0".parse()), (Ok(Limit(None)), Ok(Limit(Some(0)))));
+        assert!("-2".parse::<Seed>().is_err() && "x".parse::<Limit>().is_err());
     }
 
     #[test]

@@ -62,7 +62,7 @@ pub(super) fn run(a: BatchArgs) -> Result<(), Failure> {
         return Err(Failure::usage("--resume needs results in a file to go on with: -o FILE"));
     }
     refuse_same_files(&a)?;
-    output::catch_ctrl_c()?;
+    output::catch_ctrl_c();
     let job = Job::open(&files)?;
     let options = options(&a, &job)?;
     let engine = a.model.load_with(&options)?;
@@ -80,7 +80,7 @@ pub(super) fn run(a: BatchArgs) -> Result<(), Failure> {
     if a.json && files.output.is_some() {
         output::json(&figures)?;
     } else if a.json {
-        eprintln!("{}", serde_json::to_string(&figures)?);
+        output::tell(&serde_json::to_string(&figures)?);
     }
     match &figures {
         f if f.interrupted => Err(Failure::interrupted()),

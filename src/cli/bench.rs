@@ -3,6 +3,7 @@
 use super::args::ModelArgs;
 use super::{Failure, output};
 use crate::engine::{Engine, EngineError, Session};
+use crate::gguf::printable;
 use clap::Args;
 use serde::Serialize;
 use std::time::Instant;
@@ -10,19 +11,20 @@ use std::time::Instant;
 /// Flags of `bench`.
 #[derive(Args)]
 #[command(
-    after_help = "pp512 is reading a prompt of 512 tokens, tg128 writing 128 tokens, in tokens a second. GB/s are over \
-the active bytes: the weights that one token must read."
+    after_help = "pp512 is reading a prompt of 512 tokens, tg128 writing 128 tokens, tg128 @ d8192 writing them when 8192 are in the \
+context already; in tokens a second. GB/s are over the active bytes: the weights that one token must read.",
+    mut_arg("ctx_size", |a| a.help("Context in tokens; 0 for the model's own [default: what the longest test needs]"))
 )]
 pub(super) struct BenchArgs {
     /// Lengths of prompts to read
     #[arg(short = 'p', long = "prompt", value_name = "N", value_delimiter = ',', default_value = "512")]
-    n_prompt: Vec<usize>,
+    n_prompt: Vec<u32>,
     /// Numbers of tokens to write
     #[arg(short = 'n', long = "predict", value_name = "N", value_delimiter = ',', default_value = "128")]
-    n_predict: Vec<usize>,
+    n_predict: Vec<u32>,
     /// Numbers of tokens in the context when the writing begins
     #[arg(short, long, value_name = "N", value_delimiter = ',', default_value = "0")]
-    depth: Vec<usize>,
+    depth: Vec<u32>,
     /// Runs of each, after one that isn't counted
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repetitions: u32,
@@ -81,23 +83,39 @@ impl std::fmt::Display for Test {
     }
 }
 
-pub(super) fn run(mut a: BenchArgs) -> Result<(), Failure> {
+/// The rows, in their order.
+fn tests(a: &BenchArgs) -> Vec<Test> {
+    let mut depths = a.depth.clone();
     // The deeper after the less deep: what the context holds already is kept.
-    a.depth.sort_unstable();
-    let read = a.n_prompt.iter().map(|&n| Test::Read { n });
-    let write = a.depth.iter().flat_map(|&depth| a.n_predict.iter().map(move |&n| Test::Write { n, depth }));
-    let tests: Vec<Test> = read.chain(write).filter(|t| t.n() > 0).collect();
-    let longest = tests.iter().map(|t| t.n_ctx()).max().unwrap_or(0);
-    a.model.ctx_size = Some(a.model.ctx_size.unwrap_or(0).max(longest).max(1));
-    output::catch_ctrl_c()?;
+    depths.sort_unstable();
+    let read = a.n_prompt.iter().map(|&n| Test::Read { n: n as usize });
+    let write = depths.iter().flat_map(|&depth| {
+        let at_depth = |&n: &u32| Test::Write { n: n as usize, depth: depth as usize };
+        a.n_predict.iter().map(at_depth).collect::<Vec<_>>()
+    });
+    read.chain(write).filter(|t| t.n() > 0).collect()
+}
+
+pub(super) fn run(mut a: BenchArgs) -> Result<(), Failure> {
+    let tests = tests(&a);
+    let longest = tests.iter().max_by_key(|t| t.n_ctx());
+    a.model.ctx_size = a.model.ctx_size.or(Some(longest.map_or(1, |t| t.n_ctx())));
+    output::catch_ctrl_c();
     let engine = a.model.load()?;
+    if let Some(test) = longest.filter(|t| t.n_ctx() > engine.n_ctx()) {
+        return Err(Failure::usage(format!(
+            "{test} needs a context of {}, -c makes it {}: leave -c out, or ask for less",
+            test.n_ctx(),
+            engine.n_ctx()
+        )));
+    }
     let active = engine.active_bytes();
     if !a.json {
         output::text(&format!(
-            "{}, {}, {} threads, {} active bytes a token\n",
-            a.model.name(),
+            "{}, {}, {}, {} active bytes a token\n",
+            printable(&a.model.name()),
             engine.isa(),
-            engine.n_threads(),
+            output::counted(engine.n_threads(), "thread"),
             output::size(active)
         ))?;
     }

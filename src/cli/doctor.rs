@@ -1,13 +1,17 @@
 //! `oncall doctor`: what this machine has, what it can do, and what limits it.
 
+use super::args::model_of_env;
 use super::{Failure, output};
 use crate::cpu::probe::{self, DiskProbe, Mode, Rate};
 use crate::cpu::{Cores, Isa, memory};
+use crate::gguf::printable;
 use clap::Args;
 use indicatif::ProgressBar;
 use serde::Serialize;
 use std::fmt::Write as _;
+use std::fs::File;
 use std::io::Write as _;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -23,8 +27,8 @@ Examples:
   oncall doctor --dir /mnt/nvme      another disk, before a model is moved there"
 )]
 pub(super) struct DoctorArgs {
-    /// Measure the disk on this model's file
-    #[arg(short, long, value_name = "FILE", env = "ONCALL_MODEL")]
+    /// Measure the disk on this model's file [default: $ONCALL_MODEL, if no --dir is given]
+    #[arg(short, long, value_name = "FILE")]
     model: Option<PathBuf>,
     /// Measure the disk of this folder [default: the current one]
     #[arg(long, value_name = "DIR", conflicts_with = "model")]
@@ -78,11 +82,14 @@ struct DiskRow {
 }
 
 pub(super) fn run(a: DoctorArgs) -> Result<(), Failure> {
-    let temporary = match &a.model {
+    output::catch_ctrl_c();
+    let from_env = || model_of_env().map(PathBuf::from).filter(|_| a.dir.is_none());
+    let model = a.model.or_else(from_env);
+    let temporary = match &model {
         Some(_) => None,
         None => Some(Temporary::new(a.dir.as_deref().unwrap_or(Path::new(".")))?),
     };
-    let path = a.model.as_deref().or(temporary.as_ref().map(|t| &*t.0)).unwrap_or(Path::new("."));
+    let path = model.as_deref().or(temporary.as_ref().map(|t| &*t.path)).unwrap_or(Path::new("."));
     let bar = output::bar("measuring", "figures");
     bar.set_length(3 + 2 * (SIZES.len() * IN_FLIGHT.len()) as u64);
     let report = measure(path, &bar)?;
@@ -90,11 +97,15 @@ pub(super) fn run(a: DoctorArgs) -> Result<(), Failure> {
     if a.json {
         return output::json(&report);
     }
-    output::text(&print(&report, a.model.as_deref())?)
+    output::text(&print(&report, model.as_deref())?)
 }
 
-/// A file of random bytes that goes away with this value.
-struct Temporary(PathBuf);
+/// A file of random bytes without a name: however this process ends, it's gone.
+struct Temporary {
+    /// By which it can be opened as long as it's open.
+    path: PathBuf,
+    _file: File,
+}
 
 impl Temporary {
     fn new(dir: &Path) -> Result<Self, Failure> {
@@ -102,8 +113,8 @@ impl Temporary {
         let fail = |e: std::io::Error| {
             Failure::new(format!("{}: {e}; --dir names another folder, -m a model to read instead", path.display()))
         };
-        let mut file = std::fs::File::options().write(true).create_new(true).open(&path).map_err(fail)?;
-        let this = Temporary(path.clone());
+        let mut file = File::options().read(true).write(true).create_new(true).open(&path).map_err(fail)?;
+        std::fs::remove_file(&path).map_err(fail)?;
         // Different blocks, so that no disk stores them as one.
         let mut block = vec![0u8; 1 << 20];
         for i in 0..(FILE_BYTES >> 20) as u64 {
@@ -111,16 +122,16 @@ impl Temporary {
                 *word = ((i << 32 | j as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)).to_le_bytes();
             }
             file.write_all(&block).map_err(fail)?;
+            go_on()?;
         }
         file.sync_all().map_err(fail)?;
-        Ok(this)
+        Ok(Temporary { path: format!("/dev/fd/{}", file.as_raw_fd()).into(), _file: file })
     }
 }
 
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
+/// Whether Ctrl-C came.
+fn go_on() -> Result<(), Failure> {
+    if output::stopped() { Err(Failure::interrupted()) } else { Ok(()) }
 }
 
 fn measure(path: &Path, bar: &ProgressBar) -> Result<Report, Failure> {
@@ -134,6 +145,7 @@ fn measure(path: &Path, bar: &ProgressBar) -> Result<Report, Failure> {
     for (rate, n) in memory_rate.iter_mut().zip([1, n_threads]) {
         *rate = probe::memory_rate(n, MEMORY_TIME)?;
         bar.inc(1);
+        go_on()?;
     }
     let (mut disk, mut no_direct) = (Vec::new(), None);
     for mode in [Mode::Direct, Mode::Buffered] {
@@ -151,6 +163,7 @@ fn measure(path: &Path, bar: &ProgressBar) -> Result<Report, Failure> {
                 let Rate { first, again } = rate.map_err(|e| Failure::new(format!("{}: {e}", path.display())))?;
                 disk.push(DiskRow { mode, read_bytes, in_flight, bytes_per_s: again, first_bytes_per_s: first });
                 bar.inc(1);
+                go_on()?;
             }
         }
     }
@@ -246,7 +259,10 @@ fn limits(r: &Report) -> Vec<String> {
         ));
     }
     if let Some(limit) = r.memory_group_limit {
-        out.push(format!("A control group limits memory to {}; what is taken beyond is killed.", output::size(limit)));
+        out.push(format!(
+            "A control group limits memory to {}; what is taken beyond is killed.",
+            output::memory(limit)
+        ));
     }
     if r.huge_pages.as_deref() == Some("never") {
         out.push("Huge pages are off: large models pay for it with a few percent of their speed.".into());
@@ -265,14 +281,15 @@ fn print(r: &Report, model: Option<&Path>) -> Result<String, std::fmt::Error> {
     let Cores { online, allowed, physical, .. } = r.cores;
     line("cores", format!("{physical}, with {allowed} of {online} processors usable{quota}"))?;
     let unknown = || "unknown".to_string();
-    let limit = r.memory_group_limit.map_or(String::new(), |n| format!("; a control group allows {}", output::size(n)));
-    line("memory", format!("{} could be taken now{limit}", r.memory_available.map_or_else(unknown, output::size)))?;
+    let limit =
+        r.memory_group_limit.map_or(String::new(), |n| format!("; a control group allows {}", output::memory(n)));
+    line("memory", format!("{} could be taken now{limit}", r.memory_available.map_or_else(unknown, output::memory)))?;
     line("memory speed", format!("{} by one thread, {} by all", rate(r.memory_rate[0]), rate(r.memory_rate[1])))?;
     let huge = r.huge_pages.clone().unwrap_or_else(unknown);
     line("new memory", format!("{}, for what is used for the first time", rate(r.memory_first_use_rate)))?;
     line("pages", format!("{} bytes; huge ones: {huge}", r.page_bytes))?;
     line("read-ahead", r.read_ahead.map_or_else(unknown, output::size))?;
-    let on = model.map_or("a temporary file".into(), |m| m.display().to_string());
+    let on = model.map_or("a temporary file".into(), |m| printable(&m.display().to_string()));
     writeln!(out, "\nRandom reads on {on}, of what was read shortly before, in MB/s\n")?;
     writeln!(out, "{:<10} {:>9}{:>9} in flight:{}", "", "size", "", IN_FLIGHT.map(|n| format!("{n:>8}")).concat())?;
     for of_size in r.disk.chunk_by(|a, b| (a.mode, a.read_bytes) == (b.mode, b.read_bytes)) {

@@ -4,7 +4,7 @@ use super::args::ModelArgs;
 use super::run::answer;
 use super::{Failure, output};
 use crate::engine::GenerationParams;
-use crate::gguf::PartFile;
+use crate::gguf::{PartFile, printable};
 use crate::session::sampler::SamplingParams;
 use clap::Args;
 use serde::Serialize;
@@ -64,7 +64,7 @@ struct Map {
 }
 
 pub(super) fn run(a: ExpertsArgs) -> Result<(), Failure> {
-    output::catch_ctrl_c()?;
+    output::catch_ctrl_c();
     let engine = a.model.load()?;
     let Some(moe) = engine.config().moe.as_ref() else {
         return Err(Failure::new(format!("{} has no experts: every token uses all of it", a.model.name())));
@@ -94,12 +94,13 @@ pub(super) fn run(a: ExpertsArgs) -> Result<(), Failure> {
         file.commit()?;
     }
     if a.json {
-        return output::json(&map);
+        output::json(&map)?;
+    } else {
+        let width = terminal_size::terminal_size().map_or(80, |s| usize::from(s.0.0));
+        let colour = std::io::stdout().is_terminal()
+            && anstream::AutoStream::choice(&std::io::stdout()) != anstream::ColorChoice::Never;
+        output::text(&draw(&map, width, colour)?)?;
     }
-    let width = terminal_size::terminal_size().map_or(80, |s| usize::from(s.0.0));
-    let colour = std::io::stdout().is_terminal()
-        && anstream::AutoStream::choice(&std::io::stdout()) != anstream::ColorChoice::Never;
-    output::text(&draw(&map, width, colour)?)?;
     if output::stopped() { Err(Failure::interrupted()) } else { Ok(()) }
 }
 
@@ -144,11 +145,11 @@ fn draw(map: &Map, width: usize, colour: bool) -> Result<String, std::fmt::Error
     let merged = map.n_expert.div_ceil(room);
     writeln!(
         out,
-        "{}: {} experts a layer, {} used; {} tokens{}",
-        map.model,
-        map.n_expert,
+        "{}: {} a layer, {} used; {}{}",
+        printable(&map.model),
+        output::counted(map.n_expert, "expert"),
         map.n_expert_used,
-        map.tokens,
+        output::counted(map.tokens, "token"),
         if merged > 1 { format!("; a column is {merged} experts") } else { String::new() }
     )?;
     let green = anstyle::AnsiColor::Green.on_default();
@@ -186,7 +187,8 @@ fn svg(map: &Map) -> Result<String, std::fmt::Error> {
         r##"<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}" font-family="sans-serif" font-size="10">"##
     )?;
     writeln!(out, r##"<rect width="{w}" height="{h}" fill="#fff"/>"##)?;
-    let title = format!("{}: uses of experts by {} tokens; outlined: in a slot", map.model, map.tokens);
+    let tokens = output::counted(map.tokens, "token");
+    let title = format!("{}: uses of experts by {tokens}; outlined: in a slot", printable(&map.model));
     writeln!(out, r##"<text x="{left}" y="14">{}</text>"##, escape(&title))?;
     for (row, l) in map.layers.iter().enumerate() {
         let (y, total) = (top + CELL * row, l.uses.iter().sum::<u64>());

@@ -71,10 +71,12 @@ impl Figures {
 
     /// One line for people.
     pub fn line(&self) -> String {
-        let rate = |n: usize, s: f64| if s > 0.0 { n as f64 / s } else { 0.0 };
+        // What the prompt's last pass gave was written in no time, and so was what a grammar left no choice about.
+        let rate =
+            |n: usize, s: f64| if n > 0 && s > 0.0 { format!(" at {:.1}/s", n as f64 / s) } else { String::new() };
         let mut line = format!(
-            "read {} tokens at {:.1}/s, wrote {} at {:.1}/s",
-            self.n_prompt,
+            "read {}{}, wrote {}{}",
+            output::counted(self.n_prompt, "token"),
             rate(self.n_prompt, self.prefill_s),
             self.n_written,
             rate(self.n_decoded, self.decode_s)
@@ -84,7 +86,7 @@ impl Figures {
             line += &format!(", experts {:.1}% at hand, {} read", 100.0 * hit_rate, output::size(store.bytes_read()));
         }
         if let Some(peak) = self.process.peak_memory {
-            line += &format!(", {} of memory at most", output::size(peak));
+            line += &format!(", {} of memory at most", output::memory(peak));
         }
         if store.dropped + store.replaced > 0 {
             line += &format!(", lossy: {} experts dropped, {} replaced", store.dropped, store.replaced);
@@ -108,7 +110,7 @@ impl Figures {
         };
         row("tokens computed", &|p, _| p.tokens.to_string());
         row("tokens a second", &|p, wall| {
-            if wall > 0.0 { format!("{:.1}", p.tokens as f64 / wall) } else { "-".into() }
+            if p.tokens > 0 && wall > 0.0 { format!("{:.1}", p.tokens as f64 / wall) } else { "-".into() }
         });
         row("computing", &|p, _| seconds(p.compute_s));
         row("waiting for the disk", &|p, _| seconds(p.stalled_s));
@@ -131,7 +133,7 @@ impl Figures {
             row("read for each token", &|p, _| output::size(p.bytes_per_token() as u64));
         }
         let say = |v: Option<String>| v.unwrap_or_else(|| "unknown".into());
-        let peak = say(self.process.peak_memory.map(output::size));
+        let peak = say(self.process.peak_memory.map(output::memory));
         let faults = say(self.process.major_faults.map(|n| n.to_string()));
         let _ = writeln!(t, "memory at most {peak}, page faults with a read {faults}{}", self.seed_said());
         t

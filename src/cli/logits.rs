@@ -22,15 +22,21 @@ pub(super) struct LogitsArgs {
 }
 
 pub(super) fn run(a: LogitsArgs) -> Result<(), Failure> {
+    output::catch_ctrl_c();
     let engine = a.model.load()?;
     let mut session = engine.session();
     let mut file = PartFile::replace(&a.output)?;
     let mut written = Ok(());
-    session.feed_all(&a.tokens, &mut |_, logits| {
-        if written.is_ok() {
-            written = logits.iter().try_for_each(|l| file.write_all(&l.to_le_bytes()));
+    for part in a.tokens.chunks(a.model.ubatch_size as usize) {
+        session.feed_all(part, &mut |_, logits| {
+            if written.is_ok() {
+                written = logits.iter().try_for_each(|l| file.write_all(&l.to_le_bytes()));
+            }
+        })?;
+        if output::stopped() {
+            return Err(Failure::interrupted());
         }
-    })?;
+    }
     written.map_err(|e| file.error(e))?;
     file.commit()?;
     output::note(&format!("{} x {} logits in {}", a.tokens.len(), engine.config().n_vocab, a.output.display()));

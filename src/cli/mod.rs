@@ -94,14 +94,20 @@ pub fn main() -> ExitCode {
         .with_default_directive(tracing::level_filters::LevelFilter::WARN.into())
         .with_env_var("ONCALL_LOG")
         .from_env_lossy();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = anstream::AutoStream::choice(&std::io::stderr()) != anstream::ColorChoice::Never;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(colours)
+        // It would panic where stderr can't be written.
+        .log_internal_errors(false)
+        .init();
     let cli = Cli::parse_from(args::rewrite(std::env::args_os()));
-    match run(cli.command) {
+    match output::handle_ctrl_c().and_then(|()| run(cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(f) => {
             if !f.message.is_empty() {
-                let style = anstyle::AnsiColor::Red.on_default().bold();
-                anstream::eprintln!("{style}error:{style:#} {}", f.message);
+                output::error(&f.message);
             }
             ExitCode::from(f.code)
         }

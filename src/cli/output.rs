@@ -1,6 +1,7 @@
 //! What the commands print with: stdout that may end early, bars, numbers with units, Ctrl-C.
 
 use super::Failure;
+use crate::gguf::printable;
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -28,10 +29,25 @@ pub(super) fn json(value: &impl serde::Serialize) -> Result<(), Failure> {
     text(&format!("{}\n", serde_json::to_string(value)?))
 }
 
-/// A line about the work on stderr, dimmed in a terminal.
-pub(super) fn note(line: &str) {
+/// A line on stderr. If it can't be written there is nobody to tell, and the work goes on.
+pub(super) fn tell(line: &str) {
+    let _ = writeln!(anstream::stderr(), "{line}");
+}
+
+/// Lines about the work on stderr, dimmed in a terminal. Names of files in them do nothing to it.
+pub(super) fn note(lines: &str) {
     let style = anstyle::Style::new().dimmed();
-    anstream::eprintln!("{style}{line}{style:#}");
+    tell(&format!("{style}{}{style:#}", printable_lines(lines)));
+}
+
+/// Why a command failed, on stderr.
+pub(super) fn error(why: &str) {
+    let style = anstyle::AnsiColor::Red.on_default().bold();
+    tell(&format!("{style}error:{style:#} {}", printable_lines(why)));
+}
+
+fn printable_lines(text: &str) -> String {
+    text.split('\n').map(printable).collect::<Vec<_>>().join("\n")
 }
 
 /// A progress bar on stderr, if that's a terminal, for what takes over a second: it appears after half of one.
@@ -62,16 +78,23 @@ pub(super) fn bar(what: &str, unit: &str) -> ProgressBar {
     bar
 }
 
+static CAUGHT: AtomicBool = AtomicBool::new(false);
 static STOPPED: AtomicBool = AtomicBool::new(false);
 
-/// Makes Ctrl-C ask for an end, once; a second one ends the program.
-pub(super) fn catch_ctrl_c() -> Result<(), Failure> {
+/// Makes Ctrl-C end the program, without the files that aren't finished.
+pub(super) fn handle_ctrl_c() -> Result<(), Failure> {
     ctrlc::set_handler(|| {
-        if STOPPED.swap(true, SeqCst) {
+        if STOPPED.swap(true, SeqCst) || !CAUGHT.load(SeqCst) {
+            crate::gguf::remove_unfinished();
             std::process::exit(130);
         }
     })?;
     Ok(())
+}
+
+/// Makes the first Ctrl-C only ask for an end, for a command that looks whether it has [`stopped`].
+pub(super) fn catch_ctrl_c() {
+    CAUGHT.store(true, SeqCst);
 }
 
 /// Whether Ctrl-C came since the last [`start_over`].
@@ -92,6 +115,20 @@ pub(super) fn size(bytes: u64) -> String {
         1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
         _ => format!("{:.2} GB", bytes as f64 / 1e9),
     }
+}
+
+/// `1.50 GiB`, as `--memory` takes it.
+pub(super) fn memory(bytes: u64) -> String {
+    match bytes {
+        0..1_048_576 => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        1_048_576..1_073_741_824 => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
+        _ => format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30)),
+    }
+}
+
+/// `1 token`, `2 tokens`.
+pub(super) fn counted(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
 /// `7.25 B`, as models are counted.

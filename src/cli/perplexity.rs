@@ -8,22 +8,23 @@ use crate::gguf::PartFile;
 use clap::Args;
 use serde::Serialize;
 use std::fs::File;
-use std::io::{BufReader, Read, Write};
+use std::io::{BufReader, ErrorKind, Read, Write};
 use std::path::PathBuf;
 
 /// Flags of `perplexity`.
 #[derive(Args)]
 #[command(
     after_help = "The text is cut into chunks of the context's length; in each, tokens of the second half are scored. \
-To compare two models, write the logits of one with --save-logits and give them to the other with --kl-base."
+To compare two models, write the logits of one with --save-logits and give them to the other with --kl-base.",
+    mut_arg("ctx_size", |a| a.help("Tokens of a chunk; 0 for the model's own context [default: 512]"))
 )]
 pub(super) struct PerplexityArgs {
     /// The text
     #[arg(short, long, value_name = "FILE")]
     file: PathBuf,
     /// Only the first N chunks
-    #[arg(long, value_name = "N")]
-    chunks: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    chunks: Option<u32>,
     /// Write the logits of the scored tokens to a file: 4 bytes for each token of the vocabulary
     #[arg(long, value_name = "FILE")]
     save_logits: Option<PathBuf>,
@@ -75,16 +76,21 @@ pub(super) fn run(mut a: PerplexityArgs) -> Result<(), Failure> {
     // llama.cpp's default: chunks of 512.
     a.model.ctx_size = a.model.ctx_size.or(Some(512));
     let text = std::fs::read_to_string(&a.file).map_err(|e| Failure::new(format!("{}: {e}", a.file.display())))?;
-    output::catch_ctrl_c()?;
+    output::catch_ctrl_c();
     let engine = a.model.load()?;
     let n_ctx = engine.n_ctx();
     let tokens = engine.tokenizer().encode(&text, true, false);
-    let n_chunks = (tokens.len() / n_ctx).min(a.chunks.unwrap_or(usize::MAX));
-    if n_chunks == 0 || n_ctx < 4 {
+    if n_ctx < 4 {
+        return Err(Failure::usage(format!(
+            "-c {n_ctx} is too short: half of a chunk is scored, so it takes 4 tokens"
+        )));
+    }
+    let n_chunks = (tokens.len() / n_ctx).min(a.chunks.map_or(usize::MAX, |n| n as usize));
+    if n_chunks == 0 {
         return Err(Failure::new(format!(
-            "{}: {} tokens aren't enough for one chunk of {n_ctx}; give a longer text or a shorter context (-c)",
+            "{}: {} are less than one chunk of {n_ctx}; give a longer text or a shorter context (-c)",
             a.file.display(),
-            tokens.len()
+            output::counted(tokens.len(), "token")
         )));
     }
     let mut base = open_base(&a, &engine)?;
@@ -125,8 +131,12 @@ fn report(a: &PerplexityArgs, chunks: usize, s: &Sums, compared: bool) -> Result
         return output::json(&r);
     }
     output::text(&format!(
-        "perplexity {:.4} ± {:.4}   {:.4} nats a token, {} tokens scored in {} chunks\n",
-        r.perplexity, r.error, r.nats_per_token, r.scored_tokens, r.chunks
+        "perplexity {:.4} ± {:.4}   {:.4} nats a token, {} scored in {}\n",
+        r.perplexity,
+        r.error,
+        r.nats_per_token,
+        output::counted(r.scored_tokens, "token"),
+        output::counted(r.chunks, "chunk")
     ))?;
     if let (Some(kl), Some(same)) = (r.kl_divergence, r.same_best_token) {
         output::text(&format!("KL divergence {kl:.6} nats, the best token is the same for {:.2} %\n", 100.0 * same))?;
@@ -206,7 +216,12 @@ fn open_base(a: &PerplexityArgs, engine: &Engine) -> Result<Base, Failure> {
     let at = |e: std::io::Error| Failure::new(format!("{}: {e}", path.display()));
     let mut r = BufReader::new(File::open(path).map_err(at)?);
     let mut found = vec![0; head.len()];
-    r.read_exact(&mut found).map_err(at)?;
+    r.read_exact(&mut found).map_err(|e| match e.kind() {
+        ErrorKind::UnexpectedEof => {
+            Failure::new(format!("{}: it is too short to be logits of --save-logits", path.display()))
+        }
+        _ => at(e),
+    })?;
     if found != head {
         let why = "these logits are of another vocabulary or another context (-c), or not of --save-logits";
         return Err(Failure::new(format!("{}: {why}", path.display())));

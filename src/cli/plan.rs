@@ -1,12 +1,12 @@
 //! `oncall plan`: what fits where, and how fast it will be, before anything is loaded.
 
-use super::args::{CacheType, parse_memory};
+use super::args::{CacheType, model_of_env, parse_memory};
 use super::replay::read_trace;
 use super::{Failure, output};
 use crate::cpu::probe::{self, DiskProbe, Mode};
 use crate::engine::outline::Outline;
 use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, EngineOptions, Memory};
-use crate::gguf::Gguf;
+use crate::gguf::{Gguf, printable};
 use crate::moe::planner::{Cost, Forecast, Reading, Routing, forecast, typical_trace};
 use crate::ops::kv::KV_BLOCK;
 use clap::{Args, ValueEnum};
@@ -29,8 +29,9 @@ Examples:
   oncall run -m model.gguf --record run.csv \"…\" && oncall plan -m model.gguf --trace run.csv"
 )]
 pub(super) struct PlanArgs {
-    /// A GGUF file, or the first of a split model's files [default: the tiny model that is built in]
-    #[arg(short, long, value_name = "FILE", env = "ONCALL_MODEL")]
+    /// A GGUF file, or the first of a split model's files [default: $ONCALL_MODEL, or the tiny model that
+    /// is built in]
+    #[arg(short, long, value_name = "FILE", default_values = model_of_env(), hide_default_value = true)]
     model: Option<PathBuf>,
     /// Add this budget to the table, as 4GiB; auto is what the machine can spare
     #[arg(long, value_name = "SIZE|auto", value_parser = parse_memory, default_value = "auto")]
@@ -113,20 +114,41 @@ pub(super) fn run(a: PlanArgs) -> Result<(), Failure> {
     };
     let outline = Outline::new(&gguf, &options)?;
     let (routing, assumption) = routing(&a, &outline)?;
-    let budget = match a.memory {
-        Memory::Bytes(n) if n < outline.needs.smallest() => {
+    let budgets = Budgets::new(a.memory, &outline)?;
+    let plan = plan(&a, &gguf, &outline, &routing, assumption, budgets)?;
+    if a.json { output::json(&plan) } else { output::text(&print(&plan, &outline, budgets)?) }
+}
+
+/// Budgets of this machine and of the user's, which have rows of their own.
+#[derive(Clone, Copy)]
+struct Budgets {
+    /// What the machine can spare, where that's known.
+    spare: Option<u64>,
+    asked: Option<u64>,
+}
+
+impl Budgets {
+    fn new(memory: Memory, o: &Outline) -> Result<Self, Failure> {
+        let asked = match memory {
+            Memory::Auto => None,
+            Memory::Bytes(n) => Some(n),
+        };
+        if let Some(n) = asked.filter(|n| *n < o.needs.smallest()) {
             return Err(Failure::new(format!(
                 "{} are too little for this model: the least that works with a context of {} is {}; a shorter context (-c) or a \
                  q8_0 KV cache (-ctk q8_0 -ctv q8_0) would lower it",
-                output::size(n),
-                outline.n_ctx,
-                output::size(outline.needs.smallest())
+                output::memory(n),
+                o.n_ctx,
+                output::memory(o.needs.smallest())
             )));
         }
-        memory => memory.resolve(),
-    };
-    let plan = plan(&a, &gguf, &outline, &routing, assumption, budget)?;
-    if a.json { output::json(&plan) } else { output::text(&print(&plan, &outline, budget)?) }
+        Ok(Budgets { spare: Memory::Auto.resolve(), asked })
+    }
+
+    /// The one that is marked in the table.
+    fn marked(self) -> Option<u64> {
+        self.asked.or(self.spare)
+    }
 }
 
 /// What is assumed about which experts are used.
@@ -162,7 +184,7 @@ fn plan(
     o: &Outline,
     routing: &Routing,
     assumption: Assumption,
-    budget: Option<u64>,
+    own: Budgets,
 ) -> Result<Plan, Failure> {
     let needs = &o.needs;
     let memory_rate = probe::memory_rate(o.n_threads, MEMORY_TIME)?;
@@ -181,7 +203,9 @@ fn plan(
     let (smallest, whole) = (needs.smallest(), needs.no_reads());
     let between = [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
         .map(|x| smallest + ((whole - smallest) as f64 * x) as u64);
-    let mut budgets: Vec<u64> = between.into_iter().chain(budget.filter(|b| (smallest..whole).contains(b))).collect();
+    // More than it can use changes nothing, but who asks gets an answer.
+    let own = own.asked.or(own.spare.filter(|b| (smallest..whole).contains(b)));
+    let mut budgets: Vec<u64> = between.into_iter().chain(own).collect();
     budgets.sort_unstable();
     budgets.dedup();
     Ok(Plan {
@@ -213,19 +237,20 @@ fn reading(model: Option<&Path>, o: &Outline, compute_s: f64) -> Result<Reading,
     o.measure_reading(&probe.map_err(|e| of_file(&e))?, compute_s).map_err(|e| of_file(&e))
 }
 
-fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt::Error> {
+fn print(p: &Plan, o: &Outline, budgets: Budgets) -> Result<String, std::fmt::Error> {
     let mut out = String::new();
-    let size = output::size;
+    // Memory as --memory takes it; what is read as speeds are told.
+    let (memory, size) = (output::memory, output::size);
     let mut line = |name: &str, value: String| writeln!(out, "{name:<16} {value}");
-    line("model", format!("{}{}", p.model, if p.incomplete { " (not all there yet)" } else { "" }))?;
-    line("dense weights", format!("{}, always in memory", size(p.dense_bytes)))?;
+    line("model", format!("{}{}", printable(&p.model), if p.incomplete { " (not all there yet)" } else { "" }))?;
+    line("dense weights", format!("{}, always in memory", memory(p.dense_bytes)))?;
     line(
         "KV cache",
-        format!("{} for {} tokens, {} for each 1024", size(p.kv_bytes), p.n_ctx, size(p.kv_bytes_per_1k)),
+        format!("{} for {} tokens, {} for each 1024", memory(p.kv_bytes), p.n_ctx, memory(p.kv_bytes_per_1k)),
     )?;
     line(
         "buffers",
-        format!("{} where there's room, and {} for the program", size(p.activation_bytes), size(p.base_bytes)),
+        format!("{} where there's room, and {} for the program", memory(p.activation_bytes), memory(p.base_bytes)),
     )?;
     if let Some(moe) = &o.config.moe {
         let (n, used) = (moe.router.n_expert, moe.router.n_expert_used);
@@ -233,17 +258,23 @@ fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt:
             "experts",
             format!(
                 "{} in all, {} each, {used} of {n} a layer for each token",
-                size(p.all_slots_bytes),
+                memory(p.all_slots_bytes),
                 size(p.expert_bytes)
             ),
         )?;
         line("a token uses", format!("{} of experts", size(p.cost.used_expert_bytes)))?;
     }
-    line("smallest budget", size(p.smallest_bytes))?;
-    line("no more reads", format!("from {} on", size(p.no_reads_bytes)))?;
-    let spare = budget.map_or("unknown".into(), size);
-    line("this machine", format!("{spare} of memory, {} by {} threads", rate(p.memory_rate), o.n_threads))?;
+    line("smallest budget", memory(p.smallest_bytes))?;
+    line("no more reads", format!("from {} on", memory(p.no_reads_bytes)))?;
+    let spare = budgets.spare.map_or("unknown".into(), memory);
+    let threads = output::counted(o.n_threads, "thread");
+    line("this machine", format!("{spare} of memory to spare, {} by {threads}", rate(p.memory_rate)))?;
     line("", disk(p))?;
+    if let Some(asked) = budgets.asked {
+        let more = budgets.spare.is_some_and(|spare| asked > spare);
+        let more = if more { ", more than this machine can spare" } else { "" };
+        line("budget asked for", format!("{}{more}", memory(asked)))?;
+    }
     let assumed = match p.routing {
         Assumption::Typical => "made-up routing, as unequal as trained models', from empty slots on",
         Assumption::Uniform => "all experts used alike: the worst case",
@@ -261,16 +292,23 @@ fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt:
         "\n{:>10} {:>10} {:>9} {:>7} {:>10} {:>11} {:>9} {:>10} {:>9}",
         "memory", "for slots", "experts", "hits", "read", "compute", "disk", "tokens/s", "at first"
     )?;
+    let mut shown: Option<&Forecast> = None;
     for f in &p.budgets {
+        // More memory that changes nothing is no row.
+        let marked = Some(f.bytes) == budgets.marked();
+        if !marked && shown.is_some_and(|s| Forecast { bytes: s.bytes, chunk: s.chunk, ..*f } == *s) {
+            continue;
+        }
+        shown = Some(f);
         let disk = f.disk_s.map_or("?".into(), |s| format!("{:.1} ms", 1e3 * s));
         let [speed, first] =
             [f.tokens_per_s, f.first_tokens_per_s].map(|t| t.map_or("?".into(), |t| format!("{t:.1}")));
-        let mark = if Some(f.bytes) == budget { "  <" } else { "" };
+        let mark = if marked { "  <" } else { "" };
         writeln!(
             out,
             "{:>10} {:>10} {:>7.1} % {:>5.1} % {:>10} {:>8.1} ms {disk:>9} {speed:>10} {first:>9}{mark}",
-            size(f.bytes),
-            size(f.slots_bytes),
+            memory(f.bytes),
+            memory(f.slots_bytes),
             100.0 * f.slot_share,
             100.0 * f.hit_rate,
             size(f.bytes_per_token),

@@ -3,7 +3,7 @@
 use super::{Failure, output};
 use crate::gguf::Gguf;
 use crate::gguf::mixture::{MIXTURES, by_name};
-use crate::gguf::requantize::Plan;
+use crate::gguf::requantize::{Plan, RequantizeError};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -31,18 +31,25 @@ pub(super) fn run(a: QuantizeArgs) -> Result<(), Failure> {
     })?;
     let source = Gguf::open(&a.from)?;
     let plan = Plan::new(&source, mixture)?;
-    if let Some(t) = plan.rounded_twice() {
-        output::note(&format!(
-            "note: {} is in {} already and is rounded a second time; from the original model the result is better",
-            t.name, t.format.name
-        ));
-    }
+    output::catch_ctrl_c();
     let bar = output::bar("quantising", "bytes");
-    plan.write(&a.to, a.overwrite, &mut |done, total| {
+    let result = plan.write(&a.to, a.overwrite, &mut |done, total| {
+        // Nothing was in the way of beginning.
+        if let Some(t) = plan.rounded_twice().filter(|_| done == 0) {
+            output::note(&format!(
+                "note: {} is in {} already and is rounded a second time; from the original model the result is better",
+                t.name, t.format.name
+            ));
+        }
         bar.set_length(total);
         bar.set_position(done);
-    })?;
+        !output::stopped()
+    });
     bar.finish_and_clear();
+    match result {
+        Err(RequantizeError::Stopped) => return Err(Failure::interrupted()),
+        other => other?,
+    }
     let after = std::fs::metadata(&a.to).map_or(0, |m| m.len());
     output::note(&format!("{}: {}, from {}", a.to.display(), output::size(after), output::size(source.total_bytes())));
     Ok(())

@@ -1,9 +1,10 @@
 //! `oncall replay`: what a cache of experts would have hit in a recorded run.
 
 use super::{Failure, output};
+use crate::gguf::printable;
 use crate::moe::policy::{self, POLICIES};
 use crate::moe::replay::{Outcome, Sharing, optimum, replay};
-use crate::moe::trace::Trace;
+use crate::moe::trace::{Trace, TraceHeader};
 use clap::Args;
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -27,8 +28,8 @@ pub(super) struct ReplayArgs {
     /// The trace
     #[arg(long, value_name = "FILE")]
     trace: PathBuf,
-    /// Slots for each layer
-    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "9,12,24,48", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    /// Slots for each layer [default: from one more than a token uses to three eighths of the experts]
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=4096))]
     slots: Vec<u16>,
     /// Policies; belady is the optimum [default: all]
     #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = policy_name)]
@@ -78,25 +79,40 @@ pub(super) fn read_trace(path: &Path) -> Result<Trace, Failure> {
 
 pub(super) fn run(a: ReplayArgs) -> Result<(), Failure> {
     let trace = read_trace(&a.trace)?;
+    let slots = if a.slots.is_empty() { usual_slots(&trace.header) } else { a.slots };
     let names: Vec<&'static str> =
         if a.policy.is_empty() { POLICIES.iter().map(|p| p.0).chain([BELADY]).collect() } else { a.policy };
     let shared = a.sharing.map_or(vec![Sharing::Global, Sharing::Layer], |s| vec![s]);
     if !a.json {
-        output::text(&heading(&trace, &a.slots)?)?;
+        output::text(&heading(&trace, &slots)?)?;
     }
     for sharing in shared {
         for name in &names {
-            let rows: Vec<Row> = a.slots.iter().map(|&slots| row(&trace, name, slots, sharing)).collect();
+            let rows: Vec<Row> = slots.iter().map(|&slots| row(&trace, name, slots, sharing)).collect();
             if a.json {
                 rows.iter().try_for_each(output::json)?;
                 continue;
             }
             let who = if sharing == Sharing::Global { "shared by all layers" } else { "each layer its own" };
-            let cells: String = rows.iter().map(|r| format!("{:>9.1}", 100.0 * r.hit_rate)).collect();
+            let cells: String = rows.iter().map(|r| format!("{:>11.1}", 100.0 * r.hit_rate)).collect();
             output::text(&format!("{name:<8}{who:<22}{cells}\n"))?;
         }
     }
     Ok(())
+}
+
+/// Where a cache begins to make a difference, up to three eighths of a layer's experts: 9, 12, 24 and 48 where 8 of 128 are used.
+fn usual_slots(h: &TraceHeader) -> Vec<u16> {
+    let (n, used) = (h.n_expert, h.n_expert_used);
+    let mut slots = vec![used + 1, used + used / 2, n * 3 / 16, n * 3 / 8];
+    if n < 16 {
+        slots.extend([n / 2, n * 3 / 4]);
+    }
+    slots.retain(|&s| s > used && s < n);
+    slots.push(if slots.is_empty() { n } else { used + 1 });
+    slots.sort_unstable();
+    slots.dedup();
+    slots.into_iter().filter_map(|s| u16::try_from(s).ok()).collect()
 }
 
 fn row(trace: &Trace, name: &'static str, slots: u16, sharing: Sharing) -> Row {
@@ -116,23 +132,23 @@ fn heading(trace: &Trace, slots: &[u16]) -> Result<String, std::fmt::Error> {
     let written = trace.tokens().filter(|t| t.0 == crate::moe::trace::Phase::Decode).count();
     writeln!(
         out,
-        "{}: {} layers of {} experts, {} used; {} tokens read, {written} written",
-        h.model,
-        h.n_layer,
-        h.n_expert,
+        "{}: {} of {}, {} used; {} read, {written} written",
+        printable(&h.model),
+        output::counted(h.n_layer, "layer"),
+        output::counted(h.n_expert, "expert"),
         h.n_expert_used,
-        trace.n_tokens() - written
+        output::counted(trace.n_tokens() - written, "token")
     )?;
     writeln!(
         out,
-        "One token's cycle is {} slots a layer: with fewer, lru shared by all layers never hits.\n",
-        h.n_expert_used
+        "One token's cycle is {} a layer: with fewer, lru shared by all layers never hits.\n",
+        output::counted(h.n_expert_used, "slot")
     )?;
-    let cells: String = slots.iter().map(|s| format!("{s:>9}")).collect();
+    let cells: String = slots.iter().map(|s| format!("{s:>11}")).collect();
     writeln!(out, "{:<30}{cells}", "slots a layer")?;
     let bytes: u64 = h.layer_bytes.iter().map(|b| b.0).sum();
     if bytes > 0 {
-        let cells: String = slots.iter().map(|&s| format!("{:>9}", output::size(u64::from(s) * bytes))).collect();
+        let cells: String = slots.iter().map(|&s| format!("{:>11}", output::memory(u64::from(s) * bytes))).collect();
         writeln!(out, "{:<30}{cells}", "they take")?;
     }
     writeln!(out, "\nhits in %")?;

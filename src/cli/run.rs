@@ -43,7 +43,7 @@ pub(super) struct RunArgs {
 
 pub(super) fn run(a: RunArgs) -> Result<(), Failure> {
     let prompt = prompt(&a)?;
-    output::catch_ctrl_c()?;
+    output::catch_ctrl_c();
     let engine = a.model.load()?;
     let template = if a.raw { None } else { engine.chat_template()? };
     let (tokens, chat) = match &template {

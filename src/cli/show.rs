@@ -2,11 +2,12 @@
 
 mod kernels;
 
+use super::args::model_of_env;
 use super::{Failure, output};
 use crate::arch;
 use crate::cpu::Isa;
 use crate::engine::EMBEDDED_NAME;
-use crate::gguf::{Gguf, Tensor, Value};
+use crate::gguf::{Gguf, Tensor, Value, printable};
 use clap::Args;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -20,11 +21,11 @@ use std::path::PathBuf;
 neoni8mm) forces another instruction set, here as in every command. Which one is used changes no logit by a bit."
 )]
 pub(super) struct ShowArgs {
-    /// The file, or the first of a split model's files [default: the model that is built in]
+    /// The file, or the first of a split model's files [default: $ONCALL_MODEL, or the model that is built in]
     #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
     /// The file, as in the other commands
-    #[arg(short, long = "model", value_name = "FILE", conflicts_with = "file")]
+    #[arg(short, long = "model", value_name = "FILE", conflicts_with = "file", default_values = model_of_env(), hide_default_value = true)]
     model: Option<PathBuf>,
     /// List every metadata key
     #[arg(long)]
@@ -72,6 +73,21 @@ struct Summary {
     /// With `--kernels`.
     #[serde(skip_serializing_if = "Option::is_none")]
     kernels: Option<Vec<kernels::Row>>,
+    /// With `--metadata`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metadata: Option<serde_json::Map<String, serde_json::Value>>,
+    /// With `--tensors`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tensors: Option<Vec<TensorRow>>,
+}
+
+/// What is said of a tensor.
+#[derive(Serialize)]
+struct TensorRow {
+    name: String,
+    format: &'static str,
+    shape: Vec<u64>,
+    bytes: u64,
 }
 
 pub(super) fn run(a: ShowArgs) -> Result<(), Failure> {
@@ -84,6 +100,8 @@ pub(super) fn run(a: ShowArgs) -> Result<(), Failure> {
         s.kernels = Some(kernels::rows(&gguf, Isa::get()?));
     }
     if a.json {
+        s.metadata = a.metadata.then(|| gguf.metadata().iter().map(|(key, v)| (key.into(), to_json(&v))).collect());
+        s.tensors = a.tensors.then(|| gguf.tensors().iter().map(tensor_row).collect());
         return output::json(&s);
     }
     let mut out = String::new();
@@ -94,7 +112,7 @@ pub(super) fn run(a: ShowArgs) -> Result<(), Failure> {
     if a.metadata {
         out.push('\n');
         for (key, value) in gguf.metadata().iter() {
-            writeln!(out, "{key} = {}", shorten(&value))?;
+            writeln!(out, "{} = {}", printable(key), shorten(&value))?;
         }
     }
     if a.tensors {
@@ -104,7 +122,7 @@ pub(super) fn run(a: ShowArgs) -> Result<(), Failure> {
             writeln!(
                 out,
                 "{:<44} {:<8} {:>22} {:>10}",
-                t.name,
+                printable(&t.name),
                 t.format.name,
                 shape.join(" x "),
                 output::size(t.n_bytes)
@@ -115,7 +133,8 @@ pub(super) fn run(a: ShowArgs) -> Result<(), Failure> {
 }
 
 fn summary(gguf: &Gguf) -> Result<Summary, Failure> {
-    let (model, _) = arch::declare(gguf, Isa::get()?, None)?;
+    let of_file = |e: &dyn std::fmt::Display| Failure::new(format!("{}: {e}", gguf.name()));
+    let (model, _) = arch::declare(gguf, Isa::get()?, None).map_err(|e| of_file(&e))?;
     let c = &model.config;
     let (n_expert, n_expert_used, n_ff_exp) =
         c.moe.as_ref().map_or((0, 0, 0), |m| (m.router.n_expert, m.router.n_expert_used, m.n_ff_exp));
@@ -138,7 +157,7 @@ fn summary(gguf: &Gguf) -> Result<Summary, Failure> {
         gguf_version: gguf.version(),
         bytes: gguf.total_bytes(),
         architecture: c.arch.clone(),
-        name: gguf.metadata().str("general.name")?.map(Into::into),
+        name: gguf.metadata().str("general.name").map_err(|e| of_file(&e))?.map(Into::into),
         parameters,
         active_parameters: active,
         n_layer: c.n_layer,
@@ -156,6 +175,8 @@ fn summary(gguf: &Gguf) -> Result<Summary, Failure> {
         parts,
         formats,
         kernels: None,
+        metadata: None,
+        tensors: None,
     })
 }
 
@@ -181,7 +202,7 @@ fn part_of(name: &str) -> &'static str {
 
 fn print(out: &mut String, s: &Summary) -> Result<(), std::fmt::Error> {
     let mut line = |name: &str, value: String| writeln!(out, "{name:<16} {value}");
-    line("file", format!("{}, GGUF v{}, {}", s.file, s.gguf_version, output::size(s.bytes)))?;
+    line("file", format!("{}, GGUF v{}, {}", printable(&s.file), s.gguf_version, output::size(s.bytes)))?;
     line("model", format!("{}{}", s.architecture, s.name.as_ref().map_or(String::new(), |n| format!(", {n:?}"))))?;
     line(
         "parameters",
@@ -206,7 +227,11 @@ fn print(out: &mut String, s: &Summary) -> Result<(), std::fmt::Error> {
     line("vocabulary", format!("{} tokens", s.n_vocab))?;
     line(
         "context",
-        format!("{} tokens; the KV cache takes {} for each 1024 (f16)", s.n_ctx_train, output::size(s.kv_bytes_per_1k)),
+        format!(
+            "{} tokens; the KV cache takes {} for each 1024 (f16)",
+            s.n_ctx_train,
+            output::memory(s.kv_bytes_per_1k)
+        ),
     )?;
     line("chat template", if s.chat_template { "yes" } else { "no: it continues text" }.into())?;
     writeln!(out, "\nWhat it weighs")?;
@@ -225,9 +250,26 @@ fn print(out: &mut String, s: &Summary) -> Result<(), std::fmt::Error> {
     let mut formats: Vec<_> = s.formats.iter().collect();
     formats.sort_by_key(|f| std::cmp::Reverse(f.1.0));
     for (format, (bytes, n)) in formats {
-        writeln!(out, "  {format:<20} {:>10}  in {n} tensors", output::size(*bytes))?;
+        writeln!(out, "  {format:<20} {:>10}  in {}", output::size(*bytes), output::counted(*n as usize, "tensor"))?;
     }
     Ok(())
+}
+
+fn tensor_row(t: &Tensor) -> TensorRow {
+    TensorRow { name: t.name.to_string(), format: t.format.name, shape: t.shape().to_vec(), bytes: t.n_bytes }
+}
+
+/// A value as JSON, whole; a float that JSON has no number for is null.
+fn to_json(value: &Value<'_>) -> serde_json::Value {
+    match *value {
+        Value::Array(a) => a.iter().map(|v| to_json(&v)).collect(),
+        Value::Str(s) => s.into(),
+        Value::Bool(b) => b.into(),
+        Value::F32(f) => f.into(),
+        Value::F64(f) => f.into(),
+        Value::U64(n) => n.into(),
+        v => v.as_integer().and_then(|n| i64::try_from(n).ok()).into(),
+    }
 }
 
 /// A value on one line.

@@ -1,5 +1,6 @@
 //! `oncall tokenize`: text to tokens.
 
+use super::args::model_of_env;
 use super::{Failure, output};
 use crate::engine::EMBEDDED_NAME;
 use crate::gguf::Gguf;
@@ -24,8 +25,8 @@ pub(super) struct TokenizeArgs {
     /// Print one JSON array of objects
     #[arg(long)]
     json: bool,
-    /// A GGUF file [default: the model that is built in]
-    #[arg(short, long, value_name = "FILE", env = "ONCALL_MODEL")]
+    /// A GGUF file [default: $ONCALL_MODEL, or the model that is built in]
+    #[arg(short, long, value_name = "FILE", default_values = model_of_env(), hide_default_value = true)]
     model: Option<std::path::PathBuf>,
 }
 
@@ -40,7 +41,7 @@ pub(super) fn run(a: TokenizeArgs) -> Result<(), Failure> {
         Some(path) => Gguf::open(path)?,
         None => Gguf::from_static(EMBEDDED_NAME, crate::engine::embedded_bytes())?,
     };
-    let t = Tokenizer::from_metadata(gguf.metadata())?;
+    let t = Tokenizer::from_metadata(gguf.metadata()).map_err(|e| Failure::new(format!("{}: {e}", gguf.name())))?;
     let text = match a.text {
         Some(t) => t,
         None => {
@@ -64,6 +65,6 @@ pub(super) fn run(a: TokenizeArgs) -> Result<(), Failure> {
         writeln!(out, "{:>7}  {:?}", t.id, t.piece)?;
     }
     output::text(&out)?;
-    output::note(&format!("{} tokens", tokens.len()));
+    output::note(&output::counted(tokens.len(), "token"));
     Ok(())
 }

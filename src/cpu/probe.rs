@@ -47,6 +47,10 @@ impl DiskProbe {
     /// # Errors
     /// The system's: where it or the file system has no direct reads, that is what it says.
     pub fn open(path: &Path, mode: Mode) -> io::Result<Self> {
+        // Asked before it is opened: opening a pipe would wait for its other end.
+        if !std::fs::metadata(path)?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it isn't a file: reads can't be measured on it"));
+        }
         let file = match mode {
             Mode::Buffered => File::open(path)?,
             Mode::Direct => open_direct(path)?,
@@ -248,6 +252,10 @@ mod tests {
             );
         }
         assert!(DiskProbe::open(&dir.path().join("none"), Mode::Direct).is_err());
+        for other in [dir.path(), Path::new("/dev/zero")] {
+            let e = DiskProbe::open(other, Mode::Buffered).map(drop).unwrap_err();
+            assert!(e.to_string().contains("isn't a file"), "{e}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::{Engine, EngineError};
 use crate::session::grammar::{GrammarError, Grammars};
-use crate::session::template::{ChatTemplate, Message};
+use crate::session::template::{ChatTemplate, Message, TemplateError};
 
 impl Engine {
     /// The model's chat template, if it has one.
@@ -14,7 +14,8 @@ impl Engine {
         let t = self.tokenizer();
         let text =
             |id: Option<u32>| id.map(|id| String::from_utf8_lossy(&t.token_bytes(id)).into_owned()).unwrap_or_default();
-        Ok(Some(ChatTemplate::new(source, &text(t.bos()), &text(t.eos()))?))
+        let template = ChatTemplate::new(source, &text(t.bos()), &text(t.eos()));
+        Ok(Some(template.map_err(|e| self.of_template(e))?))
     }
 
     /// The tokens of a conversation up to where the model's answer begins.
@@ -22,8 +23,12 @@ impl Engine {
     /// # Errors
     /// If the template refuses the conversation.
     pub fn chat_tokens(&self, t: &ChatTemplate, messages: &[Message]) -> Result<Vec<u32>, EngineError> {
-        let text = t.render(messages, true, &serde_json::Value::Null)?;
+        let text = t.render(messages, true, &serde_json::Value::Null).map_err(|e| self.of_template(e))?;
         Ok(self.tokenizer().encode(&text, !t.has_bos(&text), true))
+    }
+
+    fn of_template(&self, source: TemplateError) -> EngineError {
+        EngineError::Template { file: self.gguf().name().into(), source }
     }
 
     /// What grammars are compiled with; made when it is first asked for.

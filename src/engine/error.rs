@@ -59,9 +59,14 @@ pub enum EngineError {
     /// The file's metadata.
     #[error(transparent)]
     Key(#[from] KeyError),
-    /// The chat template.
-    #[error(transparent)]
-    Template(#[from] TemplateError),
+    /// The chat template in the file.
+    #[error("{file}: {source}")]
+    Template {
+        /// The model file's name.
+        file: String,
+        /// What is wrong.
+        source: TemplateError,
+    },
     /// A stop string.
     #[error(transparent)]
     Stop(#[from] EmptyStop),

@@ -137,6 +137,17 @@ impl EngineOptions {
     }
 }
 
+/// Layers that the metadata leaves out are no error, but hardly meant.
+fn warn_of_unused_layers(gguf: &Gguf, n_layer: usize) {
+    let n = gguf.tensors().iter().filter(|t| outline::layer_of(t).is_some_and(|l| l >= n_layer)).count();
+    if n > 0 {
+        tracing::warn!(
+            file = gguf.name(),
+            "{n} of its tensors are of layers that it doesn't use: block_count is {n_layer}"
+        );
+    }
+}
+
 /// What former runs have learned of this model's experts, and where that is kept.
 fn known_heat(gguf: &Gguf, model: &Decoder) -> Option<(PathBuf, Heat)> {
     let n_expert = model.config.moe.as_ref()?.router.n_expert;
@@ -280,6 +291,7 @@ impl Engine {
                 Some(store.map_err(system("addresses for slots of all experts (ulimit -v bounds them), or threads"))?)
             }
         };
+        warn_of_unused_layers(&gguf, model.config.n_layer);
         let recorder = recorder(&gguf, &model, o)?;
         let heat = o.heat.then(|| known_heat(&gguf, &model)).flatten();
         if let (Some(store), Some((_, heat))) = (&store, &heat) {

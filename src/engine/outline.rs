@@ -88,12 +88,16 @@ fn part(t: &Tensor, n: u64) -> Part {
     Part { tensor: 0, offset: 0, stride: 0, n_bytes: (t.n_bytes / n) as usize, format: t.format, n_rows, n_cols }
 }
 
+/// The layer that a tensor belongs to.
+pub(super) fn layer_of(t: &Tensor) -> Option<usize> {
+    t.name.strip_prefix("blk.")?.split_once('.')?.0.parse().ok()
+}
+
 /// Bytes of one expert of each layer, and of the layer's other weights.
 pub(super) fn layer_bytes(gguf: &Gguf, n_layer: usize, n_expert: usize) -> Vec<(u64, u64)> {
     let mut layers = vec![(0, 0); n_layer];
     for t in gguf.tensors() {
-        let layer = t.name.strip_prefix("blk.").and_then(|n| n.split_once('.')).and_then(|n| n.0.parse::<usize>().ok());
-        let Some(bytes) = layer.and_then(|l| layers.get_mut(l)) else { continue };
+        let Some(bytes) = layer_of(t).and_then(|l| layers.get_mut(l)) else { continue };
         match is_expert(t) {
             true => bytes.0 += t.n_bytes / n_expert as u64,
             false => bytes.1 += t.n_bytes,

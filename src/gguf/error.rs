@@ -345,6 +345,13 @@ pub enum HeaderError {
     },
 }
 
+/// Text from a file, or a file's name, on one line and without what a terminal would obey.
+pub fn printable(text: &str) -> String {
+    let escaped = text.escape_debug().to_string();
+    // Nothing here stands between quotes.
+    escaped.replace("\\\"", "\"").replace("\\'", "'").replace("\\\\", "\\")
+}
+
 /// The formats that are read, for a message.
 fn known_formats() -> String {
     let names: Vec<_> = quant::FORMATS.iter().map(|f| f.name).collect();
@@ -413,6 +420,18 @@ pub enum WriteError {
         /// The file.
         path: PathBuf,
     },
+    /// A pipe, a device, and so on.
+    #[error("{path:?} is a pipe or a device, and only a file can be replaced: name another file")]
+    NotAFile {
+        /// What has the name.
+        path: PathBuf,
+    },
+    /// A model's file that this process has open.
+    #[error("{path:?} is the model itself, which is in use: name another file")]
+    Model {
+        /// The file.
+        path: PathBuf,
+    },
     /// Another process is writing the same file.
     #[error("{path:?} is being written by another process")]
     Busy {
@@ -432,7 +451,7 @@ pub enum WriteError {
         free: u64,
     },
     /// The disk filled up under a file whose size nobody knew before.
-    #[error("the disk of {path:?} is full: free some space or name another disk; what was written is removed again")]
+    #[error("the disk of {path:?} is full: free some space or name another disk")]
     DiskFull {
         /// The file.
         path: PathBuf,

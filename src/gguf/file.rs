@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::error::{GgufError, HeaderError, KeyError};
 use super::header::{Header, MAX_HEADER_BYTES};
@@ -35,6 +35,37 @@ pub struct ModelFile {
     len: u64,
     identity: Option<Identity>,
     data: Data,
+    /// Held as long as it's open.
+    _in_use: Option<InUse>,
+}
+
+/// The device and the inode of each file that a model of this process reads.
+static IN_USE: Mutex<Vec<(u64, u64)>> = Mutex::new(Vec::new());
+
+/// That a file is in use: no output may take its place.
+#[derive(Debug)]
+struct InUse(u64, u64);
+
+impl InUse {
+    fn new(m: &fs::Metadata) -> Self {
+        IN_USE.lock().unwrap_or_else(|e| e.into_inner()).push((m.dev(), m.ino()));
+        InUse(m.dev(), m.ino())
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let mut all = IN_USE.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(i) = all.iter().position(|f| *f == (self.0, self.1)) {
+            all.swap_remove(i);
+        }
+    }
+}
+
+/// Whether this is a file of a model that this process reads.
+pub(super) fn in_use(path: &Path) -> bool {
+    let Ok(m) = fs::metadata(path) else { return false };
+    IN_USE.lock().unwrap_or_else(|e| e.into_inner()).contains(&(m.dev(), m.ino()))
 }
 
 /// What changes when a file's bytes do, or when another file takes its name.
@@ -122,7 +153,7 @@ impl Gguf {
         let len = bytes.len() as u64;
         let header =
             Header::parse(Cow::Borrowed(bytes), len).map_err(|error| GgufError::Header { path: name.into(), error })?;
-        let file = ModelFile { path: name.into(), len, identity: None, data: Data::Static(bytes) };
+        let file = ModelFile { path: name.into(), len, identity: None, data: Data::Static(bytes), _in_use: None };
         Self::assemble(name.into(), vec![(file, header)])
     }
 
@@ -259,7 +290,8 @@ fn open_one(path: &Path, extent: Extent) -> Result<(ModelFile, Header), GgufErro
     reject_other_kinds(path, &fs::metadata(path).map_err(io)?)?;
     let file = File::open(path).map_err(io)?;
     read_no_more_than_asked(&file);
-    let len = file.metadata().map_err(io)?.len();
+    let metadata = file.metadata().map_err(io)?;
+    let len = metadata.len();
     let data_len = if extent == Extent::Whole { len } else { i64::MAX as u64 };
     let header = read_header(|buf, at| file.read_at(buf, at), len, data_len).map_err(|e| match e {
         HeaderReadError::Header(e) => bad(e),
@@ -268,7 +300,8 @@ fn open_one(path: &Path, extent: Extent) -> Result<(ModelFile, Header), GgufErro
         HeaderReadError::Read(ReadError::Eof(end)) => bad(HeaderError::Truncated { len: end, what: "the header" }),
     })?;
     let identity = identity(&file);
-    Ok((ModelFile { path: path.into(), len, identity, data: Data::File(file) }, header))
+    let in_use = Some(InUse::new(&metadata));
+    Ok((ModelFile { path: path.into(), len, identity, data: Data::File(file), _in_use: in_use }, header))
 }
 
 /// The first read of a header: more than most have.

@@ -103,8 +103,9 @@ fn scan(bytes: &[u8], file_len: u64, data_len: u64) -> Result<Found, HeaderError
         tensors.push(read_tensor(&mut cur, alignment)?);
     }
     let n_bytes = cur.at();
-    place(&mut tensors, (n_bytes as u64).next_multiple_of(alignment), data_len)?;
+    // Before the places: the same tensor twice lies where it lies twice.
     reject_duplicates(&tensors)?;
+    place(&mut tensors, (n_bytes as u64).next_multiple_of(alignment), data_len)?;
     Ok(Found { version, entries, by_key, tensors, n_bytes })
 }
 

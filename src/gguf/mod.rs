@@ -28,11 +28,11 @@ mod writer;
 
 pub use direct::DirectFile;
 pub use encode::Encode;
-pub use error::{GgufError, HeaderError, KeyError, WriteError};
+pub use error::{GgufError, HeaderError, KeyError, WriteError, printable};
 pub use file::{Gguf, ModelFile};
 pub use header::{Header, MAX_HEADER_BYTES, MAX_KEYS, MAX_TENSORS};
 pub use metadata::Metadata;
-pub use part::PartFile;
+pub use part::{PartFile, remove_unfinished};
 pub use tensor::Tensor;
 pub use value::{Array, Strings, Value, ValueType};
 pub use writer::{DataWriter, GgufWriter};

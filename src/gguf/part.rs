@@ -4,10 +4,12 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard};
 
 use rustix::fs::OFlags;
 
 use super::error::WriteError;
+use super::file;
 
 /// A file being written as `NAME.part`. [`PartFile::commit`] renames it; dropped before that, it is removed.
 #[derive(Debug)]
@@ -21,21 +23,29 @@ pub struct PartFile {
     needed: Option<u64>,
 }
 
+/// The unfinished files of this process, for an end that drops nothing.
+static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
+    UNFINISHED.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Removes every unfinished file, for a process that ends at once.
+pub fn remove_unfinished() {
+    // There is nobody left to tell; the next writer of such a name clears it.
+    unfinished().drain(..).for_each(|part| drop(fs::remove_file(part)));
+}
+
 impl PartFile {
     /// Begins a file that replaces what has its name. A pipe or a device is written to as it stands.
     ///
     /// # Errors
-    /// When the system refuses, or another process is writing the same file.
+    /// When the system refuses, another process is writing the same file, or it's a model that is in use.
     pub fn replace(path: &Path) -> Result<Self, WriteError> {
-        let fail = |error| WriteError::of(path, error);
         if fs::metadata(path).is_ok_and(|m| !m.is_file() && !m.is_dir()) {
-            let file = OpenOptions::new().write(true).open(path).map_err(fail)?;
+            let file = OpenOptions::new().write(true).open(path).map_err(|e| WriteError::of(path, e))?;
             let out = BufWriter::new(file);
             return Ok(Self { out, part: None, path: path.into(), overwrite: true, needed: None });
-        }
-        // A link stays one: what it points to is replaced.
-        if fs::symlink_metadata(path).is_ok_and(|m| m.is_symlink()) {
-            return Self::begin(&path.canonicalize().map_err(fail)?, true, None);
         }
         Self::begin(path, true, None)
     }
@@ -44,7 +54,7 @@ impl PartFile {
     pub(super) fn create(path: &Path, overwrite: bool, needed: u64) -> Result<Self, WriteError> {
         let this = Self::begin(path, overwrite, Some(needed))?;
         // Said now and not after an hour of quantising.
-        let free = free_bytes(parent(path)).map_err(|e| WriteError::of(path, e))?;
+        let free = free_bytes(parent(&this.path)).map_err(|e| WriteError::of(path, e))?;
         if needed > free {
             return Err(WriteError::NoSpace { path: path.into(), needed, free });
         }
@@ -52,16 +62,20 @@ impl PartFile {
     }
 
     fn begin(path: &Path, overwrite: bool, needed: Option<u64>) -> Result<Self, WriteError> {
-        reject_existing(path, overwrite)?;
+        // A link stays one: what it points to is replaced.
+        let is_link = overwrite && fs::symlink_metadata(path).is_ok_and(|m| m.is_symlink());
+        let path = if is_link { path.canonicalize().map_err(|e| WriteError::of(path, e))? } else { path.into() };
+        check_target(&path, overwrite)?;
         let Some(name) = path.file_name() else {
-            return Err(WriteError::of(path, io::ErrorKind::InvalidFilename.into()));
+            return Err(WriteError::of(&path, io::ErrorKind::InvalidFilename.into()));
         };
         let mut name = name.to_os_string();
         name.push(".part");
         let part = path.with_file_name(name);
         let capacity = if needed.is_some() { 1 << 20 } else { 1 << 16 };
         let out = BufWriter::with_capacity(capacity, open_locked(&part)?);
-        Ok(Self { out, part: Some(part), path: path.into(), overwrite, needed })
+        unfinished().push(part.clone());
+        Ok(Self { out, part: Some(part), path, overwrite, needed })
     }
 
     /// The error for a write that failed.
@@ -83,14 +97,21 @@ impl PartFile {
         self.out.flush().map_err(|e| self.error(e))?;
         let Some(part) = &self.part else { return Ok(()) };
         self.out.get_ref().sync_all().map_err(|e| self.error(e))?;
-        reject_existing(&self.path, self.overwrite)?;
+        check_target(&self.path, self.overwrite)?;
         fs::rename(part, &self.path).map_err(|e| self.error(e))?;
-        self.part = None;
+        self.forget_part();
         // Without this the name may be lost with the power; some file systems can't, and that's no failure.
         if let Ok(dir) = File::open(parent(&self.path)) {
             let _ = dir.sync_all();
         }
         Ok(())
+    }
+
+    /// Its temporary name is no longer its own.
+    fn forget_part(&mut self) {
+        if let Some(part) = self.part.take() {
+            unfinished().retain(|p| *p != part);
+        }
     }
 }
 
@@ -110,15 +131,19 @@ impl Drop for PartFile {
             // There is nobody left to tell; the next writer of this name clears it.
             let _ = fs::remove_file(part);
         }
+        self.forget_part();
     }
 }
 
-fn reject_existing(path: &Path, overwrite: bool) -> Result<(), WriteError> {
+/// Whether a file may get this name.
+fn check_target(path: &Path, overwrite: bool) -> Result<(), WriteError> {
     match fs::symlink_metadata(path) {
+        Ok(_) if file::in_use(path) => Err(WriteError::Model { path: path.into() }),
         Ok(found) if found.is_dir() => {
             Err(WriteError::File { path: path.into(), error: io::ErrorKind::IsADirectory.into() })
         }
         Ok(_) if !overwrite => Err(WriteError::Exists { path: path.into() }),
+        Ok(found) if !found.is_file() => Err(WriteError::NotAFile { path: path.into() }),
         _ => Ok(()),
     }
 }

@@ -25,15 +25,15 @@ pub enum RequantizeError {
         /// Its format in the mixture.
         format: &'static str,
     },
-    /// The result would take the place of the model that is read.
-    #[error("{0:?} is the model itself: name another file")]
-    InPlace(std::path::PathBuf),
     /// The model couldn't be read.
     #[error(transparent)]
     Read(#[from] GgufError),
     /// The result couldn't be written.
     #[error(transparent)]
     Write(#[from] WriteError),
+    /// The caller ended it.
+    #[error("it was stopped before the whole model was written")]
+    Stopped,
 }
 
 /// What each tensor of a model becomes in a mixture.
@@ -78,14 +78,14 @@ impl<'a> Plan<'a> {
         self.tensors().find(twice).map(|(tensor, _)| tensor)
     }
 
-    /// Writes the model. `progress` is told the bytes of tensor data written, and in all.
+    /// Writes the model. `progress` is told the bytes of tensor data written, and in all, from the beginning on; with `false` it ends
+    /// the work, which leaves nothing then.
     pub fn write(
         &self,
         path: &Path,
         overwrite: bool,
-        progress: &mut dyn FnMut(u64, u64),
+        progress: &mut dyn FnMut(u64, u64) -> bool,
     ) -> Result<(), RequantizeError> {
-        self.reject_in_place(path)?;
         let mut writer = GgufWriter::new();
         writer.set_all(self.source.metadata());
         writer.set("general.file_type", self.mixture.file_type);
@@ -95,22 +95,16 @@ impl<'a> Plan<'a> {
         }
         let mut file = writer.create(path, overwrite)?;
         let (mut done, total) = (0, self.n_bytes());
+        let mut go_on = |done| if progress(done, total) { Ok(()) } else { Err(RequantizeError::Stopped) };
+        go_on(done)?;
         for (tensor, format) in self.tensors() {
             convert(self.source, tensor, format, &mut |bytes| {
                 file.write(bytes)?;
                 done += bytes.len() as u64;
-                progress(done, total);
-                Ok(())
+                go_on(done)
             })?;
         }
         Ok(file.finish()?)
-    }
-
-    /// The result is renamed over what is there at the end; that must not be what is being read.
-    fn reject_in_place(&self, path: &Path) -> Result<(), RequantizeError> {
-        let Ok(target) = path.canonicalize() else { return Ok(()) };
-        let same = self.source.files().iter().any(|file| file.path().canonicalize().is_ok_and(|p| p == target));
-        if same { Err(RequantizeError::InPlace(path.into())) } else { Ok(()) }
     }
 }
 

@@ -27,7 +27,7 @@ struct State {
 
 /// Writing a trace failed.
 #[derive(Debug, thiserror::Error)]
-#[error("the routing trace: {0}; nothing more is recorded")]
+#[error("the routing trace: {0}")]
 pub struct RecordError(#[from] WriteError);
 
 impl Recorder {

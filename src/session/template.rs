@@ -15,6 +15,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::{AutoEscape, ErrorKind, Value};
 use serde::{Deserialize, Serialize};
 
+use crate::gguf::printable;
 use meter::{Cause, Meter};
 
 mod builtins;
@@ -73,14 +74,14 @@ impl Message {
 pub enum TemplateError {
     /// It's longer than any real one.
     #[error(
-        "the chat template has {len} bytes, at most {MAX_SOURCE} are taken: the file is damaged or hostile; use another template or none"
+        "the chat template has {len} bytes, at most {MAX_SOURCE} are taken: the file is damaged or hostile; `oncall run --raw` does without it"
     )]
     TooLong {
         /// Its length in bytes.
         len: usize,
     },
     /// It isn't Jinja, or uses what isn't supported.
-    #[error("the chat template can't be read, line {line}: {detail}; use another template or none")]
+    #[error("the chat template can't be read, line {line}: {}; `oncall run --raw` does without it", printable(.detail))]
     Syntax {
         /// Counted from 1.
         line: usize,
@@ -88,7 +89,7 @@ pub enum TemplateError {
         detail: String,
     },
     /// The template itself raised an exception.
-    #[error("the model's chat template refuses this conversation: {message}{}", if *.without_system {
+    #[error("the model's chat template refuses this conversation: {}{}", printable(.message), if *.without_system {
         " (it accepts it without the system message: leave out the system prompt)"
     } else {
         ""
@@ -100,7 +101,7 @@ pub enum TemplateError {
         without_system: bool,
     },
     /// Something in it doesn't work on this conversation.
-    #[error("the chat template fails on this conversation, line {line}: {detail}")]
+    #[error("the chat template fails on this conversation, line {line}: {}", printable(.detail))]
     Render {
         /// Counted from 1.
         line: usize,
@@ -109,7 +110,8 @@ pub enum TemplateError {
     },
     /// It does more than any conversation needs.
     #[error(
-        "the chat template was stopped at line {line}: {detail}; the template is damaged or hostile, or the conversation is far too long"
+        "the chat template was stopped at line {line}: {}; the template is damaged or hostile, or the conversation is far too long",
+        printable(.detail)
     )]
     Limit {
         /// Counted from 1.

@@ -2,7 +2,7 @@
 
 use super::part_of;
 use crate::cpu::Isa;
-use crate::gguf::{Gguf, Tensor};
+use crate::gguf::{Gguf, Tensor, printable};
 use crate::ops::matmul::Chosen;
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -87,7 +87,7 @@ fn kind_of(name: &str) -> &str {
 pub(super) fn print(out: &mut String, rows: &[Row]) -> std::fmt::Result {
     writeln!(out, "\nKernels")?;
     for r in rows {
-        let what = format!("{} ({} of {})", r.tensor, r.n, r.shape);
+        let what = format!("{} ({} of {})", printable(&r.tensor), r.n, r.shape);
         write!(out, "  {what:<52} {:<7} {}", r.format, r.layout)?;
         if let (Some(acts), Some(gemv), Some(gemm)) = (&r.activations, &r.gemv, &r.gemm) {
             write!(out, "; {gemv}; {gemm}; activations {acts}")?;

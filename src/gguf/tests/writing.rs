@@ -73,6 +73,42 @@ fn a_link_is_not_written_through() {
 }
 
 #[test]
+fn a_pipe_is_not_replaced_and_a_link_stays_one() {
+    let (dir, path) = scratch();
+    let (file, pipe) = (dir.path().join("file"), dir.path().join("pipe"));
+    std::os::unix::fs::symlink(&file, &path).unwrap();
+    fs::write(&file, b"old").unwrap();
+    assert!(matches!(small().create(&path, false), Err(WriteError::Exists { .. })));
+    let mut out = small().create(&path, true).unwrap();
+    out.write(&small_data()).unwrap();
+    out.finish().unwrap();
+    assert!(fs::symlink_metadata(&path).unwrap().is_symlink() && Gguf::open(&file).is_ok());
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    assert!(matches!(small().create(&pipe, true), Err(WriteError::NotAFile { .. })));
+    std::os::unix::fs::symlink(&pipe, dir.path().join("to the pipe")).unwrap();
+    assert!(matches!(small().create(&dir.path().join("to the pipe"), true), Err(WriteError::NotAFile { .. })));
+    assert!(!fs::metadata(&pipe).unwrap().is_file());
+}
+
+#[test]
+fn a_model_in_use_is_not_replaced() {
+    let (dir, path) = scratch();
+    write(&small(), &path, &small_data());
+    let model = Gguf::open(&path).unwrap();
+    let again = Gguf::open(&path).unwrap();
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    for target in [&path, &link, &dir.path().join("./model.gguf")] {
+        assert!(matches!(PartFile::replace(target), Err(WriteError::Model { .. })), "{target:?}");
+        assert!(matches!(small().create(target, true), Err(WriteError::Model { .. })), "{target:?}");
+    }
+    drop(again);
+    assert!(PartFile::replace(&path).is_err(), "one of two still reads it");
+    drop(model);
+    assert!(PartFile::replace(&path).is_ok());
+}
+
+#[test]
 fn a_directory_is_not_replaced() {
     let dir = tempfile::tempdir().unwrap();
     assert!(matches!(small().create(dir.path(), true), Err(WriteError::File { .. })));

@@ -31,7 +31,7 @@ fn error(source: &str) -> String {
 fn errors_name_the_line_and_what_to_do() {
     assert_eq!(
         error("a\n{% if %}"),
-        "the chat template can't be read, line 2: unexpected end of block; use another template or none"
+        "the chat template can't be read, line 2: unexpected end of block; `oncall run --raw` does without it"
     );
     assert_eq!(
         error("a\n\n{{ messages.x.y }}"),
@@ -44,7 +44,7 @@ fn errors_name_the_line_and_what_to_do() {
     assert_eq!(error("{{ strftime_now('%Q') }}").split(": ").last(), Some("strftime_now doesn't know `%Q`"));
     assert_eq!(
         error("{% for i in range(9) %}\n{% include 'x' %}{% endfor %}"),
-        "the chat template can't be read, line 2: a chat template stands alone and can't use `include`; use another template or none"
+        "the chat template can't be read, line 2: a chat template stands alone and can't use `include`; `oncall run --raw` does without it"
     );
     assert!(error(&"x".repeat(MAX_SOURCE + 1)).starts_with("the chat template has 262145 bytes, at most 262144"));
 }
@@ -64,6 +64,9 @@ fn a_refusal_says_if_the_system_message_is_why() {
     let e = t.render(&list, true, &json!(null)).unwrap_err();
     assert_eq!(e.to_string(), "the model's chat template refuses this conversation: Never.");
     assert!(matches!(e, TemplateError::Refused { without_system: false, .. }));
+    let t = ChatTemplate::new("{{ raise_exception('It\\'s\x1b[31m\\nred') }}", "", "").unwrap();
+    let e = t.render(&list, true, &json!(null)).unwrap_err();
+    assert_eq!(e.to_string(), "the model's chat template refuses this conversation: It's\\u{1b}[31m\\nred");
 }
 
 #[test]
