@@ -1,4 +1,4 @@
-//! A loaded model and its timelines: the only interface that the front ends see.
+//! A loaded model and its timelines. Begin here: [`Engine::load`], [`Engine::session`], [`Generation`]; for many texts [`Engine::submit`].
 
 mod account;
 mod batch_plan;
@@ -85,7 +85,8 @@ pub struct EngineOptions {
     pub n_expert_used: Option<usize>,
     /// Lossy: what may be given up to read less.
     pub lossy: Lossy,
-    /// Whether the experts' heat is kept between runs in the user's cache folder, and used to fill slots at start-up.
+    /// Whether the experts' heat is kept between runs in the user's cache folder, and used to fill slots at start-up. Not by default;
+    /// the command line does it.
     pub heat: bool,
     /// A file for the routers' choices, see [`crate::moe::trace`].
     pub record: Option<PathBuf>,
@@ -322,7 +323,8 @@ impl Engine {
         })))
     }
 
-    /// A new, empty timeline.
+    /// A new, empty timeline. Its KV cache comes from a pool for `n_sessions` full contexts, which the queue uses too; where that is empty,
+    /// feeding fails with [`KvError::Full`](crate::ops::kv::KvError).
     pub fn session(&self) -> Session {
         Session::new(self.clone(), SeqKv::new(&self.0.kv))
     }
@@ -376,7 +378,7 @@ impl Engine {
         *self.0.budget.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Gives the engine more or less memory while it's loaded, between two passes. What is written doesn't change.
+    /// Gives the engine more or less memory while it's loaded, between two passes: it waits for one that runs. What is written doesn't change.
     ///
     /// # Errors
     /// When it's less than the least that works with the sessions that it was loaded for; nothing is changed then.

@@ -5,7 +5,8 @@ use super::{Engine, EngineError, GenerationParams, Input, Want};
 use crate::ops::kv::SeqKv;
 use crate::session::sampler::check_finite;
 
-/// One timeline.
+/// A conversation or text so far: feed it tokens, then write with [`Generation`](super::Generation). Dropping it frees its part of the
+/// KV cache.
 pub struct Session {
     engine: Engine,
     kv: SeqKv,
