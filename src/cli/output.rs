@@ -74,6 +74,11 @@ pub(super) fn catch_ctrl_c() -> Result<(), Failure> {
     Ok(())
 }
 
+/// What is true after Ctrl-C.
+pub(super) fn stop() -> &'static AtomicBool {
+    &STOPPED
+}
+
 /// Whether Ctrl-C came since the last [`start_over`].
 pub(super) fn stopped() -> bool {
     STOPPED.load(SeqCst)
@@ -94,6 +99,22 @@ pub(super) fn size(bytes: u64) -> String {
     }
 }
 
+/// `1 token`, `2 tokens`.
+pub(super) fn count_of(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+/// A size that something takes at least: rounded up, so that who asks for what is printed gets enough.
+pub(super) fn at_least(bytes: u64) -> String {
+    let step = match bytes {
+        0..1_000 => 1,
+        1_000..1_000_000 => 100,
+        1_000_000..1_000_000_000 => 100_000,
+        _ => 10_000_000,
+    };
+    size(bytes.div_ceil(step).saturating_mul(step))
+}
+
 /// `7.25 B`, as models are counted.
 pub(super) fn count(n: u64) -> String {
     match n {
@@ -108,4 +129,23 @@ pub(super) fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
     line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_least_size_is_rounded_up() {
+        for (bytes, want) in [
+            (212_302_592, "212.4 MB"),
+            (212_300_000, "212.3 MB"),
+            (999_999_999, "1.00 GB"),
+            (1_234_567_890, "1.24 GB"),
+            (1_001, "1.1 kB"),
+            (999, "999 B"),
+        ] {
+            assert_eq!(at_least(bytes), want);
+        }
+    }
 }

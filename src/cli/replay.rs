@@ -92,7 +92,7 @@ pub(super) fn run(a: ReplayArgs) -> Result<(), Failure> {
                 continue;
             }
             let who = if sharing == Sharing::Global { "shared by all layers" } else { "each layer its own" };
-            let cells: String = rows.iter().map(|r| format!("{:>9.1}", 100.0 * r.hit_rate)).collect();
+            let cells: String = rows.iter().map(|r| format!(" {:>10.1}", 100.0 * r.hit_rate)).collect();
             output::text(&format!("{name:<8}{who:<22}{cells}\n"))?;
         }
     }
@@ -116,23 +116,23 @@ fn heading(trace: &Trace, slots: &[u16]) -> Result<String, std::fmt::Error> {
     let written = trace.tokens().filter(|t| t.0 == crate::moe::trace::Phase::Decode).count();
     writeln!(
         out,
-        "{}: {} layers of {} experts, {} used; {} tokens read, {written} written",
+        "{}: {} of {}, {} used; {} read, {written} written",
         h.model,
-        h.n_layer,
-        h.n_expert,
+        output::count_of(h.n_layer, "layer"),
+        output::count_of(h.n_expert, "expert"),
         h.n_expert_used,
-        trace.n_tokens() - written
+        output::count_of(trace.n_tokens() - written, "token")
     )?;
     writeln!(
         out,
-        "One token's cycle is {} slots a layer: with fewer, lru shared by all layers never hits.\n",
-        h.n_expert_used
+        "One token's cycle is {} a layer: with fewer, lru shared by all layers never hits.\n",
+        output::count_of(h.n_expert_used, "slot")
     )?;
-    let cells: String = slots.iter().map(|s| format!("{s:>9}")).collect();
+    let cells: String = slots.iter().map(|s| format!(" {s:>10}")).collect();
     writeln!(out, "{:<30}{cells}", "slots a layer")?;
     let bytes: u64 = h.layer_bytes.iter().map(|b| b.0).sum();
     if bytes > 0 {
-        let cells: String = slots.iter().map(|&s| format!("{:>9}", output::size(u64::from(s) * bytes))).collect();
+        let cells: String = slots.iter().map(|&s| format!(" {:>10}", output::size(u64::from(s) * bytes))).collect();
         writeln!(out, "{:<30}{cells}", "they take")?;
     }
     writeln!(out, "\nhits in %")?;

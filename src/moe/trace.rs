@@ -22,6 +22,7 @@ const MAX_LINE: u64 = 4096;
 /// As in a model's file: more is damage.
 const MAX_LAYER: usize = 1 << 10;
 const MAX_EXPERT: usize = 1 << 12;
+const MAX_BYTES: u64 = 1 << 40;
 
 /// What a trace says of the model.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -197,6 +198,9 @@ impl TraceHeader {
         let Some(layer) = layer else { return Ok(()) };
         if layer != self.layer_bytes.len() || layer >= MAX_LAYER {
             return Err(format!("layer {layer} comes where layer {} should", self.layer_bytes.len()));
+        }
+        if expert_bytes.max(dense_bytes) > MAX_BYTES {
+            return Err(format!("layer {layer} has {} bytes, more than a layer can", expert_bytes.max(dense_bytes)));
         }
         self.layer_bytes.push((expert_bytes, dense_bytes));
         Ok(())
