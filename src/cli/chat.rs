@@ -3,7 +3,7 @@
 use super::args::{ModelArgs, SamplingArgs};
 use super::run::answer;
 use super::{Failure, output};
-use crate::engine::{Engine, Session};
+use crate::engine::{Account, Engine, Session};
 use crate::gguf::{PartFile, WriteError};
 use crate::session::template::{ChatTemplate, Message};
 use clap::Args;
@@ -45,6 +45,8 @@ struct Chat {
     messages: Vec<Message>,
     /// What was said, where there is no template.
     said: Vec<u32>,
+    /// What the engine did up to the last figures.
+    told: Account,
     sampling: SamplingArgs,
 }
 
@@ -57,7 +59,8 @@ pub(super) fn run(a: ChatArgs) -> Result<(), Failure> {
     }
     let messages = a.system.iter().map(|s| Message::new("system", s.as_str())).collect();
     let session = engine.session();
-    let mut chat = Chat { engine, session, template, messages, said: Vec::new(), sampling: a.sampling };
+    let mut chat =
+        Chat { engine, session, template, messages, said: Vec::new(), told: Account::default(), sampling: a.sampling };
     if !std::io::stdin().is_terminal() {
         let mut text = String::new();
         std::io::stdin()
@@ -89,6 +92,7 @@ impl Chat {
                 continue;
             }
             editor.add_history_entry(line)?;
+            output::start_over();
             if let Some(command) = line.strip_prefix('/') {
                 if command == "bye" {
                     return Ok(());
@@ -99,7 +103,6 @@ impl Chat {
                 }
                 continue;
             }
-            output::start_over();
             // A failed turn is told, and the chat goes on.
             match self.turn(&message, &mut output::text) {
                 Ok(()) => {}
@@ -125,7 +128,7 @@ impl Chat {
             tokens.extend(self.engine.tokenizer().encode(message, tokens.is_empty(), false));
         }
         let (mut text, mut written) = (String::new(), Vec::new());
-        let result = answer(&mut self.session, &tokens, &self.sampling.params(), &mut |piece| {
+        let result = answer(&mut self.session, &tokens, &self.sampling.params(), &mut self.told, &mut |piece| {
             text.push_str(&piece.text);
             written.extend(piece.token);
             print(&piece.text)
@@ -257,7 +260,15 @@ mod tests {
         let options = EngineOptions { n_ctx: Some(64), n_threads: Some(1), ..EngineOptions::default() };
         let engine = Engine::embedded(&options).unwrap();
         let sampling = Sampling::parse_from(["chat", "-n", "5", "--temp", "0"]).sampling;
-        Chat { session: engine.session(), engine, template: None, messages: Vec::new(), said: Vec::new(), sampling }
+        Chat {
+            session: engine.session(),
+            engine,
+            template: None,
+            messages: Vec::new(),
+            said: Vec::new(),
+            told: Account::default(),
+            sampling,
+        }
     }
 
     /// The last token of an answer isn't in the session, and a failed turn may have left part of its message there.

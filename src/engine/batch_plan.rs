@@ -89,7 +89,7 @@ pub fn plan_batch(
     let n_ctx = o.n_ctx_of(&model.config);
     let budget = |n: usize| {
         let o = EngineOptions { n_sessions: n, kv_positions: Some(kv_positions(shape, n, n_ctx)), ..o.clone() };
-        Budget::new(&needs(&o, &model, dense, n_ctx), o.memory)
+        Budget::new(&needs(&o, &model, dense, n_ctx)?, &o, o.memory)
     };
     if let Some(n) = given {
         budget(n)?;

@@ -388,6 +388,7 @@ mod tests {
             (&format!("{MAGIC}\n# n_layer=99999999999999999999\n"), 2, "n_layer"),
             (&format!("{MAGIC}\n# n_layer=5000 n_expert=4 n_expert_used=2\n{COLUMNS}\n"), 3, "1024"),
             (&format!("{MAGIC}\n# layer=1 expert_bytes=1\n"), 2, "layer 0 should"),
+            (&format!("{MAGIC}\n# layer=0 expert_bytes=18446744073709551615\n"), 2, "more than a layer can"),
             (&format!("{HEAD}# layer=0 expert_bytes=1\n{COLUMNS}\n"), 4, "1 layer= lines for 2"),
             (&format!("{MAGIC}\n{}", "x".repeat(5000)), 2, "longer"),
             (&rows("0,0,1,2,0,1,0.5,0,0"), 5, "layer is 2"),
