@@ -140,7 +140,7 @@ impl ModelArgs {
         {
             super::output::note(&format!(
                 "taking {} of memory, nine tenths of {bound}: {slots} of {all} experts have a slot (--memory takes another share)",
-                super::output::size(bytes)
+                super::output::memory(bytes)
             ));
         }
         Ok(engine)
@@ -324,7 +324,7 @@ pub(super) fn parse_threads(s: &str) -> Result<u16, String> {
     let most = here.saturating_mul(MAX_TURNS).min(1024) as u16;
     let n: u16 = s.parse().map_err(|_| "it takes a number".to_string())?;
     if !(1..=most).contains(&n) {
-        let processors = super::output::count_of(here, "processor");
+        let processors = super::output::counted(here, "processor");
         return Err(format!(
             "it's from 1 to {most} here: this process may use {processors}, and more threads only wait"
         ));

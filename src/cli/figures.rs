@@ -53,11 +53,11 @@ impl Held {
     fn text(&self) -> Option<String> {
         let b = self.budget.as_ref()?;
         let share = b.share_of.map_or(String::new(), |bound| format!(", nine tenths of {bound}"));
-        let mut text = format!("{} taken{share}", b.bytes.map_or("all there is".into(), output::size));
+        let mut text = format!("{} taken{share}", b.bytes.map_or("all there is".into(), output::memory));
         if let (Some(slots), Some(all)) = (self.slots, self.experts) {
-            text += &format!("; {slots} of {all} experts have a slot, {} at the least", output::size(b.slots));
+            text += &format!("; {slots} of {all} experts have a slot, {} at the least", output::memory(b.slots));
         }
-        Some(text + &format!("; blocks of {}", output::count_of(b.chunk, "token")))
+        Some(text + &format!("; blocks of {}", output::counted(b.chunk, "token")))
     }
 }
 
@@ -122,7 +122,7 @@ impl Figures {
         let rate = |n: usize, s: f64| if s > 0.0 { n as f64 / s } else { 0.0 };
         let mut line = format!(
             "read {} at {:.1}/s, wrote {} at {:.1}/s",
-            output::count_of(self.n_prompt, "token"),
+            output::counted(self.n_prompt, "token"),
             rate(self.n_prompt, self.prefill_s),
             self.n_written,
             rate(self.n_decoded, self.decode_s)

@@ -99,20 +99,28 @@ pub(super) fn size(bytes: u64) -> String {
     }
 }
 
+/// `1.50 GiB`, as `--memory` takes it.
+pub(super) fn memory(bytes: u64) -> String {
+    match bytes {
+        0..1_048_576 => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        1_048_576..1_073_741_824 => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
+        _ => format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30)),
+    }
+}
+
 /// `1 token`, `2 tokens`.
-pub(super) fn count_of(n: usize, what: &str) -> String {
+pub(super) fn counted(n: usize, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
-/// A size that something takes at least: rounded up, so that who asks for what is printed gets enough.
+/// Memory that something takes at least: rounded up, so that who asks for what is printed gets enough.
 pub(super) fn at_least(bytes: u64) -> String {
     let step = match bytes {
-        0..1_000 => 1,
-        1_000..1_000_000 => 100,
-        1_000_000..1_000_000_000 => 100_000,
-        _ => 10_000_000,
+        0..1_048_576 => 102.4,
+        1_048_576..1_073_741_824 => 104_857.6,
+        _ => 10_737_418.24,
     };
-    size(bytes.div_ceil(step).saturating_mul(step))
+    memory(((bytes as f64 / step).ceil() * step).ceil() as u64)
 }
 
 /// `7.25 B`, as models are counted.
@@ -138,12 +146,11 @@ mod tests {
     #[test]
     fn a_least_size_is_rounded_up() {
         for (bytes, want) in [
-            (212_302_592, "212.4 MB"),
-            (212_300_000, "212.3 MB"),
-            (999_999_999, "1.00 GB"),
-            (1_234_567_890, "1.24 GB"),
-            (1_001, "1.1 kB"),
-            (999, "999 B"),
+            (212_302_592, "202.5 MiB"),
+            (200 << 20, "200.0 MiB"),
+            ((1 << 30) - 1, "1.00 GiB"),
+            ((1 << 30) + 1, "1.01 GiB"),
+            (1, "0.1 KiB"),
         ] {
             assert_eq!(at_least(bytes), want);
         }

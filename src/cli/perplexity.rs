@@ -113,7 +113,7 @@ pub(super) fn run(mut a: PerplexityArgs) -> Result<(), Failure> {
         return Err(Failure::new(format!(
             "{}: {} aren't enough for one chunk of {n_ctx}; give a longer text or a shorter context (-c)",
             a.file.display(),
-            output::count_of(text.tokens.len(), "token")
+            output::counted(text.tokens.len(), "token")
         )));
     }
     let compared = matches!(base, Base::Read(_));
@@ -210,8 +210,8 @@ fn report(a: &PerplexityArgs, engine: &Engine, chunks: usize, s: &Sums, compared
         r.perplexity,
         r.error,
         r.nats_per_token,
-        output::count_of(r.scored_tokens, "token"),
-        output::count_of(r.chunks, "chunk")
+        output::counted(r.scored_tokens, "token"),
+        output::counted(r.chunks, "chunk")
     ))?;
     if let Some(losses) = losses(r.losses) {
         output::text(&format!("{losses}\n"))?;

@@ -244,7 +244,7 @@ fn print(p: &Plan, o: &Outline, budget: Option<u64>) -> Result<String, std::fmt:
         line("no more reads", format!("from {} on", output::at_least(p.no_reads_bytes)))?;
     }
     let spare = budget.map_or("unknown".into(), size);
-    let threads = output::count_of(o.n_threads, "thread");
+    let threads = output::counted(o.n_threads, "thread");
     let speed = p.memory_rate.map(|r| format!("{} by {threads}", rate(r)));
     let speed = speed.unwrap_or("too little to measure how fast it is".into());
     line("this machine", format!("{spare} of memory, {speed}"))?;

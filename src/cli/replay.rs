@@ -118,15 +118,15 @@ fn heading(trace: &Trace, slots: &[u16]) -> Result<String, std::fmt::Error> {
         out,
         "{}: {} of {}, {} used; {} read, {written} written",
         h.model,
-        output::count_of(h.n_layer, "layer"),
-        output::count_of(h.n_expert, "expert"),
+        output::counted(h.n_layer, "layer"),
+        output::counted(h.n_expert, "expert"),
         h.n_expert_used,
-        output::count_of(trace.n_tokens() - written, "token")
+        output::counted(trace.n_tokens() - written, "token")
     )?;
     writeln!(
         out,
         "One token's cycle is {} a layer: with fewer, lru shared by all layers never hits.\n",
-        output::count_of(h.n_expert_used, "slot")
+        output::counted(h.n_expert_used, "slot")
     )?;
     let cells: String = slots.iter().map(|s| format!(" {s:>10}")).collect();
     writeln!(out, "{:<30}{cells}", "slots a layer")?;

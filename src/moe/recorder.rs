@@ -27,14 +27,8 @@ struct State {
 
 /// Writing a trace failed.
 #[derive(Debug, thiserror::Error)]
-pub enum RecordError {
-    /// At its beginning or end.
-    #[error("the routing trace: {0}")]
-    File(WriteError),
-    /// In between.
-    #[error("the routing trace: {0}; nothing more is recorded")]
-    Lost(WriteError),
-}
+#[error("the routing trace: {0}")]
+pub struct RecordError(#[from] WriteError);
 
 impl Recorder {
     /// For a model of these sizes; with a path it writes a trace, which gets that name when it's [ended](Recorder::end) and
@@ -47,7 +41,7 @@ impl Recorder {
             let file = PartFile::replace(path)?;
             TraceWriter::new(file, header).map_err(|e| WriteError::of(path, e))
         };
-        let trace = path.map(begin).transpose().map_err(RecordError::File)?;
+        let trace = path.map(begin).transpose()?;
         let n = header.n_layer * header.n_expert;
         Ok(Recorder {
             n_expert: header.n_expert,
@@ -103,7 +97,7 @@ impl Recorder {
         if let Err(e) = write() {
             let error = trace.out().error(e);
             s.trace = None;
-            return Err(RecordError::Lost(error));
+            return Err(error.into());
         }
         s.step += n_tokens as u32;
         Ok(())
@@ -115,7 +109,7 @@ impl Recorder {
     /// When that fails; the trace is removed then.
     pub fn end(&self) -> Result<(), RecordError> {
         match self.lock().trace.take() {
-            Some(trace) => trace.into_out().commit().map_err(RecordError::File),
+            Some(trace) => Ok(trace.into_out().commit()?),
             None => Ok(()),
         }
     }
