@@ -91,7 +91,7 @@ pub struct EngineOptions {
     pub heat: bool,
     /// A file for the routers' choices, see [`crate::moe::trace`].
     pub record: Option<PathBuf>,
-    /// Once this is true, a pass that reads a prompt ends at the next layer, with [`PassError::Stopped`].
+    /// Once this is true, a pass that reads a prompt ends at the next layer, with [`crate::arch::PassError::Stopped`].
     pub stop: Option<&'static AtomicBool>,
 }
 
