@@ -195,6 +195,76 @@ fn a_recorded_run_can_be_replayed_and_planned_with() {
     assert!(o.status.code() == Some(1) && err(&o).contains("2 of 128"), "{}", err(&o));
     let o = oncall(&["run", "hi", "--record", dir.path().to_str().unwrap()]);
     assert!(o.status.code() == Some(1) && err(&o).contains("routing trace"), "{}", err(&o));
+    assert!(!err(&o).contains("nothing more"), "it hadn't begun: {}", err(&o));
+}
+
+/// A table would have one row nine times.
+#[test]
+fn a_dense_model_s_plan_says_that_it_is_dense() {
+    let dir = tempfile::tempdir().unwrap();
+    let preset = PRESETS.iter().find(|p| p.name == "tiny-llama").unwrap();
+    let path = dir.path().join("dense.gguf");
+    std::fs::write(&path, synth::to_bytes(preset, &synth::Options::parity(preset)).unwrap()).unwrap();
+    let path = path.to_str().unwrap();
+    let plan = text(&oncall(&["plan", "-m", path]));
+    assert!(plan.contains("the model is dense") && plan.contains("smallest budget"), "{plan}");
+    assert!(!plan.contains("from the disk") && !plan.contains("hits"), "{plan}");
+    assert_eq!(json(&["plan", "-m", path])["budgets"].as_array().unwrap().len(), 2);
+    let o = oncall(&["run", "-m", path, "--experts", "1", "hi"]);
+    assert!(o.status.code() == Some(1) && err(&o).contains("this model has no experts"), "{}", err(&o));
+}
+
+#[test]
+fn contexts_and_threads_that_cannot_be_are_refused() {
+    for command in ["plan", "run"] {
+        let o = oncall(&[command, "-c", "18446744073709551615"]);
+        assert!(o.status.code() == Some(1) && err(&o).contains("-c"), "{}", err(&o));
+    }
+    let o = oncall(&["plan", "-t", "60000"]);
+    assert!(o.status.code() == Some(2) && err(&o).contains("processor"), "{}", err(&o));
+}
+
+/// Everything that is lossy is counted by whoever measures it.
+#[test]
+fn losses_are_in_every_figure() {
+    let dir = tempfile::tempdir().unwrap();
+    let story = dir.path().join("story.txt");
+    std::fs::write(&story, "Once upon a time there was a dog. ".repeat(9)).unwrap();
+    let story = story.to_str().unwrap();
+    for args in [
+        vec!["run", "--raw", "-n", "2", "Once"],
+        vec!["perplexity", "-c", "32", "-f", story],
+        vec!["experts", "-n", "2"],
+        vec!["bench", "-p", "4", "-n", "0", "-r", "1"],
+    ] {
+        let lossy = json(&[&args[..], &["--experts", "1"]].concat());
+        let of = if args[0] == "run" { &lossy["decode"] } else { &lossy };
+        assert!(of["left_out"].as_u64().unwrap() > 0 && of["dropped"] == 0, "{lossy}");
+        assert!(lossy["budget"]["slots"].is_number(), "{lossy}");
+        let o = oncall(&[&args[..], &["--experts", "1"]].concat());
+        assert!((text(&o) + &err(&o)).contains("lossy: uses of experts"), "{}", err(&o));
+    }
+    let o = oncall(&["perplexity", "-c", "32", "-f", story, "--drop-cold", "0.3"]);
+    assert!(err(&o).contains("-ub 1"), "{}", err(&o));
+    // What it records isn't what the model would use.
+    let trace = dir.path().join("one.csv");
+    text(&oncall(&["run", "--raw", "-n", "2", "Once", "--experts", "1", "--record", trace.to_str().unwrap()]));
+    let o = oncall(&["plan", "--trace", trace.to_str().unwrap()]);
+    assert!(o.status.code() == Some(1) && err(&o).contains("without --experts"), "{}", err(&o));
+    let o = oncall(&["replay", "--trace", trace.to_str().unwrap(), "--slots", "8"]);
+    assert!(text(&o).contains("One token's cycle is 1 slot a layer"), "{}", text(&o));
+}
+
+#[test]
+fn a_least_budget_that_is_quoted_works() {
+    let smallest = json(&["plan"])["smallest_bytes"].as_u64().unwrap();
+    let table = text(&oncall(&["plan"]));
+    let line = table.lines().find_map(|l| l.strip_prefix("smallest budget")).unwrap().trim().replace(' ', "");
+    text(&oncall(&["plan", "--memory", &line]));
+    text(&oncall(&["run", "-n", "1", "Once", "--memory", &line]));
+    let o = oncall(&["plan", "--memory", &(smallest - 1).to_string()]);
+    let mib = err(&o).split("context is ").nth(1).unwrap().split(' ').next().unwrap().to_string();
+    text(&oncall(&["plan", "--memory", &format!("{mib}MiB")]));
 }
 
 #[test]

@@ -96,3 +96,18 @@ fn a_table_for_people_and_errors_that_name_the_line() {
     let o = oncall(&["replay", "--trace", QWEN, "--slots", "9", "--policy", "magic"]);
     assert!(o.status.code() == Some(2) && String::from_utf8_lossy(&o.stderr).contains("belady"));
 }
+
+/// Slots of large experts weigh more than a narrow column holds.
+#[test]
+fn sizes_are_kept_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("large.csv");
+    let rows = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes\n0,1,0,0,0,1,0.5,0,0\n";
+    let sizes = "# n_layer=1 n_expert=8 n_expert_used=1\n# layer=0 expert_bytes=100000000000 dense_bytes=0\n";
+    std::fs::write(&path, format!("# route_trace v1\n{sizes}{rows}")).unwrap();
+    let table = text(&oncall(&["replay", "--trace", path.to_str().unwrap(), "--slots", "1,20,4096"]));
+    let line = table.lines().find(|l| l.starts_with("they take")).unwrap();
+    let sizes: Vec<&str> = line.split_whitespace().skip(2).collect();
+    assert!(sizes.len() == 6 && sizes.iter().step_by(2).all(|n| n.parse::<f64>().is_ok()), "{line}");
+    assert!(table.contains("1 slot a layer") && table.contains("0 tokens read, 1 written"), "{table}");
+}

@@ -15,6 +15,8 @@ pub mod lossy {
         pub dropped: u64,
         /// Experts that others stood in for.
         pub replaced: u64,
+        /// Experts that weren't asked for.
+        pub left_out: u64,
     }
 }
 

@@ -60,6 +60,8 @@ pub struct MoeConfig {
     pub n_ff_exp: usize,
     /// Layers at the start that are dense.
     pub n_layer_dense_lead: usize,
+    /// Lossy: experts fewer than the model was trained with that a token uses.
+    pub n_left_out: usize,
 }
 
 /// How positions are rotated in.
@@ -267,6 +269,7 @@ impl Config {
             },
             n_ff_exp,
             n_layer_dense_lead: k.size("leading_dense_block_count", MAX_LAYER)?.unwrap_or(0),
+            n_left_out: has - n_expert_used,
         });
         Ok(())
     }

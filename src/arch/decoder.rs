@@ -14,6 +14,7 @@ use crate::moe::{LayerParts, StoreLayout};
 use crate::ops;
 use crate::ops::kv::KvLayer;
 use crate::ops::{Rope, RopeStyle, Yarn};
+use std::sync::atomic::Ordering::Relaxed;
 
 /// A model's passes and small weights. Large matrices are in [`super::weights::Dense`], experts in the store.
 pub struct Decoder {
@@ -126,7 +127,7 @@ impl Decoder {
     /// Runs a block through the layers; the logits of the wanted tokens are in `b.logits` (n_wanted, n_vocab).
     ///
     /// # Errors
-    /// When the file can't be read any more.
+    /// When the file can't be read any more, or the pass was to stop.
     pub fn forward(
         &self,
         m: &Machine<'_>,
@@ -140,6 +141,9 @@ impl Decoder {
         self.embed(b, gguf, block.tokens)?;
         let rope = self.rope.table(&block.kv.positions());
         for (il, layer) in self.layers.iter().enumerate() {
+            if m.stop.is_some_and(|stop| stop.load(Relaxed)) {
+                return Err(PassError::Stopped);
+            }
             m.rms_norm(&b.x, &layer.attn_norm, c.rms_eps, &mut b.h);
             match &layer.attn {
                 Attention::Gqa(a) => a.forward(m, b, block, &rope, il),

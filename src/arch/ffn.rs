@@ -4,7 +4,7 @@ use super::config::{Config, MoeConfig};
 use super::pass::{Buffers, Guess, Machine};
 use super::weights::{Loader, Matrix};
 use super::{ModelError, PassError};
-use crate::moe::{Fetch, LayerParts, Pick, Ready};
+use crate::moe::{Fetch, LayerParts, Losses, Pick, Ready};
 use crate::ops;
 use crate::ops::matmul::{OutRows, Product, matmul};
 use std::iter::zip;
@@ -242,6 +242,10 @@ impl MoeFfn {
         let mut picks = vec![Pick::default(); n_tokens * r.n_expert_used];
         for (scores, picks) in b.scores.chunks_mut(r.n_expert).zip(picks.chunks_mut(r.n_expert_used)) {
             self.pick(scores, picks);
+        }
+        if let Some(store) = m.experts.filter(|_| self.config.n_left_out > 0) {
+            let left_out = (n_tokens * self.config.n_left_out) as u64;
+            store.count_losses(Losses { left_out, ..Losses::default() });
         }
         if let Some(store) = m.experts.filter(|_| !m.lossy.is_off()) {
             let at_hand = store.at_hand(layer);

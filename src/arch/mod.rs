@@ -85,7 +85,7 @@ fn declare_with(
     let mut loader = Loader::new(gguf, arch.name, isa, describe);
     let decoder = (arch.load)(&mut loader, config)?;
     if let (Some(wanted), None) = (n_expert_used, &decoder.config.moe) {
-        return Err(ModelError::FewerExperts { wanted, has: 0 });
+        return Err(ModelError::NoExperts { wanted });
     }
     Ok((decoder, loader))
 }
@@ -93,6 +93,9 @@ fn declare_with(
 /// Why a pass ended early.
 #[derive(Debug, thiserror::Error)]
 pub enum PassError {
+    /// It was asked to.
+    #[error("stopped in the middle of a prompt")]
+    Stopped,
     /// An expert couldn't be read.
     #[error(transparent)]
     Fetch(#[from] crate::moe::FetchError),
@@ -150,8 +153,14 @@ pub enum ModelError {
         /// What it should be.
         expected: String,
     },
+    /// Fewer experts were asked for of a dense model.
+    #[error("--experts {wanted}: this model has no experts, every token uses all of it; leave it out")]
+    NoExperts {
+        /// What was asked for.
+        wanted: usize,
+    },
     /// More experts than the model uses were asked for, or none.
-    #[error("tokens can't use {wanted} experts: this model's use {has}, and fewer can be asked for, down to 1")]
+    #[error("--experts {wanted}: this model's tokens use {has}, and fewer can be asked for, down to 1")]
     FewerExperts {
         /// What was asked for.
         wanted: usize,

@@ -9,6 +9,7 @@ use crate::ops;
 use crate::ops::attention::KvBatch;
 use crate::ops::matmul::{Acts, OutRows, Product, matmul};
 use crate::quant::ActKind;
+use std::sync::atomic::AtomicBool;
 
 /// Tokens that go through the layers together: many of one sequence (prefill), one (decode), or some of each of
 /// many sequences (a batch).
@@ -33,6 +34,8 @@ pub struct Machine<'a> {
     pub lossy: Lossy,
     /// Who is told what the routers choose.
     pub recorder: Option<&'a Recorder>,
+    /// Once this is true the pass ends before the next layer.
+    pub stop: Option<&'a AtomicBool>,
 }
 
 /// A pass's buffers, kept from pass to pass. Rows are tokens.

@@ -464,7 +464,7 @@ impl Run<'_> {
         f.tokens_in_per_s = f.queue.n_prompt as f64 / f.seconds;
         f.tokens_out_per_s = f.queue.n_written as f64 / f.seconds;
         let done = self.engine.account().since(&self.before);
-        let store = done.prefill.store.and(&done.decode.store);
+        let store = done.store();
         f.hit_rate = store.hit_rate();
         f.bytes_per_token = f
             .hit_rate

@@ -1,6 +1,7 @@
 //! Flags that several commands share. Names and defaults are llama.cpp's.
 
 use super::Failure;
+use crate::cpu::Cores;
 use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, Engine, EngineOptions, GenerationParams, Memory};
 use crate::moe::Lossy;
 use crate::ops::kv::KvType;
@@ -62,12 +63,12 @@ pub(super) struct ModelArgs {
     /// Context in tokens; 0 for the model's own [default: the model's own, up to 4096]
     #[arg(short, long, value_name = "N")]
     pub ctx_size: Option<usize>,
-    /// Memory for everything: weights, KV cache, buffers, experts; as 4GiB or 900MiB. Experts that don't fit are read
-    /// from the file when they are called [default: what the machine can spare]
+    /// Memory for everything: weights, KV cache, buffers, experts; as 4GiB (or 4G) or 900MiB, where 4GB are 4000 million
+    /// bytes. Experts that don't fit are read from the file when they are called [default: nine tenths of what the machine can spare]
     #[arg(long, value_name = "SIZE|auto", value_parser = parse_memory)]
     pub memory: Option<Memory>,
     /// Threads that compute [default: one for each core]
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(short, long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<u16>,
     /// Tokens of a prompt that are read together (-ub); the answer doesn't depend on it
     #[arg(long, value_name = "N", default_value_t = DEFAULT_CHUNK as u32, value_parser = clap::value_parser!(u32).range(1..=65536))]
@@ -137,11 +138,25 @@ impl ModelArgs {
 
     /// Loads the model, with a progress bar if it takes long.
     pub fn load(&self) -> Result<Engine, Failure> {
-        self.load_with(&self.options())
+        self.load_with(&EngineOptions { stop: Some(super::output::stop()), ..self.options() })
     }
 
     /// As [`ModelArgs::load`], with other options.
     pub fn load_with(&self, options: &EngineOptions) -> Result<Engine, Failure> {
+        let engine = self.read(options)?;
+        let budget = engine.budget();
+        if let (Some(bytes), Some(bound), Some((slots, all))) = (budget.bytes, budget.share_of, engine.n_slots())
+            && slots < all
+        {
+            super::output::note(&format!(
+                "taking {} of memory, nine tenths of {bound}: {slots} of {all} experts have a slot (--memory takes another share)",
+                super::output::memory(bytes)
+            ));
+        }
+        Ok(engine)
+    }
+
+    fn read(&self, options: &EngineOptions) -> Result<Engine, Failure> {
         let Some(path) = &self.model else { return Ok(Engine::embedded(options)?) };
         let bar = super::output::bar("reading the model", "bytes");
         let engine = Engine::load(path, options, &|done, total| {
@@ -319,22 +334,42 @@ pub(super) fn parse_memory(s: &str) -> Result<Memory, String> {
         return Ok(Memory::Auto);
     }
     let at = s.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(s.len());
+    let wrong = || "sizes are written as 4GiB (or 4G), 900MiB or 2.5GB, which is 2500 million bytes".to_string();
     let unit: f64 = match s[at..].to_ascii_lowercase().as_str() {
         "" | "b" => 1.0,
         "k" | "kib" => 1024.0,
         "m" | "mib" => 1024.0 * 1024.0,
         "g" | "gib" => 1024.0 * 1024.0 * 1024.0,
+        "t" | "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
         "kb" => 1e3,
         "mb" => 1e6,
         "gb" => 1e9,
-        _ => return Err("sizes are written as 4GiB, 900MiB or 2.5GB".into()),
+        "tb" => 1e12,
+        _ => return Err(wrong()),
     };
-    let number: f64 = s[..at].trim().parse().map_err(|_| "sizes are written as 4GiB, 900MiB or 2.5GB".to_string())?;
+    let number: f64 = s[..at].trim().parse().map_err(|_| wrong())?;
     match number * unit {
         bytes if (0.0..2f64.powi(63)).contains(&bytes) => Ok(Memory::Bytes(bytes as u64)),
         bytes if bytes < 0.0 => Err("it can't be negative".into()),
         _ => Err("no machine has as much".into()),
     }
+}
+
+/// Threads for each processor, at most: they take turns, and wait for each other at every step.
+const MAX_TURNS: usize = 8;
+
+/// A number of threads that this machine can have.
+pub(super) fn parse_threads(s: &str) -> Result<u16, String> {
+    let here = Cores::count().allowed;
+    let most = here.saturating_mul(MAX_TURNS).min(1024) as u16;
+    let n: u16 = s.parse().map_err(|_| "it takes a number".to_string())?;
+    if !(1..=most).contains(&n) {
+        let processors = super::output::counted(here, "processor");
+        return Err(format!(
+            "it's from 1 to {most} here: this process may use {processors}, and more threads only wait"
+        ));
+    }
+    Ok(n)
 }
 
 /// `15043+1`, `15043-0.5`, `15043-inf`.
@@ -361,6 +396,8 @@ mod tests {
         assert_eq!(parse_memory("4GiB"), Ok(Memory::Bytes(4 << 30)));
         assert_eq!(parse_memory("1.5m"), Ok(Memory::Bytes(3 << 19)));
         assert_eq!(parse_memory("2GB"), Ok(Memory::Bytes(2_000_000_000)));
+        assert_eq!(parse_memory("1T"), parse_memory("1TiB"));
+        assert_eq!(parse_memory("1TiB"), parse_memory("1024G"));
         assert_eq!(parse_memory("123"), Ok(Memory::Bytes(123)));
         assert_eq!(parse_memory("auto"), Ok(Memory::Auto));
         for bad in ["", "GiB", "4 parsecs", "-1G", "infG", "NaN", "99999999999999999999G"] {
@@ -374,6 +411,13 @@ mod tests {
         assert_eq!("18446744073709551615".parse(), Ok(Seed(Some(u64::MAX))));
         assert_eq!(("-1".parse(), "0".parse()), (Ok(Limit(None)), Ok(Limit(Some(0)))));
         assert!("-2".parse::<Seed>().is_err() && "x".parse::<Limit>().is_err());
+    }
+
+    #[test]
+    fn threads() {
+        assert_eq!(parse_threads("1"), Ok(1));
+        assert!(parse_threads("0").is_err() && parse_threads("x").is_err());
+        assert!(parse_threads("60000").unwrap_err().contains("processor"));
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! `oncall bench`: how fast prompts are read and texts are written.
 
 use super::args::ModelArgs;
+use super::figures::{Held, losses};
 use super::{Failure, output};
 use crate::engine::{Engine, EngineError, Session};
 use crate::gguf::printable;
+use crate::moe::Losses;
 use clap::Args;
 use serde::Serialize;
 use std::time::Instant;
@@ -47,6 +49,11 @@ struct Row {
     /// Weight bytes that one token must read, times tokens a second: only where each token reads them for itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     gb_per_s: Option<f64>,
+    /// In all runs.
+    #[serde(flatten)]
+    losses: Losses,
+    #[serde(flatten)]
+    held: Held,
 }
 
 /// What is measured in one row of the table.
@@ -121,6 +128,7 @@ pub(super) fn run(mut a: BenchArgs) -> Result<(), Failure> {
     }
     let mut session = engine.session();
     for test in tests {
+        let before = engine.account();
         let (mean, deviation) = mean_and_deviation(&rates(&mut session, test, a.repetitions)?);
         let row = Row {
             model: a.model.name(),
@@ -131,13 +139,16 @@ pub(super) fn run(mut a: BenchArgs) -> Result<(), Failure> {
             tokens_per_s: mean,
             deviation,
             gb_per_s: matches!(test, Test::Write { .. }).then_some(mean * active as f64 / 1e9),
+            losses: engine.account().since(&before).store().losses(),
+            held: Held::now(&engine),
         };
         if a.json {
             output::json(&row)?;
         } else {
             let gb = row.gb_per_s.map_or(String::new(), |g| format!("   {g:6.2} GB/s"));
+            let lossy = losses(row.losses).map_or(String::new(), |l| format!("   {l}"));
             output::text(&format!(
-                "{:<14} {:9.2} ± {:<7.2} tokens/s{gb}\n",
+                "{:<14} {:9.2} ± {:<7.2} tokens/s{gb}{lossy}\n",
                 row.test, row.tokens_per_s, row.deviation
             ))?;
         }

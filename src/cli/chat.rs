@@ -3,7 +3,7 @@
 use super::args::{ModelArgs, SamplingArgs};
 use super::run::answer;
 use super::{Failure, output};
-use crate::engine::{Engine, Session};
+use crate::engine::{Account, Engine, Session};
 use crate::gguf::{PartFile, WriteError};
 use crate::session::template::{ChatTemplate, Message};
 use clap::Args;
@@ -48,6 +48,8 @@ struct Chat {
     messages: Vec<Message>,
     /// What was said, where there is no template.
     said: Vec<u32>,
+    /// What the engine did up to the last figures.
+    told: Account,
     sampling: SamplingArgs,
 }
 
@@ -62,7 +64,8 @@ pub(super) fn run(a: ChatArgs) -> Result<(), Failure> {
     }
     let messages = a.system.iter().map(|s| Message::new("system", s.as_str())).collect();
     let session = engine.session();
-    let mut chat = Chat { engine, session, template, messages, said: Vec::new(), sampling: a.sampling };
+    let mut chat =
+        Chat { engine, session, template, messages, said: Vec::new(), told: Account::default(), sampling: a.sampling };
     if let Some(message) = piped {
         chat.turn(&message, &mut output::text)?;
         return if output::stopped() { Err(Failure::interrupted()) } else { Ok(()) };
@@ -138,7 +141,7 @@ impl Chat {
         let params = self.sampling.params();
         let checked = self.session.check(&params).map_err(Failure::from);
         let result = checked.and_then(|()| {
-            answer(&mut self.session, &tokens, &params, &mut |piece| {
+            answer(&mut self.session, &tokens, &params, &mut self.told, &mut |piece| {
                 text.push_str(&piece.text);
                 written.extend(piece.token);
                 print(&piece.text)
@@ -311,7 +314,15 @@ mod tests {
         let options = EngineOptions { n_ctx: Some(64), n_threads: Some(1), ..EngineOptions::default() };
         let engine = Engine::embedded(&options).unwrap();
         let sampling = Sampling::parse_from(["chat", "-n", "5", "--temp", "0"]).sampling;
-        Chat { session: engine.session(), engine, template: None, messages: Vec::new(), said: Vec::new(), sampling }
+        Chat {
+            session: engine.session(),
+            engine,
+            template: None,
+            messages: Vec::new(),
+            said: Vec::new(),
+            told: Account::default(),
+            sampling,
+        }
     }
 
     /// The last token of an answer isn't in the session, and a failed turn may have left part of its message there.

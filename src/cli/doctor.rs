@@ -61,8 +61,8 @@ struct Report {
     huge_pages: Option<String>,
     /// Bytes a second of memory that is used for the first time.
     memory_first_use_rate: f64,
-    /// Bytes a second, by one thread and by all.
-    memory_rate: [f64; 2],
+    /// Bytes a second, by one thread and by all; `None` where there's too little memory to measure.
+    memory_rate: [Option<f64>; 2],
     disk: Vec<DiskRow>,
     /// Why there are no direct reads.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -141,7 +141,7 @@ fn measure(path: &Path, bar: &ProgressBar) -> Result<Report, Failure> {
     let new = memory::available().map_or(FIRST_USE_BYTES, |n| FIRST_USE_BYTES.min(n / 4));
     let memory_first_use_rate = probe::first_use_rate(new as usize, MEMORY_TIME)?;
     bar.inc(1);
-    let mut memory_rate = [0.0; 2];
+    let mut memory_rate = [None; 2];
     for (rate, n) in memory_rate.iter_mut().zip([1, n_threads]) {
         *rate = probe::memory_rate(n, MEMORY_TIME)?;
         bar.inc(1);
@@ -159,6 +159,9 @@ fn measure(path: &Path, bar: &ProgressBar) -> Result<Report, Failure> {
         };
         for read_bytes in SIZES {
             for in_flight in IN_FLIGHT {
+                if memory::for_measuring(DiskProbe::room_for(read_bytes, in_flight) as u64, u64::MAX).is_none() {
+                    continue;
+                }
                 let rate = probe.rate(read_bytes, in_flight, DISK_TIME, &|_, _| ());
                 let Rate { first, again } = rate.map_err(|e| Failure::new(format!("{}: {e}", path.display())))?;
                 disk.push(DiskRow { mode, read_bytes, in_flight, bytes_per_s: again, first_bytes_per_s: first });
@@ -199,11 +202,12 @@ fn best(disk: &[DiskRow], mode: Mode) -> Option<&DiskRow> {
 fn limits(r: &Report) -> Vec<String> {
     let mut out = Vec::new();
     let (direct, buffered) = (best(&r.disk, Mode::Direct), best(&r.disk, Mode::Buffered));
-    if let Some(b) = [direct, buffered].into_iter().flatten().max_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s)) {
+    let best = [direct, buffered].into_iter().flatten().max_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s));
+    if let (Some(b), Some(of_memory)) = (best, r.memory_rate[1]) {
         out.push(format!(
             "The disk is {:.0} times slower than memory: a model that fits writes that much faster than one of which every \
              expert is read. 100 MB read a token allow {:.1} tokens/s.",
-            r.memory_rate[1] / b.bytes_per_s,
+            of_memory / b.bytes_per_s,
             b.bytes_per_s / 100e6
         ));
     }
@@ -248,7 +252,10 @@ fn limits(r: &Report) -> Vec<String> {
     if c.allowed < c.online {
         out.push(format!("This process may run on {} of the machine's {} processors.", c.allowed, c.online));
     }
-    if r.memory_rate[1] < 1.3 * r.memory_rate[0] && c.threads() > 1 {
+    if let [Some(one), Some(all)] = r.memory_rate
+        && all < 1.3 * one
+        && c.threads() > 1
+    {
         out.push("One thread reads memory about as fast as all: more threads won't make writing faster.".into());
     }
     if r.memory_first_use_rate < SLOW_FIRST_USE {
@@ -284,7 +291,8 @@ fn print(r: &Report, model: Option<&Path>) -> Result<String, std::fmt::Error> {
     let limit =
         r.memory_group_limit.map_or(String::new(), |n| format!("; a control group allows {}", output::memory(n)));
     line("memory", format!("{} could be taken now{limit}", r.memory_available.map_or_else(unknown, output::memory)))?;
-    line("memory speed", format!("{} by one thread, {} by all", rate(r.memory_rate[0]), rate(r.memory_rate[1])))?;
+    let [one, all] = r.memory_rate.map(|r| r.map_or("? (too little memory to measure)".into(), rate));
+    line("memory speed", format!("{one} by one thread, {all} by all"))?;
     let huge = r.huge_pages.clone().unwrap_or_else(unknown);
     line("new memory", format!("{}, for what is used for the first time", rate(r.memory_first_use_rate)))?;
     line("pages", format!("{} bytes; huge ones: {huge}", r.page_bytes))?;
@@ -294,7 +302,8 @@ fn print(r: &Report, model: Option<&Path>) -> Result<String, std::fmt::Error> {
     writeln!(out, "{:<10} {:>9}{:>9} in flight:{}", "", "size", "", IN_FLIGHT.map(|n| format!("{n:>8}")).concat())?;
     for of_size in r.disk.chunk_by(|a, b| (a.mode, a.read_bytes) == (b.mode, b.read_bytes)) {
         let mode = if of_size[0].mode == Mode::Direct { "direct" } else { "buffered" };
-        let rates: String = of_size.iter().map(|r| format!("{:>8.0}", r.bytes_per_s / 1e6)).collect();
+        let of = |n| of_size.iter().find(|r| r.in_flight == n).map(|r| format!("{:.0}", r.bytes_per_s / 1e6));
+        let rates = IN_FLIGHT.map(|n| format!("{:>8}", of(n).unwrap_or("?".into()))).concat();
         writeln!(out, "{mode:<10} {:>5} KiB{:>20}{rates}", of_size[0].read_bytes >> 10, "")?;
     }
     writeln!(out, "\nWhat limits")?;

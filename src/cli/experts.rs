@@ -1,10 +1,12 @@
 //! `oncall experts`: which experts a text uses, as a map of layers and experts.
 
 use super::args::ModelArgs;
+use super::figures::{Held, losses};
 use super::run::answer;
 use super::{Failure, output};
-use crate::engine::GenerationParams;
+use crate::engine::{Account, GenerationParams};
 use crate::gguf::{PartFile, printable};
+use crate::moe::Losses;
 use crate::session::sampler::SamplingParams;
 use clap::Args;
 use serde::Serialize;
@@ -17,7 +19,7 @@ use std::path::PathBuf;
 #[command(
     after_help = "A row is a layer, a column one expert or a few neighbours; the darker, the more it was used: a blank was never used, ░ less
 than half as often as all experts equal, ▒ about as often, ▓ up to three times, █ more. In colours what is in a slot in
-the end is green. A layer that uses hardly more experts than a token takes has collapsed: it is named.
+the end is green, with a dot where it wasn't used. A layer that uses hardly more experts than a token takes has collapsed: it is named.
 
 Examples:
   oncall experts -m model.gguf \"Write a poem about the sea\"
@@ -61,6 +63,10 @@ struct Map {
     n_expert_used: usize,
     tokens: usize,
     layers: Vec<Layer>,
+    #[serde(flatten)]
+    losses: Losses,
+    #[serde(flatten)]
+    held: Held,
 }
 
 pub(super) fn run(a: ExpertsArgs) -> Result<(), Failure> {
@@ -78,7 +84,8 @@ pub(super) fn run(a: ExpertsArgs) -> Result<(), Failure> {
         ..GenerationParams::default()
     };
     let mut session = engine.session();
-    answer(&mut session, &tokens, &params, &mut |_| Ok(()))?;
+    let mut account = Account::default();
+    answer(&mut session, &tokens, &params, &mut account, &mut |_| Ok(()))?;
     let uses = engine.expert_uses().unwrap_or_default();
     let layers = uses.chunks(n_expert).enumerate().map(|(i, of_layer)| layer(i, of_layer, n_expert_used));
     let map = Map {
@@ -87,6 +94,8 @@ pub(super) fn run(a: ExpertsArgs) -> Result<(), Failure> {
         n_expert_used,
         tokens: session.tokens().len(),
         layers: layers.filter(|l| l.uses.iter().any(|&n| n > 0)).collect(),
+        losses: account.store().losses(),
+        held: Held::now(&engine),
     };
     if let Some(path) = &a.svg {
         let mut file = PartFile::replace(path)?;
@@ -159,10 +168,22 @@ fn draw(map: &Map, width: usize, colour: bool) -> Result<String, std::fmt::Error
         for (uses, here) in l.uses.chunks(merged).zip(l.resident.chunks(merged)) {
             let c = SHADES[shade(uses.iter().sum(), uses.len(), total, map.n_expert)];
             let here = 2 * here.iter().filter(|&&h| h).count() > here.len();
-            if colour && here { write!(out, "{green}{c}{green:#}")? } else { out.push(c) }
+            // A green blank couldn't be seen.
+            match (colour && here, c) {
+                (true, ' ') => write!(out, "{green}·{green:#}")?,
+                (true, c) => write!(out, "{green}{c}{green:#}")?,
+                (false, c) => out.push(c),
+            }
         }
         let (used, here) = (l.uses.iter().filter(|&&n| n > 0).count(), l.resident.iter().filter(|&&h| h).count());
         writeln!(out, "| {used:>4} used, {here:>4} in slots{}", if l.collapsed { " !" } else { "" })?;
+    }
+    writeln!(out, "░ less than half of all alike, ▒ about that,\n▓ up to three times, █ more")?;
+    if colour {
+        writeln!(out, "{green}green{green:#}: in a slot (· unused)")?;
+    }
+    if let Some(losses) = losses(map.losses) {
+        writeln!(out, "{losses}")?;
     }
     for l in map.layers.iter().filter(|l| l.collapsed) {
         writeln!(
@@ -225,6 +246,8 @@ mod tests {
             n_expert_used: 2,
             tokens: 20,
             layers: layers.iter().enumerate().map(|(i, l)| layer(i, l, 2)).collect(),
+            losses: Losses { dropped: 3, ..Losses::default() },
+            held: Held::default(),
         }
     }
 
@@ -237,7 +260,16 @@ mod tests {
         assert!(text.contains("layer 0: routing has collapsed") && !text.contains("layer 1: "), "{text}");
         assert!(text.contains("   0 |██░     |    3 used,    2 in slots !"), "{text}");
         assert!(text.contains("   1 |▒▒▒▒▒▒▒▒|"), "{text}");
+        assert!(text.contains("░ less than half") && text.contains("lossy: uses of experts 3 dropped"), "{text}");
         assert!(!text.contains('\u{1b}') && draw(&m, 80, true).unwrap().contains('\u{1b}'));
+    }
+
+    #[test]
+    fn what_is_in_a_slot_unused_is_seen() {
+        let m = Map { layers: vec![layer(0, &[(9, false), (0, true), (0, false)], 2)], n_expert: 3, ..map() };
+        let text = anstream::adapter::strip_str(&draw(&m, 80, true).unwrap()).to_string();
+        assert!(text.contains("   0 |█· |") && text.contains("· unused"), "{text}");
+        assert!(draw(&m, 80, false).unwrap().contains("   0 |█  |"));
     }
 
     #[test]

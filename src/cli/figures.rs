@@ -1,7 +1,8 @@
 //! What a run did, how fast, and where its time went: a line, a table, or fields of a JSON object.
 
 use super::output;
-use crate::engine::{Account, Finish, Phase};
+use crate::engine::{Account, Budget, Engine, Finish, Phase};
+use crate::moe::Losses;
 use serde::Serialize;
 use std::fmt::Write;
 use std::time::Duration;
@@ -27,7 +28,44 @@ pub(super) struct Figures {
     #[serde(flatten)]
     pub account: Account,
     #[serde(flatten)]
+    pub held: Held,
+    #[serde(flatten)]
     pub process: ProcessFigures,
+}
+
+/// What the engine took.
+#[derive(Default, Serialize)]
+pub(super) struct Held {
+    /// How its memory is divided.
+    pub budget: Option<Budget>,
+    /// Experts that have a slot now, and experts in all.
+    pub slots: Option<usize>,
+    pub experts: Option<usize>,
+}
+
+impl Held {
+    pub fn now(engine: &Engine) -> Self {
+        let (slots, experts) = engine.n_slots().unzip();
+        Held { budget: Some(engine.budget()), slots, experts }
+    }
+
+    /// `1.50 GB taken, nine tenths of what the system can spare; 120 of 384 experts have a slot; blocks of 512 tokens`
+    fn text(&self) -> Option<String> {
+        let b = self.budget.as_ref()?;
+        let share = b.share_of.map_or(String::new(), |bound| format!(", nine tenths of {bound}"));
+        let mut text = format!("{} taken{share}", b.bytes.map_or("all there is".into(), output::memory));
+        if let (Some(slots), Some(all)) = (self.slots, self.experts) {
+            text += &format!("; {slots} of {all} experts have a slot, {} at the least", output::memory(b.slots));
+        }
+        Some(text + &format!("; blocks of {}", output::counted(b.chunk, "token")))
+    }
+}
+
+/// What was given up, for people; `None` if nothing was.
+pub(super) fn losses(l: Losses) -> Option<String> {
+    let parts = [(l.left_out, "left out"), (l.dropped, "dropped"), (l.replaced, "replaced")];
+    let all: Vec<String> = parts.iter().filter(|p| p.0 > 0).map(|(n, what)| format!("{n} {what}")).collect();
+    (!all.is_empty()).then(|| format!("lossy: uses of experts {}", all.join(", ")))
 }
 
 /// What the system says of this process.
@@ -65,8 +103,18 @@ impl Figures {
             seed: None,
             finish: None,
             account: Account::default(),
+            held: Held::default(),
             process: ProcessFigures::default(),
         }
+    }
+
+    /// What the engine did in between, and what it took for it.
+    pub fn of_engine(&mut self, engine: &Engine, account: Account) {
+        self.account = account;
+        self.account.prefill.took(self.prefill_s);
+        self.account.decode.took(self.decode_s);
+        self.held = Held::now(engine);
+        self.process = ProcessFigures::now();
     }
 
     /// One line for people.
@@ -81,15 +129,19 @@ impl Figures {
             self.n_written,
             rate(self.n_decoded, self.decode_s)
         );
-        let store = self.account.prefill.store.and(&self.account.decode.store);
+        let store = self.account.store();
         if let Some(hit_rate) = store.hit_rate() {
             line += &format!(", experts {:.1}% at hand, {} read", 100.0 * hit_rate, output::size(store.bytes_read()));
+        }
+        let between = self.account.between.bytes_read();
+        if between > 0 {
+            line += &format!(" ({} of it to warm up)", output::size(between));
         }
         if let Some(peak) = self.process.peak_memory {
             line += &format!(", {} of memory at most", output::memory(peak));
         }
-        if store.dropped + store.replaced > 0 {
-            line += &format!(", lossy: {} experts dropped, {} replaced", store.dropped, store.replaced);
+        if let Some(losses) = losses(store.losses()) {
+            line += &format!(", {losses}");
         }
         line + &self.seed_said()
     }
@@ -115,7 +167,7 @@ impl Figures {
         row("computing", &|p, _| seconds(p.compute_s));
         row("waiting for the disk", &|p, _| seconds(p.stalled_s));
         row("reading and packing", &|p, _| seconds(p.store.busy_ns as f64 / 1e9));
-        row("everything else", &|p, wall| seconds((wall - p.compute_s - p.stalled_s).max(0.0)));
+        row("everything else", &|p, _| p.other_s.map_or("-".into(), seconds));
         if phases.iter().any(|(p, _)| p.store.uses > 0) {
             for (name, q) in [("wait of a pass, median", 0.5), ("  95 of 100 are under", 0.95), ("  99 of 100", 0.99)] {
                 row(name, &|p, _| p.stalls.quantile(q).map_or("-".into(), |d| seconds(d.as_secs_f64())));
@@ -123,14 +175,21 @@ impl Figures {
             row("experts used", &|p, _| p.store.uses.to_string());
             row("  at hand", &|p, _| p.store.hit_rate().map_or("-".into(), |h| format!("{:.1} %", 100.0 * h)));
             row("  because read ahead", &|p, _| p.store.ahead_hits.to_string());
+            row("  missing", &|p, _| p.store.misses().to_string());
             row("read when missing", &|p, _| output::size(p.store.demand_bytes));
             row("read ahead", &|p, _| output::size(p.store.ahead_bytes));
             row("  in vain", &|p, _| output::size(p.store.wasted_bytes));
-            if phases.iter().any(|(p, _)| p.store.dropped + p.store.replaced > 0) {
+            if phases.iter().any(|(p, _)| p.store.losses() != Losses::default()) {
+                row("lossy: left out", &|p, _| p.store.left_out.to_string());
                 row("lossy: dropped", &|p, _| p.store.dropped.to_string());
                 row("lossy: replaced", &|p, _| p.store.replaced.to_string());
             }
             row("read for each token", &|p, _| output::size(p.bytes_per_token() as u64));
+            let between = output::size(self.account.between.bytes_read());
+            let _ = writeln!(t, "{:<28}{between:>12}", "read to warm up");
+        }
+        if let Some(held) = self.held.text() {
+            let _ = writeln!(t, "{held}");
         }
         let say = |v: Option<String>| v.unwrap_or_else(|| "unknown".into());
         let peak = say(self.process.peak_memory.map(output::memory));

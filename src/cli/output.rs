@@ -97,6 +97,11 @@ pub(super) fn catch_ctrl_c() {
     CAUGHT.store(true, SeqCst);
 }
 
+/// What is true after Ctrl-C.
+pub(super) fn stop() -> &'static AtomicBool {
+    &STOPPED
+}
+
 /// Whether Ctrl-C came since the last [`start_over`].
 pub(super) fn stopped() -> bool {
     STOPPED.load(SeqCst)
@@ -131,6 +136,16 @@ pub(super) fn counted(n: usize, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
+/// Memory that something takes at least: rounded up, so that who asks for what is printed gets enough.
+pub(super) fn at_least(bytes: u64) -> String {
+    let step = match bytes {
+        0..1_048_576 => 102.4,
+        1_048_576..1_073_741_824 => 104_857.6,
+        _ => 10_737_418.24,
+    };
+    memory(((bytes as f64 / step).ceil() * step).ceil() as u64)
+}
+
 /// `7.25 B`, as models are counted.
 pub(super) fn count(n: u64) -> String {
     match n {
@@ -145,4 +160,22 @@ pub(super) fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
     line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_least_size_is_rounded_up() {
+        for (bytes, want) in [
+            (212_302_592, "202.5 MiB"),
+            (200 << 20, "200.0 MiB"),
+            ((1 << 30) - 1, "1.00 GiB"),
+            ((1 << 30) + 1, "1.01 GiB"),
+            (1, "0.1 KiB"),
+        ] {
+            assert_eq!(at_least(bytes), want);
+        }
+    }
 }

@@ -2,20 +2,27 @@
 //! predictions are from another run's.
 
 use super::args::ModelArgs;
+use super::figures::{Held, losses};
 use super::{Failure, output};
 use crate::engine::Engine;
 use crate::gguf::PartFile;
+use crate::moe::Losses;
+use crate::session::tokenizer::Tokenizer;
 use clap::Args;
 use serde::Serialize;
+use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{BufReader, ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::path::PathBuf;
 
 /// Flags of `perplexity`.
 #[derive(Args)]
 #[command(
     after_help = "The text is cut into chunks of the context's length; in each, tokens of the second half are scored. \
-To compare two models, write the logits of one with --save-logits and give them to the other with --kl-base.",
+To compare two models, write the logits of one with --save-logits and give them to the other with --kl-base.
+
+What --drop-cold and --prefer-resident cost shows only with -ub 1, a token at a time as when a text is written: of many tokens read together, \
+most find the experts at hand that the others want.",
     mut_arg("ctx_size", |a| a.help("Tokens of a chunk; 0 for the model's own context [default: 512]"))
 )]
 pub(super) struct PerplexityArgs {
@@ -51,6 +58,10 @@ struct Report {
     kl_divergence: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     same_best_token: Option<f64>,
+    #[serde(flatten)]
+    losses: Losses,
+    #[serde(flatten)]
+    held: Held,
 }
 
 /// Running sums over the scored tokens.
@@ -75,44 +86,113 @@ const MAGIC: &[u8; 8] = b"oncallL1";
 pub(super) fn run(mut a: PerplexityArgs) -> Result<(), Failure> {
     // llama.cpp's default: chunks of 512.
     a.model.ctx_size = a.model.ctx_size.or(Some(512));
-    let text = std::fs::read_to_string(&a.file).map_err(|e| Failure::new(format!("{}: {e}", a.file.display())))?;
+    let file = File::open(&a.file).map_err(|e| Failure::new(format!("{}: {e}", a.file.display())))?;
     output::catch_ctrl_c();
     let engine = a.model.load()?;
-    let n_ctx = engine.n_ctx();
-    let tokens = engine.tokenizer().encode(&text, true, false);
-    if n_ctx < 4 {
+    if engine.n_ctx() < 4 {
+        let n_ctx = engine.n_ctx();
         return Err(Failure::usage(format!(
             "-c {n_ctx} is too short: half of a chunk is scored, so it takes 4 tokens"
         )));
     }
-    let n_chunks = (tokens.len() / n_ctx).min(a.chunks.map_or(usize::MAX, |n| n as usize));
+    if !a.model.options().lossy.is_off() && a.model.ubatch_size > 1 {
+        output::note("-ub 1 shows what --drop-cold and --prefer-resident cost; tokens read together hide it");
+    }
+    let n_ctx = engine.n_ctx();
+    let mut text = Text::new(file, engine.tokenizer());
+    let mut base = open_base(&a, &engine)?;
+    let (mut sums, mut n_chunks) = (Sums::default(), 0);
+    let bar = output::bar("reading the text", "chunks");
+    while a.chunks.is_none_or(|most| n_chunks < most as usize) {
+        let chunk = text.next(n_ctx).map_err(|e| Failure::new(format!("{}: {e}", a.file.display())))?;
+        let Some(chunk) = chunk else { break };
+        bar.set_length(a.chunks.map_or(0, u64::from).max(n_chunks as u64 + 1 + (text.tokens.len() / n_ctx) as u64));
+        let scored = score(&engine, &chunk, &mut base, &mut sums);
+        if output::stopped() {
+            return Err(Failure::interrupted());
+        }
+        scored?;
+        n_chunks += 1;
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
     if n_chunks == 0 {
         return Err(Failure::new(format!(
             "{}: {} are less than one chunk of {n_ctx}; give a longer text or a shorter context (-c)",
             a.file.display(),
-            output::counted(tokens.len(), "token")
+            output::counted(text.tokens.len(), "token")
         )));
     }
-    let mut base = open_base(&a, &engine)?;
-    let mut sums = Sums::default();
-    let bar = output::bar("reading the text", "chunks");
-    bar.set_length(n_chunks as u64);
-    for chunk in tokens.chunks_exact(n_ctx).take(n_chunks) {
-        score(&engine, chunk, &mut base, &mut sums)?;
-        bar.inc(1);
-        if output::stopped() {
-            return Err(Failure::interrupted());
-        }
-    }
-    bar.finish_and_clear();
     let compared = matches!(base, Base::Read(_));
     if let Base::Write(file) = base {
         file.commit()?;
     }
-    report(&a, n_chunks, &sums, compared)
+    report(&a, &engine, n_chunks, &sums, compared)
 }
 
-fn report(a: &PerplexityArgs, chunks: usize, s: &Sums, compared: bool) -> Result<(), Failure> {
+/// Bytes of text that are made tokens of together: longer texts needn't fit into memory, and may have another token or two where they are
+/// cut, at the end of a line.
+const WINDOW: u64 = 4 << 20;
+
+/// The tokens of a file.
+struct Text<'a> {
+    file: BufReader<File>,
+    tokenizer: &'a Tokenizer,
+    /// Not yet handed out.
+    tokens: VecDeque<u32>,
+    /// The beginning of a character that was cut.
+    cut: Vec<u8>,
+    begun: bool,
+    window: u64,
+}
+
+impl<'a> Text<'a> {
+    fn new(file: File, tokenizer: &'a Tokenizer) -> Self {
+        let file = BufReader::new(file);
+        Text { file, tokenizer, tokens: VecDeque::new(), cut: Vec::new(), begun: false, window: WINDOW }
+    }
+
+    /// The next `n` tokens, if there are as many.
+    fn next(&mut self, n: usize) -> Result<Option<Vec<u32>>, String> {
+        while self.tokens.len() < n && self.read()? {}
+        Ok((self.tokens.len() >= n).then(|| self.tokens.drain(..n).collect()))
+    }
+
+    /// Reads on; false at the end.
+    fn read(&mut self) -> Result<bool, String> {
+        let mut bytes = std::mem::take(&mut self.cut);
+        let (file, window) = (&mut self.file, self.window);
+        let mut read = || {
+            file.by_ref().take(window).read_to_end(&mut bytes)?;
+            file.by_ref().take(window).read_until(b'\n', &mut bytes)?;
+            Ok(file.fill_buf()?.is_empty())
+        };
+        let ends = read().map_err(|e: std::io::Error| e.to_string())?;
+        if bytes.is_empty() {
+            return Ok(false);
+        }
+        if let Err(e) = std::str::from_utf8(&bytes) {
+            if e.error_len().is_some() || ends {
+                return Err("it isn't UTF-8 text".into());
+            }
+            self.cut = bytes.split_off(e.valid_up_to());
+        }
+        let text = String::from_utf8(bytes).map_err(|e| e.to_string())?;
+        let t = self.tokenizer;
+        match (self.begun, ends) {
+            (true, _) => self.tokens.extend(t.encode_within(&text)),
+            (false, true) => self.tokens.extend(t.encode(&text, true, false)),
+            (false, false) => {
+                self.tokens.extend(t.bos().filter(|_| t.adds_bos()));
+                self.tokens.extend(t.encode(&text, false, false));
+            }
+        }
+        self.begun = true;
+        Ok(!ends)
+    }
+}
+
+fn report(a: &PerplexityArgs, engine: &Engine, chunks: usize, s: &Sums, compared: bool) -> Result<(), Failure> {
     let n = s.n as f64;
     let mean = s.nll / n;
     let variance = (s.nll_squared / n - mean * mean).max(0.0);
@@ -126,6 +206,8 @@ fn report(a: &PerplexityArgs, chunks: usize, s: &Sums, compared: bool) -> Result
         scored_tokens: s.n,
         kl_divergence: compared.then_some(s.kl / n),
         same_best_token: compared.then_some(s.same_top as f64 / n),
+        losses: engine.account().store().losses(),
+        held: Held::now(engine),
     };
     if a.json {
         return output::json(&r);
@@ -138,6 +220,9 @@ fn report(a: &PerplexityArgs, chunks: usize, s: &Sums, compared: bool) -> Result
         output::counted(r.scored_tokens, "token"),
         output::counted(r.chunks, "chunk")
     ))?;
+    if let Some(losses) = losses(r.losses) {
+        output::text(&format!("{losses}\n"))?;
+    }
     if let (Some(kl), Some(same)) = (r.kl_divergence, r.same_best_token) {
         output::text(&format!("KL divergence {kl:.6} nats, the best token is the same for {:.2} %\n", 100.0 * same))?;
     }
@@ -227,4 +312,39 @@ fn open_base(a: &PerplexityArgs, engine: &Engine) -> Result<Base, Failure> {
         return Err(Failure::new(format!("{}: {why}", path.display())));
     }
     Ok(Base::Read(r))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::EngineOptions;
+    use std::io::Seek;
+
+    /// In windows, whose ends are lines' ends or, within endless lines, characters'.
+    #[test]
+    fn a_text_of_any_length_is_read_a_window_at_a_time() {
+        let engine = Engine::embedded(&EngineOptions { n_ctx: Some(64), ..EngineOptions::default() }).unwrap();
+        let t = engine.tokenizer();
+        let line = "Once upon a time there was a dog.\n";
+        for text in [line.repeat(9), line.repeat(99), "aü".repeat(2000), String::new()] {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(text.as_bytes()).unwrap();
+            file.rewind().unwrap();
+            let mut tokens = Vec::new();
+            let mut reader = Text { window: 512, ..Text::new(file, t) };
+            while let Some(next) = reader.next(50).unwrap() {
+                assert!(reader.tokens.len() <= 1024);
+                tokens.extend(next);
+            }
+            tokens.extend(&reader.tokens);
+            assert!(t.decode(&tokens, true, false) == text, "{} bytes", text.len());
+            if text.len() < 512 {
+                assert_eq!(tokens, if text.is_empty() { Vec::new() } else { t.encode(&text, true, false) });
+            }
+        }
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"a\xff").unwrap();
+        file.rewind().unwrap();
+        assert!(Text::new(file, t).next(1).unwrap_err().contains("UTF-8"));
+    }
 }

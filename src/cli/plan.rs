@@ -1,6 +1,6 @@
 //! `oncall plan`: what fits where, and how fast it will be, before anything is loaded.
 
-use super::args::{CacheType, model_of_env, parse_memory};
+use super::args::{CacheType, model_of_env, parse_memory, parse_threads};
 use super::replay::read_trace;
 use super::{Failure, output};
 use crate::cpu::probe::{self, DiskProbe, Mode};
@@ -40,7 +40,7 @@ pub(super) struct PlanArgs {
     #[arg(short, long, value_name = "N")]
     ctx_size: Option<usize>,
     /// Threads that compute [default: one for each core]
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(short, long, value_name = "N", value_parser = parse_threads)]
     threads: Option<u16>,
     /// How keys are stored (-ctk)
     #[arg(long, value_name = "TYPE", default_value = "f16")]
@@ -91,8 +91,8 @@ struct Plan {
     routing: Assumption,
     #[serde(flatten)]
     cost: Cost,
-    /// Bytes a second at which all threads read memory.
-    memory_rate: f64,
+    /// Bytes a second at which all threads read memory; `None` where there's too little of it to measure.
+    memory_rate: Option<f64>,
     /// Why the disk's rate isn't known.
     #[serde(skip_serializing_if = "Option::is_none")]
     no_disk_rate: Option<String>,
@@ -114,7 +114,7 @@ pub(super) fn run(a: PlanArgs) -> Result<(), Failure> {
     };
     let outline = Outline::new(&gguf, &options)?;
     let (routing, assumption) = routing(&a, &outline)?;
-    let budgets = Budgets::new(a.memory, &outline)?;
+    let budgets = Budgets::new(&outline, &options, a.memory)?;
     let plan = plan(&a, &gguf, &outline, &routing, assumption, budgets)?;
     if a.json { output::json(&plan) } else { output::text(&print(&plan, &outline, budgets)?) }
 }
@@ -128,21 +128,12 @@ struct Budgets {
 }
 
 impl Budgets {
-    fn new(memory: Memory, o: &Outline) -> Result<Self, Failure> {
+    fn new(o: &Outline, options: &EngineOptions, memory: Memory) -> Result<Self, Failure> {
         let asked = match memory {
             Memory::Auto => None,
-            Memory::Bytes(n) => Some(n),
+            Memory::Bytes(_) => o.budget(options, memory)?.bytes,
         };
-        if let Some(n) = asked.filter(|n| *n < o.needs.smallest()) {
-            return Err(Failure::new(format!(
-                "{} are too little for this model: the least that works with a context of {} is {}; a shorter context (-c) or a \
-                 q8_0 KV cache (-ctk q8_0 -ctv q8_0) would lower it",
-                output::memory(n),
-                o.n_ctx,
-                output::memory(o.needs.smallest())
-            )));
-        }
-        Ok(Budgets { spare: Memory::Auto.resolve(), asked })
+        Ok(Budgets { spare: Memory::Auto.resolve().map(|m| m.0), asked })
     }
 
     /// The one that is marked in the table.
@@ -164,11 +155,13 @@ fn routing(a: &PlanArgs, o: &Outline) -> Result<(Routing, Assumption), Failure> 
     let trace = read_trace(path)?;
     let h = &trace.header;
     if (h.n_expert, h.n_expert_used) != (n, used) {
+        let lossy = h.n_expert == n && h.n_expert_used < used;
         return Err(Failure::new(format!(
-            "{}: it was recorded with {} of {} experts, but this model uses {used} of {n}",
+            "{}: it was recorded with {} of {} experts, but this model uses {used} of {n}{}",
             path.display(),
             h.n_expert_used,
-            h.n_expert
+            h.n_expert,
+            if lossy { "; record a run without --experts" } else { "" }
         )));
     }
     Ok((Routing::Recorded(trace), Assumption::Trace))
@@ -189,9 +182,9 @@ fn plan(
     let needs = &o.needs;
     let memory_rate = probe::memory_rate(o.n_threads, MEMORY_TIME)?;
     let n_seen = o.n_ctx.min(SEEN);
-    let kv_s = (o.kv_per_1k as f64 * n_seen as f64 / 1024.0) / memory_rate;
+    let kv_s = memory_rate.map(|rate| (o.kv_per_1k as f64 * n_seen as f64 / 1024.0) / rate);
     let n_kv_blocks = n_seen.div_ceil(KV_BLOCK) as u64;
-    let compute_s = o.measure_compute()? + kv_s;
+    let compute_s = o.measure_compute()?.zip(kv_s).map(|(matrices, kv)| matrices + kv);
     let reading = reading(a.model.as_deref(), o, compute_s);
     let cost = Cost {
         compute_s,
@@ -201,11 +194,12 @@ fn plan(
         reading: reading.as_ref().ok().copied(),
     };
     let (smallest, whole) = (needs.smallest(), needs.no_reads());
-    let between = [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
-        .map(|x| smallest + ((whole - smallest) as f64 * x) as u64);
+    // Without experts there is nothing to choose between.
+    let steps = if o.config.moe.is_some() { 8 } else { 1 };
+    let between = (0..=steps).map(|i| smallest + (u128::from(whole - smallest) * i / steps) as u64);
     // More than it can use changes nothing, but who asks gets an answer.
     let own = own.asked.or(own.spare.filter(|b| (smallest..whole).contains(b)));
-    let mut budgets: Vec<u64> = between.into_iter().chain(own).collect();
+    let mut budgets: Vec<u64> = between.chain(own).collect();
     budgets.sort_unstable();
     budgets.dedup();
     Ok(Plan {
@@ -230,11 +224,16 @@ fn plan(
 }
 
 /// Computing and reading at once, with direct reads if the disk allows them; or why that isn't known.
-fn reading(model: Option<&Path>, o: &Outline, compute_s: f64) -> Result<Reading, String> {
+fn reading(model: Option<&Path>, o: &Outline, compute_s: Option<f64>) -> Result<Reading, String> {
+    if o.config.moe.is_none() {
+        return Err("the model has no experts to read".into());
+    }
     let path = model.ok_or("the model is in the program, not on a disk")?;
     let of_file = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
     let probe = DiskProbe::open(path, Mode::Direct).or_else(|_| DiskProbe::open(path, Mode::Buffered));
-    o.measure_reading(&probe.map_err(|e| of_file(&e))?, compute_s).map_err(|e| of_file(&e))
+    let probe = probe.map_err(|e| of_file(&e))?;
+    let reading = compute_s.map_or(Ok(None), |s| o.measure_reading(&probe, s)).map_err(|e| of_file(&e))?;
+    reading.ok_or("too little memory to measure".into())
 }
 
 fn print(p: &Plan, o: &Outline, budgets: Budgets) -> Result<String, std::fmt::Error> {
@@ -264,11 +263,24 @@ fn print(p: &Plan, o: &Outline, budgets: Budgets) -> Result<String, std::fmt::Er
         )?;
         line("a token uses", format!("{} of experts", size(p.cost.used_expert_bytes)))?;
     }
-    line("smallest budget", memory(p.smallest_bytes))?;
-    line("no more reads", format!("from {} on", memory(p.no_reads_bytes)))?;
+    line("smallest budget", output::at_least(p.smallest_bytes))?;
+    if o.config.moe.is_some() {
+        line("no more reads", format!("from {} on", output::at_least(p.no_reads_bytes)))?;
+    }
     let spare = budgets.spare.map_or("unknown".into(), memory);
     let threads = output::counted(o.n_threads, "thread");
-    line("this machine", format!("{spare} of memory to spare, {} by {threads}", rate(p.memory_rate)))?;
+    let speed = p.memory_rate.map(|r| format!("{} by {threads}", rate(r)));
+    let speed = speed.unwrap_or("too little to measure how fast it is".into());
+    line("this machine", format!("{spare} of memory to spare, {speed}"))?;
+    if budgets.spare.is_some_and(|n| n < p.smallest_bytes) {
+        line("", "which is less than the smallest budget: the model can't run here as things are".into())?;
+    }
+    if o.config.moe.is_none() {
+        let speed = p.budgets.last().and_then(|f| f.tokens_per_s);
+        line("experts", "none: the model is dense and always whole in memory, so more of that doesn't help".into())?;
+        line("tokens/s", speed.map_or("?".into(), |s| format!("{s:.1}")))?;
+        return Ok(out);
+    }
     line("", disk(p))?;
     if let Some(asked) = budgets.asked {
         let more = budgets.spare.is_some_and(|spare| asked > spare);
@@ -287,6 +299,12 @@ fn print(p: &Plan, o: &Outline, budgets: Budgets) -> Result<String, std::fmt::Er
         format!("for writing with {seen} tokens in the context; memory that more of them need comes from the slots"),
     )?;
     line("", "at first is while the disk hasn't read the experts before".into())?;
+    table(p, budgets, &mut out)?;
+    Ok(out)
+}
+
+fn table(p: &Plan, budgets: Budgets, out: &mut String) -> std::fmt::Result {
+    let (memory, size) = (output::memory, output::size);
     writeln!(
         out,
         "\n{:>10} {:>10} {:>9} {:>7} {:>10} {:>11} {:>9} {:>10} {:>9}",
@@ -300,22 +318,21 @@ fn print(p: &Plan, o: &Outline, budgets: Budgets) -> Result<String, std::fmt::Er
             continue;
         }
         shown = Some(f);
-        let disk = f.disk_s.map_or("?".into(), |s| format!("{:.1} ms", 1e3 * s));
+        let [compute, disk] = [f.compute_s, f.disk_s].map(|s| s.map_or("?".into(), |s| format!("{:.1} ms", 1e3 * s)));
         let [speed, first] =
             [f.tokens_per_s, f.first_tokens_per_s].map(|t| t.map_or("?".into(), |t| format!("{t:.1}")));
         let mark = if marked { "  <" } else { "" };
         writeln!(
             out,
-            "{:>10} {:>10} {:>7.1} % {:>5.1} % {:>10} {:>8.1} ms {disk:>9} {speed:>10} {first:>9}{mark}",
-            memory(f.bytes),
+            "{:>10} {:>10} {:>7.1} % {:>5.1} % {:>10} {compute:>11} {disk:>9} {speed:>10} {first:>9}{mark}",
+            output::at_least(f.bytes),
             memory(f.slots_bytes),
             100.0 * f.slot_share,
             100.0 * f.hit_rate,
-            size(f.bytes_per_token),
-            1e3 * f.compute_s
+            size(f.bytes_per_token)
         )?;
     }
-    Ok(out)
+    Ok(())
 }
 
 /// What was measured of the disk.

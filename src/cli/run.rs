@@ -1,12 +1,13 @@
 //! `oncall run`: continue a prompt, or answer it.
 
 use super::args::{ModelArgs, SamplingArgs};
-use super::figures::{Figures, ProcessFigures};
+use super::figures::Figures;
 use super::{Failure, output};
-use crate::engine::{Generation, GenerationParams, Piece, Session};
+use crate::engine::{Account, Generation, GenerationParams, Piece, Session};
 use crate::session::template::Message;
 use clap::Args;
 use serde::Serialize;
+use std::fs::File;
 use std::io::{IsTerminal, Read};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -45,6 +46,7 @@ pub(super) fn run(a: RunArgs) -> Result<(), Failure> {
     let prompt = prompt(&a)?;
     output::catch_ctrl_c();
     let engine = a.model.load()?;
+    engine.check_length(&prompt)?;
     let template = if a.raw { None } else { engine.chat_template()? };
     let (tokens, chat) = match &template {
         Some(t) => {
@@ -64,7 +66,7 @@ pub(super) fn run(a: RunArgs) -> Result<(), Failure> {
         output::text(&prompt)?;
     }
     let mut text = String::new();
-    let figures = answer(&mut session, &tokens, &params, &mut |piece| {
+    let figures = answer(&mut session, &tokens, &params, &mut Account::default(), &mut |piece| {
         if a.json {
             text.push_str(&piece.text);
             return Ok(());
@@ -93,8 +95,9 @@ fn prompt(a: &RunArgs) -> Result<String, Failure> {
         return Ok(p.clone());
     }
     if let Some(path) = &a.file {
-        let text = std::fs::read_to_string(path).map_err(|e| Failure::new(format!("{}: {e}", path.display())))?;
-        return Ok(without_last_newline(text));
+        let name = path.display().to_string();
+        let file = File::open(path).map_err(|e| Failure::new(format!("{name}: {e}")))?;
+        return read_prompt(file, &name);
     }
     if std::io::stdin().is_terminal() {
         return Err(Failure::usage(
@@ -102,31 +105,37 @@ fn prompt(a: &RunArgs) -> Result<String, Failure> {
              to talk, use `oncall chat`",
         ));
     }
-    let mut text = String::new();
-    std::io::stdin()
-        .read_to_string(&mut text)
-        .map_err(|e| Failure::new(format!("reading the prompt from the standard input: {e}")))?;
-    Ok(without_last_newline(text))
+    read_prompt(std::io::stdin(), "the standard input")
 }
 
-/// A text as a file or a pipe ends it: the last newline isn't part of it.
-fn without_last_newline(mut text: String) -> String {
+/// More than the longest contexts hold, and little beside a model.
+const MAX_PROMPT: u64 = 16 << 20;
+
+/// A text as a file or a pipe has it: the last newline isn't part of it.
+fn read_prompt(from: impl Read, name: &str) -> Result<String, Failure> {
+    let fail = |why: &dyn std::fmt::Display| Failure::new(format!("{name}: {why}"));
+    let mut bytes = Vec::new();
+    from.take(MAX_PROMPT + 1).read_to_end(&mut bytes).map_err(|e| fail(&e))?;
+    if bytes.len() as u64 > MAX_PROMPT {
+        return Err(fail(&format!("a prompt of more than {} MiB fits no context; shorten it", MAX_PROMPT >> 20)));
+    }
+    let mut text = String::from_utf8(bytes).map_err(|e| fail(&e))?;
     if text.ends_with('\n') {
         text.pop();
     }
-    text
+    Ok(text)
 }
 
 /// Reads `tokens` (what the session has of them already is kept) and writes on, handing out text as it comes, until
-/// the end or Ctrl-C.
+/// the end or Ctrl-C. The figures are of what the engine did since it was `told` of last.
 pub(super) fn answer(
     session: &mut Session,
     tokens: &[u32],
     params: &GenerationParams,
+    told: &mut Account,
     each: &mut dyn FnMut(&Piece) -> Result<(), Failure>,
 ) -> Result<Figures, Failure> {
     let engine = session.engine().clone();
-    let before = engine.account();
     let bar = output::bar("reading the prompt", "tokens");
     bar.set_length(tokens.len() as u64);
     let began = Instant::now();
@@ -140,8 +149,9 @@ pub(super) fn answer(
     if !output::stopped() {
         write(session, params, each, &mut figures)?;
     }
-    figures.account = engine.account().since(&before);
-    figures.process = ProcessFigures::now();
+    let account = engine.account();
+    figures.of_engine(&engine, account.since(told));
+    *told = account;
     Ok(figures)
 }
 

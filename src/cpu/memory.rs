@@ -2,13 +2,44 @@
 
 use std::path::{Path, PathBuf};
 
-/// Bytes that could be taken now without pushing others out: the least of the system's `MemAvailable` and what is left of
-/// every memory limit of the control groups (version 1 and 2) that this process is in. `None` where neither is known.
-pub fn available() -> Option<u64> {
+/// What bounds the memory that can be taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bound {
+    /// The system's memory.
+    System,
+    /// A control group's limit.
+    Group,
+}
+
+impl std::fmt::Display for Bound {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Bound::System => "what the system can spare",
+            Bound::Group => "what a control group leaves",
+        })
+    }
+}
+
+/// Bytes that could be taken now without pushing others out, and what bounds them: the least of the system's `MemAvailable` and what is
+/// left of every memory limit of the control groups (version 1 and 2) that this process is in. `None` where neither is known.
+pub fn bounded() -> Option<(u64, Bound)> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok().and_then(|t| mem_available(&t));
     let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let limits = group_folders(&groups, "memory").into_iter().filter_map(|f| left_in_group(&f));
-    meminfo.into_iter().chain(limits).min()
+    meminfo.map(|n| (n, Bound::System)).into_iter().chain(limits.map(|n| (n, Bound::Group))).min()
+}
+
+/// The bytes of [`bounded`].
+pub fn available() -> Option<u64> {
+    bounded().map(|b| b.0)
+}
+
+/// Bytes that may be taken for a moment to measure something with: `most`, or half of what could be taken. `None` if that's less than
+/// `least`, with which a measurement would mean nothing.
+pub fn for_measuring(least: u64, most: u64) -> Option<u64> {
+    let n = available().map_or(most, |n| most.min(n / 2));
+    (n >= least).then_some(n)
 }
 
 /// Bytes of memory that this process holds now; `None` where the system doesn't say.

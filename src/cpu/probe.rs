@@ -1,6 +1,7 @@
 //! What this machine can do, measured: how fast memory and a disk are read, and what limits a process here.
 
 use super::Pages;
+use super::memory::for_measuring;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -62,6 +63,11 @@ impl DiskProbe {
         Ok(probe)
     }
 
+    /// Bytes of memory that [`DiskProbe::rate`] takes.
+    pub fn room_for(n_bytes: usize, in_flight: usize) -> usize {
+        (n_bytes.next_multiple_of(ALIGN as usize) * in_flight.max(1)).next_multiple_of(HUGE) + HUGE
+    }
+
     /// How fast random reads of `n_bytes` are, `in_flight` at a time, in two rounds of about `time` each: the second reads what the
     /// first has read. What the page cache holds of the file is dropped before each, as far as the system does that.
     ///
@@ -83,7 +89,7 @@ impl DiskProbe {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the file is too short to measure reads on"));
         }
         let in_flight = in_flight.max(1);
-        let mut pages = Pages::new((n_bytes * in_flight).next_multiple_of(HUGE) + HUGE)?;
+        let mut pages = Pages::new(Self::room_for(n_bytes, in_flight))?;
         let at = pages.as_ptr().align_offset(HUGE);
         let buffers = &mut pages[at..][..n_bytes * in_flight];
         buffers.chunks_mut(ALIGN as usize).for_each(|p| p[0] = 1);
@@ -157,16 +163,19 @@ fn open_direct(_: &Path) -> io::Result<File> {
     Err(io::Error::new(io::ErrorKind::Unsupported, "this system has no O_DIRECT"))
 }
 
-/// Bytes a second at which `n_threads` threads read memory that no cache holds.
+/// Bytes that most caches don't hold, and several times as many.
+pub const UNCACHED: (u64, u64) = (64 << 20, 192 << 20);
+
+/// Bytes a second at which `n_threads` threads read memory that no cache holds; `None` if so much can't be spared.
 ///
 /// # Errors
 /// When the system has no memory for it.
-pub fn memory_rate(n_threads: usize, time: Duration) -> io::Result<f64> {
-    const BYTES: usize = 192 << 20;
-    let mut pages = Pages::new(BYTES)?;
+pub fn memory_rate(n_threads: usize, time: Duration) -> io::Result<Option<f64>> {
+    let Some(n_bytes) = for_measuring(UNCACHED.0, UNCACHED.1) else { return Ok(None) };
+    let mut pages = Pages::new(n_bytes as usize)?;
     // Written once: untouched pages are all the same zero page, which is in the cache.
     pages.chunks_mut(ALIGN as usize).for_each(|p| p[0] = 1);
-    let part = BYTES / n_threads.max(1) / 64 * 64;
+    let part = pages.len() / n_threads.max(1) / 64 * 64;
     let (done, began) = (AtomicU64::new(0), Instant::now());
     std::thread::scope(|s| {
         for mine in pages.chunks_exact(part) {
@@ -179,7 +188,7 @@ pub fn memory_rate(n_threads: usize, time: Duration) -> io::Result<f64> {
             });
         }
     });
-    Ok(done.load(Relaxed) as f64 / began.elapsed().as_secs_f64())
+    Ok(Some(done.load(Relaxed) as f64 / began.elapsed().as_secs_f64()))
 }
 
 /// Bytes a second at which one thread uses memory for the first time, of `n_bytes` or as much of it as `time` suffices for: the system
@@ -260,7 +269,7 @@ mod tests {
 
     #[test]
     fn memory_is_read_at_a_plausible_rate() {
-        let rate = memory_rate(2, Duration::from_millis(30)).unwrap();
+        let rate = memory_rate(2, Duration::from_millis(30)).unwrap().unwrap();
         assert!((1e8..1e13).contains(&rate), "{rate}");
         assert_eq!(sum(&[1; 256]), u64::from_le_bytes([1; 8]) * 32);
     }

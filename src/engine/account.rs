@@ -10,10 +10,12 @@ pub struct Account {
     pub prefill: Phase,
     /// Passes in which each session got one.
     pub decode: Phase,
+    /// What the expert store did before passes and between them: it fills free slots with experts that were hot in former runs.
+    pub between: StoreStats,
 }
 
 /// Passes of one kind.
-#[derive(Clone, Debug, Default, serde::Serialize)]
+#[derive(Clone, Debug, Default)]
 pub struct Phase {
     /// Passes of the model.
     pub passes: u64,
@@ -23,16 +25,50 @@ pub struct Phase {
     pub compute_s: f64,
     /// Seconds in which computing waited for reads.
     pub stalled_s: f64,
+    /// Seconds outside of passes, such as those of choosing tokens, where somebody has measured the whole.
+    pub other_s: Option<f64>,
     /// What the expert store did in them.
-    #[serde(flatten)]
     pub store: StoreStats,
     /// Waits of a pass.
-    #[serde(skip)]
     pub stalls: Histogram,
 }
 
+impl serde::Serialize for Phase {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(serde::Serialize)]
+        struct Fields<'a> {
+            passes: u64,
+            tokens: u64,
+            compute_s: f64,
+            stalled_s: f64,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            other_s: Option<f64>,
+            misses: u64,
+            #[serde(flatten)]
+            store: &'a StoreStats,
+            stall_p50_s: Option<f64>,
+            stall_p95_s: Option<f64>,
+            stall_p99_s: Option<f64>,
+        }
+        let stall = |q| self.stalls.quantile(q).map(|d| d.as_secs_f64());
+        let fields = Fields {
+            passes: self.passes,
+            tokens: self.tokens,
+            compute_s: self.compute_s,
+            stalled_s: self.stalled_s,
+            other_s: self.other_s,
+            misses: self.store.misses(),
+            store: &self.store,
+            stall_p50_s: stall(0.5),
+            stall_p95_s: stall(0.95),
+            stall_p99_s: stall(0.99),
+        };
+        fields.serialize(serializer)
+    }
+}
+
 impl Phase {
-    pub(super) fn add(&mut self, n_tokens: usize, took: Duration, store: &StoreStats) {
+    fn add(&mut self, n_tokens: usize, took: Duration, store: &StoreStats) {
         let stall = Duration::from_nanos(store.stall_ns).min(took);
         self.passes += 1;
         self.tokens += n_tokens as u64;
@@ -48,9 +84,15 @@ impl Phase {
             tokens: self.tokens - before.tokens,
             compute_s: self.compute_s - before.compute_s,
             stalled_s: self.stalled_s - before.stalled_s,
+            other_s: None,
             store: self.store.since(&before.store),
             stalls: self.stalls.since(&before.stalls),
         }
+    }
+
+    /// Says how long the whole phase took, what happened outside of passes included.
+    pub fn took(&mut self, seconds: f64) {
+        self.other_s = Some((seconds - self.compute_s - self.stalled_s).max(0.0));
     }
 
     /// Bytes read for each token.
@@ -62,48 +104,101 @@ impl Phase {
 impl Account {
     /// What was done since an earlier moment.
     pub fn since(&self, before: &Account) -> Account {
-        Account { prefill: self.prefill.since(&before.prefill), decode: self.decode.since(&before.decode) }
+        Account {
+            prefill: self.prefill.since(&before.prefill),
+            decode: self.decode.since(&before.decode),
+            between: self.between.since(&before.between),
+        }
+    }
+
+    /// What the expert store did in all.
+    pub fn store(&self) -> StoreStats {
+        self.prefill.store.and(&self.decode.store).and(&self.between)
     }
 }
 
-/// Buckets of a quarter of an octave: a quantile is right to a tenth.
+/// An account that is being kept. What the store does belongs to the pass that runs, or is between two.
+#[derive(Default)]
+pub(super) struct Ledger {
+    account: Account,
+    /// The store up to which all is accounted for.
+    seen: StoreStats,
+    in_pass: bool,
+}
+
+impl Ledger {
+    /// A pass begins.
+    pub fn begin(&mut self, store: StoreStats) {
+        self.catch_up(store);
+        self.in_pass = true;
+    }
+
+    /// The pass has ended well, or it failed and isn't one: what it read was for nothing then, and is between passes.
+    pub fn end(&mut self, done: Option<(bool, usize, Duration)>, store: StoreStats) {
+        self.in_pass = false;
+        if let Some((is_decode, n_tokens, took)) = done {
+            let phase = if is_decode { &mut self.account.decode } else { &mut self.account.prefill };
+            phase.add(n_tokens, took, &store.since(&self.seen));
+            self.seen = store;
+        }
+    }
+
+    /// The account up to now, without a pass that still runs.
+    pub fn account(&mut self, store: StoreStats) -> Account {
+        self.catch_up(store);
+        self.account.clone()
+    }
+
+    fn catch_up(&mut self, store: StoreStats) {
+        if !self.in_pass {
+            self.account.between = self.account.between.and(&store.since(&self.seen));
+            self.seen = store;
+        }
+    }
+}
+
+/// Buckets of a quarter of an octave.
 const PER_OCTAVE: f64 = 4.0;
 const N_BUCKETS: usize = 160;
 
 /// How durations are spread, in a fixed space.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Histogram {
-    counts: [u64; N_BUCKETS],
+    /// Of each bucket how many there are, and their nanoseconds together.
+    buckets: [(u64, u64); N_BUCKETS],
 }
 
 impl Default for Histogram {
     fn default() -> Self {
-        Histogram { counts: [0; N_BUCKETS] }
+        Histogram { buckets: [(0, 0); N_BUCKETS] }
     }
 }
 
 impl Histogram {
     fn add(&mut self, d: Duration) {
+        let ns = d.as_nanos() as u64;
         // Bucket 0 is under a nanosecond.
-        let bucket = ((d.as_nanos() as f64).max(0.5).log2() * PER_OCTAVE).floor() as i64 + 1;
-        self.counts[bucket.clamp(0, N_BUCKETS as i64 - 1) as usize] += 1;
+        let bucket = ((ns as f64).max(0.5).log2() * PER_OCTAVE).floor() as i64 + 1;
+        let (n, sum) = &mut self.buckets[bucket.clamp(0, N_BUCKETS as i64 - 1) as usize];
+        (*n, *sum) = (*n + 1, *sum + ns);
     }
 
     fn since(&self, before: &Histogram) -> Histogram {
-        Histogram { counts: std::array::from_fn(|i| self.counts[i] - before.counts[i]) }
+        let bucket = |i: usize| (self.buckets[i].0 - before.buckets[i].0, self.buckets[i].1 - before.buckets[i].1);
+        Histogram { buckets: std::array::from_fn(bucket) }
     }
 
-    /// The duration that a share `q` of them doesn't exceed, to a tenth; `None` if there are none.
+    /// The duration that a share `q` of them doesn't exceed, to a tenth; `None` if there are none. It's the mean of those in its bucket, so
+    /// that one alone is what it was.
     pub fn quantile(&self, q: f64) -> Option<Duration> {
-        let n: u64 = self.counts.iter().sum();
-        let rank = ((n as f64 * q).ceil() as u64).clamp(1, n.max(1));
+        let all: u64 = self.buckets.iter().map(|b| b.0).sum();
+        let rank = ((all as f64 * q).ceil() as u64).clamp(1, all.max(1));
         let mut seen = 0;
-        let bucket = self.counts.iter().position(|&c| {
-            seen += c;
-            seen >= rank && n > 0
+        let (n, sum) = self.buckets.iter().find(|b| {
+            seen += b.0;
+            seen >= rank
         })?;
-        let middle = ((bucket as f64 - 0.5) / PER_OCTAVE).exp2();
-        Some(if bucket == 0 { Duration::ZERO } else { Duration::from_nanos(middle as u64) })
+        Some(Duration::from_nanos(sum / n))
     }
 }
 
@@ -125,6 +220,34 @@ mod tests {
         assert_eq!(h.since(&before).quantile(1.0), Some(Duration::ZERO));
     }
 
+    /// "Waiting 81 ms in all, 87 in the median" of one pass was not to be understood.
+    #[test]
+    fn a_quantile_is_no_more_than_there_was() {
+        let mut h = Histogram::default();
+        h.add(Duration::from_millis(81));
+        assert_eq!(h.quantile(0.5), Some(Duration::from_millis(81)));
+        h.add(Duration::from_millis(3));
+        assert_eq!([0.5, 0.99].map(|q| h.quantile(q)), [3, 81].map(|ms| Some(Duration::from_millis(ms))));
+    }
+
+    #[test]
+    fn what_is_read_between_passes_is_accounted_for() {
+        let read = |bytes| StoreStats { ahead_bytes: bytes, ..StoreStats::default() };
+        let took = Duration::from_millis(1);
+        let mut ledger = Ledger::default();
+        ledger.begin(read(100));
+        assert_eq!(ledger.account(read(150)).store(), read(100), "what a pass does is its own");
+        ledger.end(Some((true, 1, took)), read(200));
+        let before = ledger.account(read(230));
+        assert_eq!((before.between, before.decode.store), (read(130), read(100)));
+        ledger.begin(read(230));
+        ledger.end(None, read(300));
+        ledger.begin(read(330));
+        ledger.end(Some((false, 4, took)), read(340));
+        let since = ledger.account(read(341)).since(&before);
+        assert_eq!((since.between, since.prefill.store, since.store()), (read(101), read(10), read(111)));
+    }
+
     #[test]
     fn a_phase_adds_up() {
         let store = StoreStats { uses: 8, hits: 6, stall_ns: 2_000_000, demand_bytes: 100, ..StoreStats::default() };
@@ -136,5 +259,9 @@ mod tests {
         assert!((phase.compute_s - 0.016).abs() < 1e-9 && (phase.stalled_s - 0.004).abs() < 1e-9);
         assert_eq!(phase.since(&before).store.hits, 6);
         assert_eq!(phase.bytes_per_token(), 100.0);
+        phase.took(0.025);
+        let json = serde_json::to_value(&phase).unwrap();
+        let near = |name: &str, want: f64| (json[name].as_f64().unwrap() - want).abs() < 1e-9;
+        assert!(json["misses"] == 4 && near("other_s", 0.005) && near("stall_p99_s", 0.002), "{json}");
     }
 }

@@ -89,13 +89,16 @@ pub fn plan_batch(
     let n_ctx = o.n_ctx_of(&model.config);
     let budget = |n: usize| {
         let o = EngineOptions { n_sessions: n, kv_positions: Some(kv_positions(shape, n, n_ctx)), ..o.clone() };
-        Budget::new(&needs(&o, &model, dense, n_ctx), o.memory)
+        Budget::new(&needs(&o, &model, dense, n_ctx)?, &o, o.memory)
     };
     if let Some(n) = given {
-        // Fewer sequences are a way out, if there is more than one.
-        budget(n).map_err(|e| match e {
-            EngineError::Budget { budget, smallest } if n > 1 => EngineError::BatchBudget { n, budget, smallest },
-            other => other,
+        budget(n).map_err(|mut e| {
+            if let EngineError::Budget { advice, .. } = &mut e
+                && n > 1
+            {
+                advice.insert(0, "fewer sequences (--sequences)");
+            }
+            e
         })?;
         return Ok(BatchPlan {
             n_sequences: n,
@@ -168,9 +171,9 @@ mod tests {
         let tight = plan((smallest >> 20) + 1, None).unwrap();
         assert!(tight.n_sequences < wide.n_sequences, "{tight:?}");
         let e = plan((smallest >> 20) + 1, Some(5000)).unwrap_err().to_string();
-        assert!(e.contains("too little for 5000 sequences") && e.contains("--sequences"), "{e}");
+        assert!(e.contains("too little") && e.contains("fewer sequences (--sequences)"), "{e}");
         let e = plan(1, Some(1)).unwrap_err().to_string();
-        assert!(e.contains("for this model") && !e.contains("--sequences"), "{e}");
+        assert!(e.contains("too little") && !e.contains("--sequences"), "{e}");
         assert!(wide.why.starts_with(&format!("{} sequences: ", wide.n_sequences)) && wide.why.contains("experts"));
         assert_eq!(plan(2048, Some(5)).unwrap().n_sequences, 5);
         let few = BatchShape { n_sequences: Some(3), ..shape };
@@ -178,8 +181,9 @@ mod tests {
         let one = BatchShape { n_sequences: Some(1), ..shape };
         let plan = plan_batch(&gguf, &EngineOptions::default(), &one, None).unwrap();
         assert!(plan.why.starts_with("1 sequence: "), "{}", plan.why);
-        let (bytes, dense, kv, activations, base, slots, chunk, least) = (None, 0, 1 << 20, 0, 0, 0, 1, 0);
-        let budget = Budget { bytes, dense, kv, activations, base, slots, chunk, least };
+        let (bytes, share_of, dense, kv, activations, base, slots, chunk, least) =
+            (None, None, 0, 1 << 20, 0, 0, 0, 1, 0);
+        let budget = Budget { bytes, share_of, dense, kv, activations, base, slots, chunk, least };
         let dense = choose(&[(1, budget, 1.0)], &one, 256, 0.0);
         assert!(!dense.why.contains("experts"), "{}", dense.why);
     }

@@ -2,10 +2,10 @@
 
 use super::{EngineError, EngineOptions};
 use crate::arch::Decoder;
-use crate::cpu;
+use crate::cpu::{self, memory::Bound};
 use crate::moe::StoreLayout;
 use crate::moe::planner::Needs;
-use crate::ops::kv::KvPool;
+use crate::ops::kv::{KvPool, KvType};
 
 /// The program, its threads' stacks and allocator, the file's header and the tokeniser of a large vocabulary.
 const BASE_BYTES: u64 = 64 << 20;
@@ -27,6 +27,8 @@ pub enum Memory {
 pub struct Budget {
     /// Bytes that the engine may take; `None` where nobody knows.
     pub bytes: Option<u64>,
+    /// What bounds the memory that these are a share of; `None` where they were asked for.
+    pub share_of: Option<Bound>,
     /// Dense weights.
     pub dense: u64,
     /// The KV cache, full.
@@ -44,44 +46,72 @@ pub struct Budget {
 }
 
 /// What a model needs with these options. `dense` is the bytes of its dense weights.
-pub(super) fn needs(o: &EngineOptions, model: &Decoder, dense: u64, n_ctx: usize) -> Needs {
+///
+/// # Errors
+/// If the context's KV cache would have more bytes than there are numbers for.
+pub(super) fn needs(o: &EngineOptions, model: &Decoder, dense: u64, n_ctx: usize) -> Result<Needs, EngineError> {
     let block = KvPool::bytes_per_block(&model.kv_layers(), o.type_k, o.type_v).unwrap_or(usize::MAX) as u64;
     let layout = model.store_layout();
     let (least_slots, all_slots) = layout.as_ref().map_or((0, 0), |l: &StoreLayout| {
         let used = model.config.moe.as_ref().map_or(1, |m| m.router.n_expert_used);
         (l.bytes_for_least(used), l.bytes_for_all())
     });
-    Needs {
+    // All needs together have to be a number too.
+    let kv = block.checked_mul(o.n_kv_blocks(n_ctx) as u64).filter(|&n| n < 1 << 62);
+    Ok(Needs {
         base: BASE_BYTES,
         dense,
-        kv: block.saturating_mul(o.n_kv_blocks(n_ctx) as u64),
+        kv: kv.ok_or(EngineError::Context { n_ctx })?,
         kv_block: block,
         buffers: model.buffer_bytes(o.n_sessions.max(1)),
         least_slots,
         all_slots,
         chunk: o.chunk,
-    }
+    })
 }
 
 impl Memory {
-    /// Bytes; `None` where nobody knows what the machine can spare.
-    pub fn resolve(self) -> Option<u64> {
+    /// Bytes, and what bounds the memory that they are a share of, if they weren't asked for; `None` where nobody knows what the
+    /// machine can spare.
+    pub fn resolve(self) -> Option<(u64, Option<Bound>)> {
         match self {
-            Memory::Bytes(n) => Some(n),
+            Memory::Bytes(n) => Some((n, None)),
             // What it holds already, when the budget is changed, it can hold on to.
-            Memory::Auto => cpu::memory::available().map(|n| n - n / HEADROOM + cpu::memory::resident().unwrap_or(0)),
+            Memory::Auto => cpu::memory::bounded()
+                .map(|(n, bound)| (n - n / HEADROOM + cpu::memory::resident().unwrap_or(0), Some(bound))),
         }
     }
 }
 
+/// What isn't done yet and would lower the smallest budget without changing the model's answer much.
+fn advice(needs: &Needs, o: &EngineOptions) -> Vec<&'static str> {
+    let mut all = Vec::new();
+    if o.n_sessions > 1 {
+        all.push("fewer sequences (--sequences)");
+    }
+    if needs.kv > needs.kv_block.saturating_mul(o.n_sessions.max(1) as u64) {
+        all.push("a shorter context (-c)");
+    }
+    if [o.type_k, o.type_v].iter().any(|&t| t != KvType::Q8_0) {
+        all.push("a q8_0 KV cache (-ctk q8_0 -ctv q8_0)");
+    }
+    all
+}
+
 impl Budget {
     /// Divides the memory. Where it's short, blocks of tokens are made shorter before slots are taken away.
-    pub(super) fn new(needs: &Needs, memory: Memory) -> Result<Self, EngineError> {
-        let bytes = memory.resolve();
+    pub(super) fn new(needs: &Needs, o: &EngineOptions, memory: Memory) -> Result<Self, EngineError> {
+        let (bytes, share_of) = memory.resolve().map_or((None, None), |(n, bound)| (Some(n), bound));
         let budget = bytes.unwrap_or(u64::MAX);
-        let shares = needs.divide(budget).ok_or(EngineError::Budget { budget, smallest: needs.smallest() })?;
+        let shares = needs.divide(budget).ok_or_else(|| EngineError::Budget {
+            budget,
+            share_of,
+            smallest: needs.smallest(),
+            advice: advice(needs, o),
+        })?;
         Ok(Budget {
             bytes,
+            share_of,
             dense: needs.dense,
             kv: needs.kv,
             activations: shares.activations,
@@ -188,7 +218,7 @@ mod tests {
 
     #[test]
     fn slots_have_what_nobody_needs_yet() {
-        let budget = Budget::new(&NEEDS, Memory::Bytes(10_000)).unwrap();
+        let budget = Budget::new(&NEEDS, &EngineOptions::default(), Memory::Bytes(10_000)).unwrap();
         assert_eq!((budget.chunk, budget.slots), (64, 10_000 - 100 - 1000 - 6400 - 650));
         let mut room = Room::new(NEEDS);
         let slots = |kv: u64, tokens: u64| 10_000 - 1100 - kv - 10 - 10 * tokens;
@@ -210,19 +240,42 @@ mod tests {
 
     #[test]
     fn all_logits_take_no_more_than_the_longest_block() {
-        let budget = Budget::new(&NEEDS, Memory::Bytes(10_000)).unwrap();
+        let budget = Budget::new(&NEEDS, &EngineOptions::default(), Memory::Bytes(10_000)).unwrap();
         let room = Room::new(NEEDS);
         // 650 bytes: 64 tokens without logits, 16 with 24 bytes of them each, 1 with any.
         for (n_vocab, n) in [(0, 64), (3, 16), (1000, 1)] {
             assert_eq!(room.chunk_of_all_logits(&budget, n_vocab), n);
         }
-        let plenty = Budget::new(&NEEDS, Memory::Bytes(NEEDS.no_reads() + 8000 * 64)).unwrap();
+        let plenty =
+            Budget::new(&NEEDS, &EngineOptions::default(), Memory::Bytes(NEEDS.no_reads() + 8000 * 64)).unwrap();
         assert_eq!(room.chunk_of_all_logits(&plenty, 1000), 64);
+    }
+
+    /// Only what isn't done yet.
+    #[test]
+    fn too_small_a_budget_is_told_with_what_would_lower_it() {
+        let refused =
+            |o: &EngineOptions, needs: &Needs| Budget::new(needs, o, Memory::Bytes(1 << 20)).unwrap_err().to_string();
+        let needs = Needs { dense: 3 << 20, ..NEEDS };
+        let o = EngineOptions::default();
+        let text = refused(&o, &needs);
+        assert!(text.contains("the least that works with this context is 4 MiB"), "{text}");
+        assert!(
+            text.contains("a shorter context (-c) or a q8_0 KV cache (-ctk q8_0 -ctv q8_0) would lower it"),
+            "{text}"
+        );
+        let small = EngineOptions { type_k: KvType::Q8_0, type_v: KvType::Q8_0, ..o.clone() };
+        let text = refused(&small, &needs);
+        assert!(text.ends_with("a shorter context (-c) would lower it"), "{text}");
+        let text = refused(&small, &Needs { kv: needs.kv_block, ..needs });
+        assert!(text.ends_with("4 MiB"), "{text}");
+        let text = refused(&EngineOptions { n_sessions: 8, ..o }, &needs);
+        assert!(text.contains("fewer sequences (--sequences), a shorter context (-c) or a q8_0"), "{text}");
     }
 
     #[test]
     fn with_enough_memory_nothing_moves() {
-        let budget = Budget::new(&NEEDS, Memory::Bytes(NEEDS.no_reads())).unwrap();
+        let budget = Budget::new(&NEEDS, &EngineOptions::default(), Memory::Bytes(NEEDS.no_reads())).unwrap();
         let mut room = Room::new(NEEDS);
         for (n_tokens, kv) in [(1, 1), (64, 9), (1, 64), (1, 64), (3, 64)].into_iter().cycle().take(100) {
             assert_eq!(room.before_pass(&budget, n_tokens, kv), None);

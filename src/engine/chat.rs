@@ -18,6 +18,18 @@ impl Engine {
         Ok(Some(template.map_err(|e| self.of_template(e))?))
     }
 
+    /// Refuses a text that can't fit into the context, whatever its tokens are: making them takes several times its memory.
+    ///
+    /// # Errors
+    /// If it's too long.
+    pub fn check_length(&self, text: &str) -> Result<(), EngineError> {
+        let (n_bytes, n_ctx, longest) = (text.len(), self.n_ctx(), self.tokenizer().longest());
+        if n_bytes > n_ctx.saturating_mul(longest) {
+            return Err(EngineError::TextTooLong { n_bytes, n_ctx, longest });
+        }
+        Ok(())
+    }
+
     /// The tokens of a conversation up to where the model's answer begins.
     ///
     /// # Errors

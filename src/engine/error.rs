@@ -1,7 +1,7 @@
 //! What can go wrong, for those who use the engine.
 
 use crate::arch::{ModelError, PassError};
-use crate::cpu::IsaError;
+use crate::cpu::{IsaError, memory::Bound};
 use crate::gguf::{GgufError, KeyError, WriteError};
 use crate::ops::kv::KvError;
 use crate::session::grammar::GrammarError;
@@ -82,6 +82,19 @@ pub enum EngineError {
         /// What to do.
         advice: &'static str,
     },
+    /// The text is so long that it needn't be looked at.
+    #[error(
+        "a text of {n_bytes} bytes can't fit into a context of {n_ctx} tokens, the longest of which has {longest} bytes: shorten it, or ask for \
+         a longer context (-c)"
+    )]
+    TextTooLong {
+        /// Its length.
+        n_bytes: usize,
+        /// The context's length.
+        n_ctx: usize,
+        /// The longest token's.
+        longest: usize,
+    },
     /// A token that the model doesn't have.
     #[error("token {token} isn't in the vocabulary of {n_vocab}")]
     NoSuchToken {
@@ -102,32 +115,24 @@ pub enum EngineError {
         source: std::io::Error,
     },
     /// The memory budget is too small.
-    #[error(
-        "{} MiB of memory are too little for this model: the least that works with this context is {} MiB; a shorter context \
-         (-c) or a q8_0 KV cache (-ctk q8_0 -ctv q8_0) would lower it",
-        budget >> 20,
-        smallest.div_ceil(1 << 20)
-    )]
+    #[error("{}", too_little(*budget, *share_of, *smallest, advice))]
     Budget {
         /// The budget.
         budget: u64,
+        /// What bounds the memory that it's a share of, if it wasn't asked for.
+        share_of: Option<Bound>,
         /// The smallest that works.
         smallest: u64,
+        /// What would lower it.
+        advice: Vec<&'static str>,
     },
-    /// The memory budget is too small for so many sequences.
+    /// No memory is as large as the context's KV cache.
     #[error(
-        "{} MiB of memory are too little for {n} sequences of this model: the least that works with them is {} MiB; fewer of them \
-         (--sequences), a shorter context (-c) or a q8_0 KV cache (-ctk q8_0 -ctv q8_0) would lower it",
-        budget >> 20,
-        smallest.div_ceil(1 << 20)
+        "a context of {n_ctx} tokens (-c) is too long: its KV cache would have more bytes than can be counted; ask for a shorter one"
     )]
-    BatchBudget {
-        /// Sequences.
-        n: usize,
-        /// The budget.
-        budget: u64,
-        /// The smallest that works.
-        smallest: u64,
+    Context {
+        /// The context's length.
+        n_ctx: usize,
     },
     /// The queue's worker is gone.
     #[error("the engine stopped before this was done: its queue's worker ended; load the model again")]
@@ -143,4 +148,19 @@ pub enum EngineError {
         /// What is wrong with it.
         why: String,
     },
+}
+
+/// The least is rounded up, so that what is quoted works.
+fn too_little(budget: u64, share_of: Option<Bound>, smallest: u64, advice: &[&str]) -> String {
+    let (mib, least) = (budget >> 20, smallest.div_ceil(1 << 20));
+    let which = match share_of {
+        None => format!("{mib} MiB of memory are"),
+        Some(bound) => format!("{mib} MiB of memory, nine tenths of {bound}, are"),
+    };
+    let mut text = format!("{which} too little for this model: the least that works with this context is {least} MiB");
+    if let Some((last, others)) = advice.split_last() {
+        let others = if others.is_empty() { String::new() } else { format!("{} or ", others.join(", ")) };
+        text += &format!("; {others}{last} would lower it");
+    }
+    text
 }

@@ -2,8 +2,8 @@
 
 use super::outline::{Active, Outline};
 use super::{EngineError, READ_LANES};
-use crate::cpu::probe::{DiskProbe, Rate};
-use crate::cpu::{Isa, Pages, Team};
+use crate::cpu::probe::{DiskProbe, Rate, UNCACHED};
+use crate::cpu::{Isa, Pages, Team, memory};
 use crate::moe::planner::Reading;
 use crate::ops::matmul::{Acts, OutRows, Packed, Product, matmul, pack};
 use std::io;
@@ -17,16 +17,19 @@ const DISK_TIME: Duration = Duration::from_millis(200);
 impl Outline {
     /// Seconds that a token's matrices take here with everything at hand, measured on made-up matrices of the same formats:
     /// as large as the model's, or large enough that no cache holds them. Threads wait for each other as often as in the model.
+    /// `None` if there's too little memory to measure.
     ///
     /// # Errors
     /// When the system refuses threads or memory.
-    pub fn measure_compute(&self) -> Result<f64, EngineError> {
+    pub fn measure_compute(&self) -> Result<Option<f64>, EngineError> {
+        let Some(room) = Room::here() else { return Ok(None) };
         let team = Team::new(self.n_threads).map_err(system)?;
         let mut seconds = 0.0;
         for a in &self.active {
-            seconds += a.bytes as f64 / Made::new(a, Isa::get()?, self.step_bytes()).map_err(system)?.rate(&team);
+            let made = Made::new(a, Isa::get()?, self.step_bytes(), room.matrix);
+            seconds += a.bytes as f64 / made.map_err(system)?.rate(&team);
         }
-        Ok(seconds)
+        Ok(Some(seconds))
     }
 
     /// Bytes of weights between two moments at which threads wait for each other, in the mean.
@@ -37,19 +40,27 @@ impl Outline {
 
     /// How fast experts are read and packed, alone and beside computing, and what it costs a token that computes for so many seconds alone:
     /// as many lanes as the store has read pieces of experts' size at random places, at first while nothing computes, then while all threads do.
+    /// `None` if there's too little memory to measure.
     ///
     /// # Errors
     /// When the system refuses threads or memory, and a read's.
-    pub fn measure_reading(&self, disk: &DiskProbe, compute_s: f64) -> Result<Reading, EngineError> {
+    pub fn measure_reading(&self, disk: &DiskProbe, compute_s: f64) -> Result<Option<Reading>, EngineError> {
         let most = self.active.iter().max_by_key(|a| a.bytes);
         let (Some(a), isa) = (most, Isa::get()?) else {
             let rate = f64::INFINITY;
-            return Ok(Reading { beside_s: compute_s, disk_rate: rate, first_rate: rate, disk_rate_beside: rate });
+            return Ok(Some(Reading {
+                beside_s: compute_s,
+                disk_rate: rate,
+                first_rate: rate,
+                disk_rate_beside: rate,
+            }));
         };
-        let team = Team::new(self.n_threads).map_err(system)?;
-        let mut made = Made::new(a, isa, self.step_bytes()).map_err(system)?;
         let (n_rows, row_bytes) = self.part.as_ref().map_or((1, 4096), |p| (p.piece_rows(), p.row_bytes()));
-        let slots = (0..READ_LANES).map(|_| Slots::new(n_rows * row_bytes).map(Mutex::new));
+        // A header may claim rows of any length.
+        let Some(room) = Room::here().filter(|r| n_rows * row_bytes <= r.slots) else { return Ok(None) };
+        let team = Team::new(self.n_threads).map_err(system)?;
+        let mut made = Made::new(a, isa, self.step_bytes(), room.matrix).map_err(system)?;
+        let slots = (0..READ_LANES).map(|_| Slots::new(room.slots).map(Mutex::new));
         let slots: Vec<Mutex<Slots>> = slots.collect::<io::Result<_>>().map_err(system)?;
         let into_slot = |lane: usize, bytes: &[u8]| {
             let Some(p) = &self.part else { return };
@@ -73,17 +84,36 @@ impl Outline {
             (reading.join().unwrap_or_else(|p| std::panic::resume_unwind(p)), beside)
         });
         let disk_rate_beside = disk_rate_beside?.again.min(disk_rate);
-        Ok(Reading {
+        Ok(Some(Reading {
             beside_s: compute_s * (alone / beside).max(1.0),
             disk_rate,
             first_rate: first.min(disk_rate),
             disk_rate_beside,
-        })
+        }))
     }
 }
 
 fn system(source: io::Error) -> EngineError {
     EngineError::System { what: "threads, or memory for a measurement", source }
+}
+
+/// Bytes of a made-up matrix, and of each lane's slots beside it.
+///
+/// The most is several times what last-level caches hold: with 96, 192 and 384 MiB of matrix, and a cache of 32, a token of the OLMoE
+/// shape took 17.1, 19.4 and 20.6 ms.
+struct Room {
+    matrix: u64,
+    slots: usize,
+}
+
+impl Room {
+    /// A lane's slots are a sixth of the matrix; `None` if that can't be spared.
+    fn here() -> Option<Self> {
+        let all = |matrix: u64| matrix + READ_LANES as u64 * matrix / 6;
+        let n = memory::for_measuring(all(UNCACHED.0), all(UNCACHED.1))?;
+        let slots = n / (6 + READ_LANES as u64);
+        Some(Room { matrix: 6 * slots, slots: slots as usize })
+    }
 }
 
 /// Memory that no cache holds, as slots are.
@@ -93,12 +123,9 @@ struct Slots {
 }
 
 impl Slots {
-    const BYTES: usize = 32 << 20;
-
-    /// With addresses for `n_bytes`, however many a header claims, and memory for no more than caches can't hold.
     fn new(n_bytes: usize) -> io::Result<Self> {
-        let mut pages = Pages::new(n_bytes.max(Self::BYTES))?;
-        pages[..Self::BYTES].chunks_mut(4096).for_each(|p| p[0] = 1);
+        let mut pages = Pages::new(n_bytes)?;
+        pages.chunks_mut(4096).for_each(|p| p[0] = 1);
         Ok(Slots { pages, at: 0 })
     }
 
@@ -113,9 +140,6 @@ impl Slots {
     }
 }
 
-/// Several times what last-level caches hold: with 96, 192 and 384 MiB, and a cache of 32, a token of the OLMoE shape took 17.1, 19.4 and
-/// 20.6 ms.
-const MAX_BYTES: u64 = 192 << 20;
 /// Whole blocks of every format, whatever a header claims.
 const MAX_COLUMNS: usize = 16384;
 /// Moments in a layer at which threads wait for each other: after the projections, attention, its output, the router, gate and up,
@@ -137,10 +161,11 @@ struct Made {
 }
 
 impl Made {
-    fn new(a: &Active, isa: Isa, step_bytes: usize) -> io::Result<Self> {
+    /// As large as all the model's matrices of the format, `most` bytes at most.
+    fn new(a: &Active, isa: Isa, step_bytes: usize, most: u64) -> io::Result<Self> {
         let n_cols = a.n_cols.clamp(a.format.block_len, MAX_COLUMNS);
         let row_bytes = n_cols / a.format.block_len * a.format.block_bytes;
-        let n_rows = (a.all.min(MAX_BYTES) as usize / row_bytes).next_multiple_of(64).max(64);
+        let n_rows = (a.all.min(most) as usize / row_bytes).next_multiple_of(64).max(64);
         let mut pages = Pages::new(n_rows * row_bytes)?;
         pages.chunks_mut(4096).for_each(|p| p[0] = 0);
         let mut acts = Acts::default();
@@ -181,12 +206,10 @@ mod tests {
 
     #[test]
     fn slots_come_one_after_the_other_and_hold_pieces_of_any_size() {
-        let mut slots = Slots::new(100).unwrap();
+        let mut slots = Slots::new(8192).unwrap();
         let at = |slots: &mut Slots, n: usize| slots.next(n).as_ptr() as usize - slots.pages.as_ptr() as usize;
-        assert_eq!([at(&mut slots, 100), at(&mut slots, 100), at(&mut slots, Slots::BYTES)], [0, 128, 0]);
-        let large = Slots::BYTES + 100;
-        let mut slots = Slots::new(large).unwrap();
-        assert_eq!([slots.next(large).len(), slots.next(large).len()], [large; 2]);
+        assert_eq!([at(&mut slots, 100), at(&mut slots, 100), at(&mut slots, 8192)], [0, 128, 0]);
+        assert_eq!([slots.next(8192).len(), slots.next(8192).len()], [8192; 2]);
     }
 
     /// A header may claim any number of bytes between two waits.
@@ -194,7 +217,7 @@ mod tests {
     fn a_made_up_matrix_has_at_least_one_step() {
         let format = crate::quant::FORMATS.iter().find(|f| f.name == "q8_0").unwrap();
         let of = Active { format, bytes: 1 << 20, all: 1 << 20, n_cols: 64 };
-        let made = |step_bytes| Made::new(&of, Isa::Scalar, step_bytes).unwrap();
+        let made = |step_bytes| Made::new(&of, Isa::Scalar, step_bytes, 1 << 20).unwrap();
         assert_eq!(made(0).step_groups, 1);
         let all = made(usize::MAX);
         let w = Packed::new(format, Isa::Scalar, all.n_rows, all.n_cols, &all.pages);

@@ -12,6 +12,7 @@ mod saved;
 mod scheduler;
 mod timeline;
 
+use account::Ledger;
 pub use account::{Account, Histogram, Phase};
 pub use batch_plan::{BatchPlan, BatchShape, plan_batch};
 use budget::Room;
@@ -23,7 +24,7 @@ pub use timeline::Session;
 
 use crate::arch::{self, Block, Buffers, Config, Decoder, Dense, Machine};
 use crate::cpu::{Cores, Isa, Team};
-use crate::gguf::Gguf;
+use crate::gguf::{Gguf, WriteError};
 use crate::moe::heat::{self, Heat};
 use crate::moe::policy::{self, MakePolicy};
 use crate::moe::recorder::Recorder;
@@ -34,6 +35,7 @@ use crate::ops::kv::{KV_BLOCK, KvPool, KvType, SeqKv};
 use crate::session::grammar::{GrammarError, Grammars};
 use crate::session::tokenizer::Tokenizer;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -90,6 +92,8 @@ pub struct EngineOptions {
     pub heat: bool,
     /// A file for the routers' choices, see [`crate::moe::trace`].
     pub record: Option<PathBuf>,
+    /// Once this is true, a pass that reads a prompt ends at the next layer, with [`crate::arch::PassError::Stopped`].
+    pub stop: Option<&'static AtomicBool>,
 }
 
 impl Default for EngineOptions {
@@ -111,6 +115,7 @@ impl Default for EngineOptions {
             lossy: Lossy::default(),
             heat: false,
             record: None,
+            stop: None,
         }
     }
 }
@@ -167,8 +172,11 @@ impl Drop for Inner {
         }
         let Some((path, heat)) = &mut self.heat else { return };
         heat.learn(&recorder.uses());
-        if let Err(e) = heat.save(path) {
-            tracing::warn!(path = %path.display(), "the experts' heat isn't kept: {e}");
+        match heat.save(path) {
+            // It keeps what it has learned.
+            Err(e @ WriteError::Busy { .. }) => tracing::debug!("another run of the model ends just now: {e}"),
+            Err(e) => tracing::warn!(path = %path.display(), "the experts' heat isn't kept: {e}"),
+            Ok(()) => {}
         }
     }
 }
@@ -205,7 +213,7 @@ struct Inner {
     options: EngineOptions,
     budget: Mutex<Budget>,
     room: Mutex<Room>,
-    account: Mutex<Account>,
+    ledger: Mutex<Ledger>,
     /// One pass at a time; its buffers stay.
     buffers: Mutex<Buffers>,
     queue: OnceLock<scheduler::Closes>,
@@ -275,8 +283,8 @@ impl Engine {
         let n_ctx = o.n_ctx_of(&model.config);
         let n_blocks = o.n_kv_blocks(n_ctx);
         let total = loader.declared_bytes();
-        let room = Room::new(budget::needs(o, &model, total, n_ctx));
-        let budget = Budget::new(room.needs(), o.memory)?;
+        let room = Room::new(budget::needs(o, &model, total, n_ctx)?);
+        let budget = Budget::new(room.needs(), o, o.memory)?;
         let kv = KvPool::new(&model.kv_layers(), o.type_k, o.type_v, n_blocks)?;
         let done = std::sync::atomic::AtomicU64::new(0);
         let dense = loader
@@ -316,7 +324,7 @@ impl Engine {
             options: o.clone(),
             budget: Mutex::new(budget),
             room: Mutex::new(room),
-            account: Mutex::default(),
+            ledger: Mutex::default(),
             buffers: Mutex::default(),
             queue: OnceLock::new(),
             grammars: OnceLock::new(),
@@ -386,7 +394,7 @@ impl Engine {
         let e = &*self.0;
         let mut buffers = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
         let room = e.room.lock().unwrap_or_else(|e| e.into_inner());
-        let budget = Budget::new(room.needs(), memory)?;
+        let budget = Budget::new(room.needs(), &e.options, memory)?;
         *self.0.budget.lock().unwrap_or_else(|e| e.into_inner()) = budget;
         *buffers = Buffers::default();
         if let Some(store) = &e.store {
@@ -421,7 +429,11 @@ impl Engine {
 
     /// Where the time of all passes so far went.
     pub fn account(&self) -> Account {
-        self.0.account.lock().unwrap_or_else(|e| e.into_inner()).clone()
+        self.ledger().account(self.store_stats())
+    }
+
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.0.ledger.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Slots, and experts in all; `None` for a dense model.
@@ -463,37 +475,11 @@ impl Engine {
         }
         let mut buffers: MutexGuard<'_, Buffers> = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
         let is_decode = inputs.iter().all(|i| i.written || i.tokens.is_empty());
-        let began = Instant::now();
-        let before = self.store_stats();
-        if let Some(store) = &e.store {
-            store.begin_pass(inputs.iter().map(|i| i.tokens.len() as u64).max().unwrap_or(0));
-        }
-        let kv = KvBatch::new(inputs.iter_mut().map(|i| (i.session.kv_mut(), i.tokens.len())))?;
-        // Many logits are as large as the buffers of a long block.
-        let as_large_as = if wanted.len() > self.n_sessions() { self.budget().chunk } else { 1 };
-        self.make_room(&mut buffers, tokens.len().max(as_large_as));
-        let mut block = Block { tokens: &tokens, kv, wanted: &wanted };
-        let machine = Machine {
-            team: &e.team,
-            dense: &e.dense,
-            experts: e.store.as_ref(),
-            lossy: e.options.lossy,
-            recorder: e.recorder.as_ref(),
-        };
-        e.recorder.as_ref().inspect(|r| r.discard());
-        e.model.forward(&machine, &mut buffers, &e.gguf, &mut block)?;
-        if let Some(r) = &e.recorder {
-            r.finish(if is_decode { trace::Phase::Decode } else { trace::Phase::Prefill })?;
-        }
-        block.kv.advance();
-        let took = began.elapsed();
-        if let Some(store) = &e.store {
-            store.end_pass(tokens.len(), took);
-        }
-        let mut account = e.account.lock().unwrap_or_else(|e| e.into_inner());
-        let phase = if is_decode { &mut account.decode } else { &mut account.prefill };
-        phase.add(tokens.len(), took, &self.store_stats().since(&before));
-        drop(account);
+        self.ledger().begin(self.store_stats());
+        let result = self.pass(inputs, &mut buffers, &tokens, &wanted, is_decode);
+        let done = result.as_ref().ok().map(|&took| (is_decode, tokens.len(), took));
+        self.ledger().end(done, self.store_stats());
+        let took = result?;
         let mut logits = &buffers.logits[..wanted.len() * n_vocab];
         for i in inputs {
             let n = match i.want {
@@ -504,6 +490,46 @@ impl Engine {
             let (own, rest) = logits.split_at(n * n_vocab);
             i.session.took(i.tokens, own);
             logits = rest;
+        }
+        Ok(took)
+    }
+
+    /// One block through the layers; its logits are in the buffers, and the sessions' KV caches have it.
+    fn pass(
+        &self,
+        inputs: &mut [Input<'_>],
+        buffers: &mut Buffers,
+        tokens: &[u32],
+        wanted: &[u32],
+        is_decode: bool,
+    ) -> Result<Duration, EngineError> {
+        let e = &*self.0;
+        let began = Instant::now();
+        if let Some(store) = &e.store {
+            store.begin_pass(inputs.iter().map(|i| i.tokens.len() as u64).max().unwrap_or(0));
+        }
+        let kv = KvBatch::new(inputs.iter_mut().map(|i| (i.session.kv_mut(), i.tokens.len())))?;
+        // Many logits are as large as the buffers of a long block.
+        let as_large_as = if wanted.len() > self.n_sessions() { self.budget().chunk } else { 1 };
+        self.make_room(buffers, tokens.len().max(as_large_as));
+        let mut block = Block { tokens, kv, wanted };
+        let machine = Machine {
+            team: &e.team,
+            dense: &e.dense,
+            experts: e.store.as_ref(),
+            lossy: e.options.lossy,
+            recorder: e.recorder.as_ref(),
+            stop: e.options.stop.filter(|_| !is_decode),
+        };
+        e.recorder.as_ref().inspect(|r| r.discard());
+        e.model.forward(&machine, buffers, &e.gguf, &mut block)?;
+        if let Some(r) = &e.recorder {
+            r.finish(if is_decode { trace::Phase::Decode } else { trace::Phase::Prefill })?;
+        }
+        block.kv.advance();
+        let took = began.elapsed();
+        if let Some(store) = &e.store {
+            store.end_pass(tokens.len(), took);
         }
         Ok(took)
     }

@@ -1,7 +1,7 @@
 //! A model from its header alone: what it needs of memory and what a token costs, for the planner.
 
 use super::budget::needs;
-use super::{EngineError, EngineOptions};
+use super::{Budget, EngineError, EngineOptions, Memory};
 use crate::arch::{self, Config};
 use crate::cpu::Isa;
 use crate::gguf::{Gguf, Tensor};
@@ -64,7 +64,7 @@ impl Outline {
         let all: u64 = experts.iter().map(|t| t.n_bytes).sum();
         let n_layers = experts.iter().filter(|t| t.name.contains("ffn_down_exps")).count() as u64;
         Ok(Outline {
-            needs: needs(o, &model, dense, n_ctx),
+            needs: needs(o, &model, dense, n_ctx)?,
             n_ctx,
             kv_per_1k: block.saturating_mul(1024) / KV_BLOCK as u64,
             expert_bytes: all / (n * n_layers).max(1),
@@ -75,6 +75,16 @@ impl Outline {
             n_threads: o.n_threads_here(),
             config: model.config,
         })
+    }
+}
+
+impl Outline {
+    /// How a budget would be divided.
+    ///
+    /// # Errors
+    /// When it's too small.
+    pub fn budget(&self, o: &EngineOptions, memory: Memory) -> Result<Budget, EngineError> {
+        Budget::new(&self.needs, o, memory)
     }
 }
 

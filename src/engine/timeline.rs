@@ -2,6 +2,7 @@
 
 use super::generate::Writer;
 use super::{Engine, EngineError, GenerationParams, Input, Want};
+use crate::arch::PassError;
 use crate::ops::kv::SeqKv;
 use crate::session::sampler::check_finite;
 
@@ -78,7 +79,8 @@ impl Session {
     }
 
     /// Puts tokens at the end, in chunks; the last one's logits are then in [`Session::logits`]. After each chunk
-    /// `progress` is told how many are done, and ends it by returning false: the chunks so far stay.
+    /// `progress` is told how many are done, and ends it by returning false: the chunks so far stay. [`super::EngineOptions::stop`] ends it in the
+    /// middle of a chunk.
     ///
     /// # Errors
     /// As [`Engine::forward`]; nothing is fed if they don't all fit.
@@ -88,7 +90,10 @@ impl Session {
         let n_chunks = tokens.len().div_ceil(chunk);
         for (i, part) in tokens.chunks(chunk).enumerate() {
             let want = if i + 1 == n_chunks { Want::Last } else { Want::Nothing };
-            self.forward(part, want)?;
+            match self.forward(part, want) {
+                Err(EngineError::Pass(PassError::Stopped)) => break,
+                result => result?,
+            }
             if !progress((i * chunk) + part.len()) {
                 break;
             }

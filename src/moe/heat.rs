@@ -76,6 +76,7 @@ impl Heat {
     /// # Errors
     /// The system's, or that another process is just doing the same. The old file is left as it was.
     pub fn save(&self, path: &Path) -> Result<(), WriteError> {
+        regular(path).map_err(|e| WriteError::of(path, e))?;
         let mut bytes = self.header().to_vec();
         self.values.iter().for_each(|v| bytes.extend(v.to_le_bytes()));
         bytes.extend(hash(HASH_START, &bytes).to_le_bytes());
@@ -106,8 +107,19 @@ impl Heat {
     }
 }
 
+/// Refuses a pipe or a device: who opens it may wait for ever.
+fn regular(path: &Path) -> io::Result<()> {
+    match std::fs::metadata(path) {
+        Ok(found) if !found.is_file() => {
+            Err(io::Error::new(io::ErrorKind::InvalidInput, "it isn't a regular file; remove it"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The file's bytes, if there are as many as there should be.
 fn read(path: &Path, n_values: usize) -> io::Result<Vec<u8>> {
+    regular(path)?;
     let n_bytes = HEADER + 4 * n_values.min(MAX_EXPERTS) + 8;
     let mut bytes = Vec::new();
     // One byte more than it may have, so that a longer file is seen as one.
@@ -235,6 +247,18 @@ mod tests {
         let at = other.windows(12).position(|w| w == b"general.name").unwrap();
         other[at + 12 + 4 + 8] ^= 1; // a letter of the name
         assert_ne!(a, identity(&Gguf::from_static("a", other.leak()).unwrap()));
+    }
+
+    /// Opening it would wait for somebody at its other end.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_pipe_in_the_file_s_place_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("heat");
+        let made = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
+        assert!(made.success());
+        assert_eq!(Heat::load(&path, 7, 2, 3), Heat::cold(7, 2, 3));
+        assert!(some().save(&path).unwrap_err().to_string().contains("regular"));
     }
 
     /// Killed at any moment of saving: the unfinished file is as long as it may be, the old one is whole, and the next run saves.

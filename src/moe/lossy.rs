@@ -15,13 +15,15 @@ pub struct Lossy {
     pub prefer_resident: f32,
 }
 
-/// What was given up for a token.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What was given up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Losses {
     /// Experts dropped.
     pub dropped: u64,
     /// Experts that others stood in for.
     pub replaced: u64,
+    /// Experts that weren't asked for, since tokens use fewer than the model was trained with.
+    pub left_out: u64,
 }
 
 /// The best experts of a token, which nothing stands in for.
@@ -118,7 +120,7 @@ mod tests {
         let mut picks = route(&r, &mut scores);
         let lossy = Lossy { drop_cold: 0.1, ..Lossy::default() };
         let losses = lossy.apply(&r, &scores, &[false; 6], &mut picks);
-        assert_eq!(losses, Losses { dropped: 1, replaced: 0 });
+        assert_eq!(losses, Losses { dropped: 1, ..Losses::default() });
         assert!(picks[2].is_dropped());
         assert!((picks.iter().map(|p| p.weight).sum::<f32>() - 1.0).abs() < 1e-6);
         let mut warm = route(&r, &mut [3.0, 2.0, 0.0, -1.0, -1.0, -1.0]);

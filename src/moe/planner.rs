@@ -135,8 +135,8 @@ impl Routing {
 /// What a token costs.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Cost {
-    /// Seconds of computing, everything at hand.
-    pub compute_s: f64,
+    /// Seconds of computing, everything at hand; `None` where there was too little memory to measure.
+    pub compute_s: Option<f64>,
     /// Bytes of the experts that it uses.
     pub used_expert_bytes: u64,
     /// Layers with experts.
@@ -166,10 +166,23 @@ impl Reading {
     fn at_first(self) -> Self {
         Self { disk_rate: self.first_rate, ..self }
     }
+
+    /// Seconds of one of so many equal layers that reads so many bytes, all of which compute for `compute_s` alone. Computing and reading go on
+    /// together and slow each other down, until one is done and the other has the machine to itself.
+    fn layer_s(&self, compute_s: f64, layers: f64, bytes: f64) -> f64 {
+        let (compute_s, beside_s) = (compute_s / layers, self.beside_s / layers);
+        let beside = self.disk_rate_beside.min(self.disk_rate);
+        let left = bytes - beside_s * beside;
+        if left >= 0.0 {
+            return beside_s + left / self.disk_rate;
+        }
+        let read_s = bytes / beside;
+        read_s + compute_s * (1.0 - read_s / beside_s)
+    }
 }
 
 impl Cost {
-    /// Seconds of a token whose every use of an expert finds it at hand with this probability; `None` if it reads and what that costs isn't known.
+    /// Seconds of a token whose every use of an expert finds it at hand with this probability; `None` if what it does hasn't been measured.
     ///
     /// Layer by layer: the time in which one layer waits for its misses isn't made up by others that have none. So it isn't the mean
     /// number of misses that counts but how many fall together, which is taken as binomial.
@@ -178,32 +191,19 @@ impl Cost {
         let expert = self.used_expert_bytes as f64 / (layers * n.max(1) as f64);
         let miss = 1.0 - hit_rate;
         if expert == 0.0 || miss <= 0.0 {
-            return Some(self.compute_s);
+            return self.compute_s;
         }
-        let reading = reading?;
+        let (compute_s, reading) = (self.compute_s?, reading?);
         // Logarithms, since the binomial coefficients of thousands of experts are too large.
         let mut ln_choose = 0.0;
         let mut token_s = 0.0;
         for k in 0..=n {
             let ln_hits = if k < n { (n - k) as f64 * hit_rate.ln() } else { 0.0 };
             let probability = (ln_choose + k as f64 * miss.ln() + ln_hits).exp();
-            token_s += probability * layers * self.layer_s(layers, k as f64 * expert, reading);
+            token_s += probability * layers * reading.layer_s(compute_s, layers, k as f64 * expert);
             ln_choose += ((n - k) as f64 / (k + 1) as f64).ln();
         }
         Some(token_s)
-    }
-
-    /// Seconds of one of so many equal layers that reads so many bytes. Computing and reading go on together and slow each other down, until
-    /// one is done and the other has the machine to itself.
-    fn layer_s(&self, layers: f64, bytes: f64, reading: Reading) -> f64 {
-        let (compute_s, beside_s) = (self.compute_s / layers, reading.beside_s / layers);
-        let beside = reading.disk_rate_beside.min(reading.disk_rate);
-        let left = bytes - beside_s * beside;
-        if left >= 0.0 {
-            return beside_s + left / reading.disk_rate;
-        }
-        let read_s = bytes / beside;
-        read_s + compute_s * (1.0 - read_s / beside_s)
     }
 }
 
@@ -222,8 +222,8 @@ pub struct Forecast {
     pub hit_rate: f64,
     /// Bytes that a token reads.
     pub bytes_per_token: u64,
-    /// Seconds of a token's computing.
-    pub compute_s: f64,
+    /// Seconds of a token's computing; `None` where there was too little memory to measure.
+    pub compute_s: Option<f64>,
     /// Seconds that a token's reading takes alone; it goes on beside the computing.
     pub disk_s: Option<f64>,
     /// Tokens written in a second: computing and reading go on together and slow each other down, and a layer waits for its misses.
@@ -338,8 +338,13 @@ mod tests {
     #[test]
     fn computing_and_reading_go_on_together() {
         let reading = Reading { beside_s: 0.01, disk_rate: 10_000.0, first_rate: 5_000.0, disk_rate_beside: 10_000.0 };
-        let cost =
-            Cost { compute_s: 0.01, used_expert_bytes: 1000, n_moe_layer: 1, n_expert_used: 1, reading: Some(reading) };
+        let cost = Cost {
+            compute_s: Some(0.01),
+            used_expert_bytes: 1000,
+            n_moe_layer: 1,
+            n_expert_used: 1,
+            reading: Some(reading),
+        };
         let f = |budget| forecast(&NEEDS, &cost, &Routing::Uniform, budget, 10).unwrap();
         // A short block leaves fifteen tokens' buffers to the slots.
         let half = f(NEEDS.no_reads() - 2000 - 150);
@@ -350,7 +355,7 @@ mod tests {
         assert!((f(NEEDS.no_reads()).tokens_per_s.unwrap() - 100.0).abs() < 1e-9);
         // Half as fast while there is reading: of 10 ms alone and 20 beside, 5 ms of reading leave three quarters.
         let slowed =
-            |bytes, disk_rate_beside| cost.layer_s(1.0, bytes, Reading { beside_s: 0.02, disk_rate_beside, ..reading });
+            |bytes, disk_rate_beside| Reading { beside_s: 0.02, disk_rate_beside, ..reading }.layer_s(0.01, 1.0, bytes);
         assert_eq!([0.0, 50.0, 200.0, 300.0].map(|b| slowed(b, 10_000.0)), [0.01, 0.0125, 0.02, 0.03]);
         // Beside computing half is read in the same time: after 20 ms 100 bytes are there, and the rest comes at the full rate.
         assert_eq!([0.0, 50.0, 100.0, 300.0].map(|b| slowed(b, 5_000.0)), [0.01, 0.015, 0.02, 0.04]);
@@ -366,6 +371,8 @@ mod tests {
         let blind = Cost { reading: None, ..cost };
         assert_eq!(forecast(&NEEDS, &blind, &Routing::Uniform, NEEDS.smallest(), 10).unwrap().tokens_per_s, None);
         assert!(forecast(&NEEDS, &blind, &Routing::Uniform, NEEDS.no_reads(), 10).unwrap().tokens_per_s.is_some());
+        let blind = Cost { compute_s: None, ..cost };
+        assert_eq!(forecast(&NEEDS, &blind, &Routing::Uniform, NEEDS.no_reads(), 10).unwrap().tokens_per_s, None);
     }
 
     /// Against the recorded trace, whose default policy gives 49.7, 57.3, 76.3 and 93.4.

@@ -136,7 +136,8 @@ fn run_groups(trace: &Trace, cap: usize, n_groups: usize, judge: &mut dyn Judge)
                 let hits = keys.iter().filter(|&&k| resident[k]).count() as u64;
                 outcome.uses += keys.len() as u64;
                 outcome.hits += hits;
-                outcome.bytes_read += (keys.len() as u64 - hits) * h.layer_bytes[layer].0;
+                let missing = (keys.len() as u64 - hits).saturating_mul(h.layer_bytes[layer].0);
+                outcome.bytes_read = outcome.bytes_read.saturating_add(missing);
             }
             let group = &mut groups[if n_groups == 1 { 0 } else { layer }];
             let missing: Vec<usize> = keys.iter().copied().filter(|&k| !resident[k]).collect();

@@ -22,6 +22,7 @@ const MAX_LINE: u64 = 4096;
 /// As in a model's file: more is damage.
 const MAX_LAYER: usize = 1 << 10;
 const MAX_EXPERT: usize = 1 << 12;
+const MAX_BYTES: u64 = 1 << 40;
 
 /// What a trace says of the model.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -197,6 +198,9 @@ impl TraceHeader {
         let Some(layer) = layer else { return Ok(()) };
         if layer != self.layer_bytes.len() || layer >= MAX_LAYER {
             return Err(format!("layer {layer} comes where layer {} should", self.layer_bytes.len()));
+        }
+        if expert_bytes.max(dense_bytes) > MAX_BYTES {
+            return Err(format!("layer {layer} has {} bytes, more than a layer can", expert_bytes.max(dense_bytes)));
         }
         self.layer_bytes.push((expert_bytes, dense_bytes));
         Ok(())
@@ -384,6 +388,7 @@ mod tests {
             (&format!("{MAGIC}\n# n_layer=99999999999999999999\n"), 2, "n_layer"),
             (&format!("{MAGIC}\n# n_layer=5000 n_expert=4 n_expert_used=2\n{COLUMNS}\n"), 3, "1024"),
             (&format!("{MAGIC}\n# layer=1 expert_bytes=1\n"), 2, "layer 0 should"),
+            (&format!("{MAGIC}\n# layer=0 expert_bytes=18446744073709551615\n"), 2, "more than a layer can"),
             (&format!("{HEAD}# layer=0 expert_bytes=1\n{COLUMNS}\n"), 4, "1 layer= lines for 2"),
             (&format!("{MAGIC}\n{}", "x".repeat(5000)), 2, "longer"),
             (&rows("0,0,1,2,0,1,0.5,0,0"), 5, "layer is 2"),

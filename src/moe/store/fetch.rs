@@ -131,16 +131,15 @@ impl<'a> Fetch<'a> {
     /// Waits until nothing that was asked for is on its way, so that no trace of the failure meets a later call.
     fn give_up(&self, mut s: MutexGuard<'_, State>) -> FetchError {
         let shared = &*self.store.shared;
+        // Before what failed is read ahead again.
+        let found = self.keys().find_map(|key| Some((key, s.failed.remove(&key)?)));
         while self.keys().any(|key| matches!(s.slots.place(key), Place::Loading(_))) {
             s = shared.arrived.wait(s).unwrap_or_else(|e| e.into_inner());
         }
-        let mut first = None;
-        for key in self.keys() {
-            let (layer, expert) = shared.layout.layer_and_expert(key);
-            let why = s.failed.remove(&key);
-            first = first.or(why.map(|why| FetchError { layer, expert, why }));
-        }
-        first.unwrap_or_else(|| FetchError { layer: self.layer, expert: 0, why: "a read failed".into() })
+        self.keys().for_each(|key| drop(s.failed.remove(&key)));
+        let (key, why) = found.unwrap_or_else(|| (shared.layout.key(self.layer, 0), "a read failed".into()));
+        let (layer, expert) = shared.layout.layer_and_expert(key);
+        FetchError { layer, expert, why }
     }
 
     /// Gives slots to missing experts while there are any, and has them read: one whole expert after the other, so that

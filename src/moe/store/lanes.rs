@@ -112,16 +112,28 @@ impl State {
                 return self.begin_ahead(shared, key, slot);
             }
         }
-        while let Some(key) = self.warm.pop_front() {
-            if self.slots.place(key) == Place::Absent {
-                let slot = self.slots.take_free(key)?;
-                return self.begin_ahead(shared, key, slot);
+        let key = self.next_warm()?;
+        let slot = self.slots.take_free(key)?;
+        // Once: what can't be read isn't tried for ever.
+        self.warm[shared.layout.class_of_key(key)].pop_front();
+        self.begin_ahead(shared, key, slot)
+    }
+
+    /// The hottest absent expert for which a slot is free. Those for which there is none wait until there is.
+    pub(super) fn next_warm(&mut self) -> Option<u32> {
+        let slots = &self.slots;
+        for of_class in &mut self.warm {
+            while of_class.front().is_some_and(|w| slots.place(w.1) != Place::Absent) {
+                of_class.pop_front();
             }
         }
-        None
+        let free = self.warm.iter().enumerate().filter(|(class, _)| slots.has_free(*class));
+        free.filter_map(|(_, of_class)| of_class.front()).min().map(|w| w.1)
     }
 
     fn begin_ahead(&mut self, shared: &Shared, key: u32, slot: u32) -> Option<PartJob> {
+        // What failed before is tried again.
+        self.failed.remove(&key);
         self.slots.begin(key, slot, true);
         self.stats.ahead_bytes += shared.layout.expert_bytes(key);
         self.ahead.extend(parts_of(key, slot));
@@ -161,7 +173,7 @@ impl Shared {
         if s.slots.end_part(job.slot, ok) != PartEnd::More {
             self.arrived.notify_all();
             // A slot may have become free to read ahead into.
-            if !s.likely.is_empty() || !s.warm.is_empty() {
+            if !s.likely.is_empty() || s.next_warm().is_some() {
                 self.work.notify_one();
             }
         }

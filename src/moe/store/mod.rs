@@ -56,6 +56,8 @@ pub struct StoreStats {
     pub dropped: u64,
     /// Lossy: experts that others at hand stood in for.
     pub replaced: u64,
+    /// Lossy: experts that weren't asked for, since tokens use fewer than the model was trained with.
+    pub left_out: u64,
     /// Nanoseconds that computing waited for reads.
     pub stall_ns: u64,
     /// Nanoseconds in which at least one lane was reading, or packing what it had read.
@@ -84,6 +86,7 @@ impl StoreStats {
             evictions: f(self.evictions, other.evictions),
             dropped: f(self.dropped, other.dropped),
             replaced: f(self.replaced, other.replaced),
+            left_out: f(self.left_out, other.left_out),
             stall_ns: f(self.stall_ns, other.stall_ns),
             busy_ns: f(self.busy_ns, other.busy_ns),
         }
@@ -92,6 +95,16 @@ impl StoreStats {
     /// Bytes read, by demand and ahead.
     pub fn bytes_read(&self) -> u64 {
         self.demand_bytes + self.ahead_bytes
+    }
+
+    /// Uses that weren't hits.
+    pub fn misses(&self) -> u64 {
+        self.uses - self.hits
+    }
+
+    /// Lossy: what was given up.
+    pub fn losses(&self) -> Losses {
+        Losses { dropped: self.dropped, replaced: self.replaced, left_out: self.left_out }
     }
 
     /// The share of uses that were hits; `None` if there were no uses.
@@ -110,8 +123,8 @@ struct State {
     likely: VecDeque<u32>,
     /// Experts that a pass waits for and that have no slot yet: more are wanted than there are slots.
     unplaced: usize,
-    /// Experts for slots that are still free, hottest first.
-    warm: VecDeque<u32>,
+    /// Experts for slots that are still free, by class, the hottest first: their places among all, and their keys.
+    warm: Vec<VecDeque<(usize, u32)>>,
     /// Why an expert's last read failed.
     failed: HashMap<u32, String>,
     lookahead: Lookahead,
@@ -174,7 +187,7 @@ impl ExpertStore {
             ahead: VecDeque::new(),
             likely: VecDeque::new(),
             unplaced: 0,
-            warm: VecDeque::new(),
+            warm: vec![VecDeque::new(); layout.classes.len()],
             failed: HashMap::new(),
             lookahead: Lookahead::new(o.lookahead),
             stats: StoreStats::default(),
@@ -237,6 +250,7 @@ impl ExpertStore {
         let mut s = self.shared.lock();
         s.stats.dropped += losses.dropped;
         s.stats.replaced += losses.replaced;
+        s.stats.left_out += losses.left_out;
     }
 
     /// Whether [`ExpertStore::ahead`] would do anything for a pass of `n_tokens`.
@@ -270,8 +284,13 @@ impl ExpertStore {
 
     /// Fills free slots with these experts, (layer, expert) and the hottest first, when there is nothing else to read.
     pub fn warm_up(&self, hottest: impl IntoIterator<Item = (usize, u32)>) {
+        let layout = &self.shared.layout;
         let mut s = self.shared.lock();
-        s.warm = hottest.into_iter().map(|(layer, expert)| self.shared.layout.key(layer, expert)).collect();
+        s.warm.iter_mut().for_each(VecDeque::clear);
+        for (i, (layer, expert)) in hottest.into_iter().enumerate() {
+            let key = layout.key(layer, expert);
+            s.warm[layout.class_of_key(key)].push_back((i, key));
+        }
         drop(s);
         self.shared.work.notify_all();
     }
@@ -300,7 +319,7 @@ impl ExpertStore {
                 }
             }
         }
-        let more_to_warm = !s.warm.is_empty();
+        let more_to_warm = s.next_warm().is_some();
         drop(s);
         if more_to_warm {
             shared.work.notify_all();

@@ -214,6 +214,11 @@ impl Slots {
         firsts.min_by(|a, b| a.0.total_cmp(&b.0)).map(|c| c.1)
     }
 
+    /// Whether a slot of a class is free.
+    pub fn has_free(&self, class: usize) -> bool {
+        !self.free[class].is_empty()
+    }
+
     /// As [`Slots::take`], but nobody leaves for it.
     pub fn take_free(&mut self, key: u32) -> Option<u32> {
         self.free[self.layout.class_of_key(key)].pop()

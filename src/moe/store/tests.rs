@@ -320,6 +320,31 @@ fn what_failed_ahead_is_read_when_it_is_wanted() {
     fetch(&store, 1, &[0, 1, 2], None).unwrap();
 }
 
+/// Read ahead in vain, then again: what the first try met is no error of the second, which a pass waits for.
+#[test]
+fn what_failed_ahead_and_is_read_ahead_again_is_there() {
+    let source = Fake::new(6);
+    let store = store(2, 6, 1, source.clone());
+    source.failing.store(3, Relaxed);
+    store.ahead(1, &[0]);
+    while source.failing.load(Relaxed) > 0 || store.shared.lock().slots.n_absent() < 12 {
+        std::thread::yield_now();
+    }
+    let gate = source.gate.lock().unwrap();
+    store.ahead(1, &[0]);
+    while !store.at_hand(1)[0] {
+        std::thread::yield_now();
+    }
+    std::thread::scope(|s| {
+        let pass = s.spawn(|| fetch(&store, 1, &[0], None));
+        while store.stats().uses == 0 {
+            std::thread::yield_now();
+        }
+        drop(gate);
+        pass.join().unwrap().unwrap();
+    });
+}
+
 #[test]
 fn a_panic_in_a_reading_thread_is_an_error() {
     let source = Fake::new(2);
@@ -338,7 +363,36 @@ fn warming_up_fills_free_slots_and_evicts_nobody() {
         std::thread::yield_now();
     }
     let resident: Vec<usize> = store.residency().iter().enumerate().filter(|(_, r)| **r).map(|(i, _)| i).collect();
-    let pending = store.shared.lock().warm.len();
     assert!(resident.contains(&0) && resident.contains(&1), "{resident:?}");
-    assert!(pending <= 2 && store.stats().evictions == 0);
+    assert!(store.shared.lock().next_warm().is_none(), "two have no slot");
+    assert_eq!(store.stats().evictions, 0);
+}
+
+/// Experts of two sizes: when one size has no free slots, the other's are filled; and what found none comes when there is one again.
+#[test]
+fn warming_up_fills_free_slots_of_every_size() {
+    let mut layers = layout(2).layers.into_iter().map(|l| l.map(|l| l.0)).collect::<Vec<_>>();
+    layers[1].as_mut().unwrap().iter_mut().for_each(|p| (p.n_rows, p.n_bytes) = (p.n_rows / 2, p.n_bytes / 2));
+    let layout = StoreLayout::new(layers, N_EXPERT);
+    assert_eq!(layout.classes.len(), 2);
+    let half = layout.bytes_for_all() / 2;
+    let o = StoreOptions { bytes: half, isa: Isa::best(), policy: POLICIES[0].1, lanes: 1, lookahead: true };
+    let all = layout.bytes_for_all();
+    let store = ExpertStore::new(layout, &o, Fake::new(9)).unwrap();
+    let first = (0..6).map(|e| (0, e));
+    store.warm_up(first.chain((0..6).map(|e| (1, e))));
+    let wait_for = |n_absent| {
+        let began = Instant::now();
+        while store.shared.lock().slots.n_absent() > n_absent {
+            assert!(began.elapsed() < Duration::from_secs(20), "{:?}", store.residency());
+            std::thread::yield_now();
+        }
+    };
+    wait_for(6);
+    assert_eq!(
+        (store.at_hand(0), store.at_hand(1)),
+        ([true, true, true, false, false, false].into(), [true, true, true, false, false, false].into())
+    );
+    store.resize(all);
+    wait_for(0);
 }

@@ -188,6 +188,11 @@ impl Tokenizer {
         text
     }
 
+    /// Bytes of the longest token: a text of `n` tokens is at most `n` times as long.
+    pub fn longest(&self) -> usize {
+        (0..self.store.len() as u32).map(|id| self.store.bytes(id).len()).max().unwrap_or(0)
+    }
+
     /// Tokens in the vocabulary. (A model's output may be wider.)
     pub fn n_vocab(&self) -> usize {
         self.store.len()
