@@ -94,7 +94,7 @@ pub(super) fn run(a: ReplayArgs) -> Result<(), Failure> {
                 continue;
             }
             let who = if sharing == Sharing::Global { "shared by all layers" } else { "each layer its own" };
-            let cells: String = rows.iter().map(|r| format!("{:>11.1}", 100.0 * r.hit_rate)).collect();
+            let cells: String = rows.iter().map(|r| format!(" {:>10.1}", 100.0 * r.hit_rate)).collect();
             output::text(&format!("{name:<8}{who:<22}{cells}\n"))?;
         }
     }
@@ -144,11 +144,11 @@ fn heading(trace: &Trace, slots: &[u16]) -> Result<String, std::fmt::Error> {
         "One token's cycle is {} a layer: with fewer, lru shared by all layers never hits.\n",
         output::counted(h.n_expert_used, "slot")
     )?;
-    let cells: String = slots.iter().map(|s| format!("{s:>11}")).collect();
+    let cells: String = slots.iter().map(|s| format!(" {s:>10}")).collect();
     writeln!(out, "{:<30}{cells}", "slots a layer")?;
     let bytes: u64 = h.layer_bytes.iter().map(|b| b.0).sum();
     if bytes > 0 {
-        let cells: String = slots.iter().map(|&s| format!("{:>11}", output::memory(u64::from(s) * bytes))).collect();
+        let cells: String = slots.iter().map(|&s| format!(" {:>10}", output::memory(u64::from(s) * bytes))).collect();
         writeln!(out, "{:<30}{cells}", "they take")?;
     }
     writeln!(out, "\nhits in %")?;
