@@ -19,7 +19,7 @@ use oncall::synth::upcycle::{self, upcycle};
 /// without training and without a large download.
 #[derive(Parser)]
 #[command(after_help = "Example, after models/fetch-smollm2.sh:
-  upcycle models/cache/SmolLM2-135M-Instruct.Q4_1.gguf models/cache/SmolMoE-Q4_0.gguf")]
+  upcycle models/cache/SmolLM2-135M-Instruct.Q4_1.gguf models/cache/smolmoe-q4_0.gguf")]
 struct Args {
     /// The dense model
     dense: PathBuf,
