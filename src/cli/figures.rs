@@ -49,15 +49,18 @@ impl Held {
         Held { budget: Some(engine.budget()), slots, experts }
     }
 
-    /// `1.50 GB taken, nine tenths of what the system can spare; 120 of 384 experts have a slot; blocks of 512 tokens`
+    /// `1.50 GiB taken, nine tenths of what the system can spare; 120 of 384 experts have a slot now, 90.0 MiB of slots stay when the
+    /// context is full; prompts are read 512 tokens at a time`
     fn text(&self) -> Option<String> {
         let b = self.budget.as_ref()?;
         let share = b.share_of.map_or(String::new(), |bound| format!(", nine tenths of {bound}"));
         let mut text = format!("{} taken{share}", b.bytes.map_or("all there is".into(), output::memory));
         if let (Some(slots), Some(all)) = (self.slots, self.experts) {
-            text += &format!("; {slots} of {all} experts have a slot, {} at the least", output::memory(b.slots));
+            let least = output::memory(b.slots);
+            text +=
+                &format!("; {slots} of {all} experts have a slot now, {least} of slots stay when the context is full");
         }
-        Some(text + &format!("; blocks of {}", output::counted(b.chunk, "token")))
+        Some(text + &format!("; prompts are read {} at a time", output::counted(b.chunk, "token")))
     }
 }
 

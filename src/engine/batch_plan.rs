@@ -92,14 +92,7 @@ pub fn plan_batch(
         Budget::new(&needs(&o, &model, dense, n_ctx)?, &o, o.memory)
     };
     if let Some(n) = given {
-        budget(n).map_err(|mut e| {
-            if let EngineError::Budget { advice, .. } = &mut e
-                && n > 1
-            {
-                advice.insert(0, "fewer sequences (--sequences)");
-            }
-            e
-        })?;
+        budget(n)?;
         return Ok(BatchPlan {
             n_sequences: n,
             kv_positions: kv_positions(shape, n, n_ctx),
