@@ -174,25 +174,14 @@ impl ModelArgs {
     }
 }
 
-/// A seed; `-1` is a random one.
+/// A number; `-1` is none.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Seed(Option<u64>);
+struct OrNone<T>(Option<T>);
 
-/// A number of tokens; `-1` is no limit.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Limit(Option<usize>);
-
-impl FromStr for Seed {
-    type Err = std::num::ParseIntError;
+impl<T: FromStr> FromStr for OrNone<T> {
+    type Err = T::Err;
     fn from_str(s: &str) -> Result<Self, Self::Err> {
-        Ok(Seed(if s == "-1" { None } else { Some(s.parse()?) }))
-    }
-}
-
-impl FromStr for Limit {
-    type Err = std::num::ParseIntError;
-    fn from_str(s: &str) -> Result<Self, Self::Err> {
-        Ok(Limit(if s == "-1" { None } else { Some(s.parse()?) }))
+        Ok(OrNone(if s == "-1" { None } else { Some(s.parse()?) }))
     }
 }
 
@@ -229,13 +218,13 @@ pub(super) struct SamplingArgs {
     frequency_penalty: f32,
     /// The same seed writes the same text; -1 for a random one [default: -1]
     #[arg(short, long, value_name = "N", allow_negative_numbers = true)]
-    seed: Option<Seed>,
+    seed: Option<OrNone<u64>>,
     /// Add to a token's logit, as 15043+1 or 15043-inf; may be given several times
     #[arg(long, value_name = "TOKEN±X", value_parser = parse_bias, allow_hyphen_values = true)]
     logit_bias: Vec<(u32, f32)>,
     /// Tokens to write at most; -1 for as many as come until the model ends or the context is full [default: -1]
     #[arg(short = 'n', long, value_name = "N", allow_negative_numbers = true)]
-    predict: Option<Limit>,
+    predict: Option<OrNone<usize>>,
     /// End when this text comes; may be given several times
     #[arg(short = 'r', long, value_name = "TEXT")]
     stop: Vec<String>,
@@ -407,10 +396,10 @@ mod tests {
 
     #[test]
     fn less_than_nothing_is_no_limit() {
-        assert_eq!("-1".parse(), Ok(Seed(None)));
-        assert_eq!("18446744073709551615".parse(), Ok(Seed(Some(u64::MAX))));
-        assert_eq!(("-1".parse(), "0".parse()), (Ok(Limit(None)), Ok(Limit(Some(0)))));
-        assert!("-2".parse::<Seed>().is_err() && "x".parse::<Limit>().is_err());
+        assert_eq!("-1".parse(), Ok(OrNone::<u64>(None)));
+        assert_eq!("18446744073709551615".parse(), Ok(OrNone(Some(u64::MAX))));
+        assert_eq!(("-1".parse(), "0".parse()), (Ok(OrNone::<usize>(None)), Ok(OrNone(Some(0_usize)))));
+        assert!("-2".parse::<OrNone<u64>>().is_err() && "x".parse::<OrNone<usize>>().is_err());
     }
 
     #[test]
