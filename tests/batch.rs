@@ -409,6 +409,34 @@ fn the_figures_are_those_of_this_input() {
     assert!(files.run(&out, &["--resume"]).status.success());
 }
 
+/// An answer to another question isn't taken for this one's.
+#[test]
+fn a_request_that_was_changed_is_not_resumed() {
+    let ask = |i, prompt| completion(i, prompt, json!({"max_tokens": 2}));
+    let write = |files: &Files, lines: &[Value]| {
+        std::fs::write(&files.input, lines.iter().map(|l| format!("  {l}\r\n")).collect::<String>()).unwrap();
+    };
+    let files = Files::new(&[ask(1, "Once"), ask(2, "The"), ask(3, "A")]);
+    let out = files.out("out");
+    assert!(files.run(&out, &[]).status.success());
+    let before = std::fs::read(&out).unwrap();
+    write(&files, &[ask(3, "A"), ask(2, "THE"), ask(1, "ONCE")]);
+    let o = files.run(&out, &["--resume"]);
+    let why = "in.jsonl, line 2: this isn't the request that was answered as \"r2\" (nor is 1 more)";
+    assert!(o.status.code() == Some(1) && err(&o).contains(why), "{}", err(&o));
+    let mut c = Command::new(env!("CARGO_BIN_EXE_oncall"));
+    c.args(["batch", "--resume", "-i", "-", "-o"]).arg(&out).stdin(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = c.spawn().unwrap();
+    writeln!(child.stdin.take().unwrap(), "{}\n{}", ask(1, "Once"), ask(2, "THE")).unwrap();
+    let o = child.wait_with_output().unwrap();
+    assert!(o.status.code() == Some(1) && err(&o).contains("the standard input, line 2: this"), "{}", err(&o));
+    assert_eq!(std::fs::read(&out).unwrap(), before, "nothing was written");
+    // White space around a line isn't part of it.
+    write(&files, &[ask(3, "A"), ask(2, "The"), ask(1, "Once")]);
+    let o = files.run(&out, &["--resume"]);
+    assert!(o.status.success() && std::fs::read(&out).unwrap() == before, "{}", err(&o));
+}
+
 #[test]
 fn duplicates_are_refused_before_anything_runs() {
     let files =

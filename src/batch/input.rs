@@ -1,5 +1,6 @@
 //! The requests, one a line: from a file, whose lines are looked through first, or from a pipe as they come.
 
+use super::output::Done;
 use super::{BatchError, Fnv, order, request, text_of};
 use crate::engine::BatchShape;
 use std::collections::HashMap;
@@ -38,11 +39,12 @@ pub(super) enum Source {
 }
 
 impl Source {
-    /// Opens it, and looks through a file.
+    /// Opens it, and looks through a file. `done`: what was answered already.
     ///
     /// # Errors
-    /// If it can't be read, or two lines of a file have the same `custom_id`.
-    pub fn open(path: Option<&Path>) -> Result<Self, BatchError> {
+    /// If it can't be read, two lines of a file have the same `custom_id`, or a result is of another request than the one that has its
+    /// `custom_id` now.
+    pub fn open(path: Option<&Path>, done: &Done) -> Result<Self, BatchError> {
         let Some(path) = path else {
             return Ok(Source::Stream(Box::new(BufReader::new(std::io::stdin())), "the standard input".into()));
         };
@@ -55,7 +57,7 @@ impl Source {
         match open() {
             // A pipe, a terminal.
             Ok(Some(file)) => Ok(Source::Stream(Box::new(BufReader::new(file)), name)),
-            Ok(None) => Ok(Source::Lines(Lines::of_file(path)?)),
+            Ok(None) => Ok(Source::Lines(Lines::of_file(path, done)?)),
             Err(source) => Err(BatchError::Io { name, source }),
         }
     }
@@ -96,11 +98,8 @@ impl Sums {
 }
 
 impl Lines {
-    /// Looks through a file.
-    ///
-    /// # Errors
-    /// If it can't be read, or two lines have the same `custom_id`.
-    pub fn of_file(path: &Path) -> Result<Self, BatchError> {
+    /// See [`Source::open`].
+    fn of_file(path: &Path, done: &Done) -> Result<Self, BatchError> {
         let name = path.display().to_string();
         let io = |source| BatchError::Io { name: name.clone(), source };
         let file = File::open(path).map_err(io)?;
@@ -108,6 +107,8 @@ impl Lines {
         let (mut places, mut priorities, mut beginnings, mut offset) = (Vec::new(), Vec::new(), Vec::new(), 0);
         let mut seen: HashMap<String, u64> = HashMap::new();
         let (mut number, mut shape) = (0, Sums::default());
+        // How many results are of other requests, and the first such request.
+        let mut changed: (usize, Option<(String, u64)>) = (0, None);
         while let Some((line, n)) = read_line(&mut input, &mut number).map_err(io)? {
             let bytes = line.bytes.unwrap_or_default();
             if !text_of(&bytes).is_empty() || n > MAX_LINE {
@@ -121,13 +122,25 @@ impl Lines {
                     if let Some(&first) = seen.get(&custom_id) {
                         return Err(BatchError::Duplicate { name, custom_id, first, second: number });
                     }
+                    if done.custom_ids.get(&custom_id).is_some_and(|known| known.id != id_of(&bytes)) {
+                        changed.0 += 1;
+                        changed.1.get_or_insert_with(|| (custom_id.clone(), number));
+                    }
                     seen.insert(custom_id, number);
                 }
             }
             offset += n;
         }
+        if let (n, Some((custom_id, number))) = changed {
+            return Err(BatchError::Changed { name, n, custom_id, number });
+        }
         let places = order::order(&priorities, &beginnings).into_iter().map(|i| places[i]).collect();
         Ok(Lines { file, name, places, next: 0, shape: shape.mean() })
+    }
+
+    /// The file's.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Requests in the file.
@@ -182,9 +195,9 @@ pub(super) fn read_line(input: &mut impl BufRead, number: &mut u64) -> std::io::
     Ok(Some((Line { number: *number, bytes: None }, n)))
 }
 
-/// The id of a request's result, made from its `custom_id` so that it is the same in every run.
-pub(super) fn id_of(custom_id: &str) -> String {
-    format!("batch_req_{:016x}", hash(custom_id.as_bytes()))
+/// The id of a request's result, made from its line: the same in every run, and another one when the request was changed.
+pub(super) fn id_of(line: &[u8]) -> String {
+    format!("batch_req_{:016x}", hash(text_of(line)))
 }
 
 /// The id of a result for a line that has no `custom_id` of its own: of its number, and of its bytes, so that it's another when the

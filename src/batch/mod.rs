@@ -86,6 +86,21 @@ pub enum BatchError {
         /// The other's.
         second: u64,
     },
+    /// Results answer other requests than those that have their `custom_id`s now.
+    #[error(
+        "{name}, line {number}: this isn't the request that was answered as {custom_id:?}{}. Take such results out of the output to have \
+         their requests answered anew, or write to another file", nor(*n - 1)
+    )]
+    Changed {
+        /// The input.
+        name: String,
+        /// How many.
+        n: usize,
+        /// The first one's name.
+        custom_id: String,
+        /// Its line, from 1.
+        number: u64,
+    },
     /// The engine can't go on.
     #[error("{0}; results up to here are written, --resume goes on")]
     Engine(std::sync::Arc<crate::engine::EngineError>),
@@ -102,6 +117,15 @@ fn json_error(e: &serde_json::Error) -> String {
         "recursion limit exceeded" => format!("it is nested more than 127 levels deep, from byte {}", e.column()),
         _ if e.column() > 0 => format!("{what}, at byte {}", e.column()),
         _ => what.into(),
+    }
+}
+
+/// That so many others aren't, either.
+fn nor(n: usize) -> String {
+    match n {
+        0 => String::new(),
+        1 => " (nor is 1 more)".into(),
+        _ => format!(" (nor are {n} more)"),
     }
 }
 

@@ -29,15 +29,24 @@ enum To {
 /// What a file of results holds already.
 #[derive(Debug, Default)]
 pub(super) struct Done {
-    /// The `custom_id`s that there are results for, and whether each is an error.
-    pub custom_ids: HashMap<String, bool>,
+    /// By the `custom_id` of its request.
+    pub custom_ids: HashMap<String, Known>,
     /// The ids of results that have no `custom_id`; they are errors.
     pub ids: HashSet<String>,
 }
 
-/// What is read back of a result.
+/// A result that is there.
+#[derive(Debug)]
+pub(super) struct Known {
+    /// Made from the request that it answers.
+    pub id: String,
+    /// Whether it's an error.
+    pub failed: bool,
+}
+
+/// What is read back of a line.
 #[derive(Deserialize)]
-struct Known {
+struct ResultLine {
     id: String,
     custom_id: Option<String>,
     #[serde(rename = "response")]
@@ -176,11 +185,13 @@ fn read_back(file: &File, name: &str) -> Result<(Done, u64), BatchError> {
             continue;
         }
         let whole = line.last() == Some(&b'\n');
-        match serde_json::from_slice::<Known>(text) {
-            Ok(known) if whole => {
-                match known.custom_id {
-                    Some(custom_id) => drop(done.custom_ids.insert(custom_id, known.error.is_some())),
-                    None => drop(done.ids.insert(known.id)),
+        match serde_json::from_slice::<ResultLine>(text) {
+            Ok(ResultLine { id, custom_id, error, .. }) if whole => {
+                match custom_id {
+                    Some(custom_id) => {
+                        drop(done.custom_ids.insert(custom_id, Known { id, failed: error.is_some() }));
+                    }
+                    None => drop(done.ids.insert(id)),
                 }
                 len = at;
             }
@@ -239,7 +250,7 @@ mod tests {
             }
             let (mut out, done) = result.unwrap();
             prop_assert_eq!(done.custom_ids.len(), n_whole);
-            prop_assert_eq!(done.custom_ids.values().filter(|&&failed| failed).count(), n_whole.div_ceil(3));
+            prop_assert_eq!(done.custom_ids.values().filter(|known| known.failed).count(), n_whole.div_ceil(3));
             out.begin().unwrap();
             out.write("{\"id\":\"new\"}\n").unwrap();
             let want = format!("{}{{\"id\":\"new\"}}\n", &text[..whole]);

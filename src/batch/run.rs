@@ -104,11 +104,11 @@ impl Job {
     /// # Errors
     /// See [`BatchError`].
     pub fn open(files: &Files) -> Result<Self, BatchError> {
-        let source = Source::open(files.input.as_deref())?;
         let (output, done) = match &files.output {
             Some(path) => Output::file(path, files.resume)?,
             None => (Output::stdout(), Done::default()),
         };
+        let source = Source::open(files.input.as_deref(), &done)?;
         Ok(Job { source, output, done })
     }
 
@@ -133,15 +133,16 @@ pub fn run(
     stop: &dyn Fn() -> bool,
 ) -> Result<Figures, BatchError> {
     let (send, receive) = channel();
-    let (stream, lines) = match job.source {
-        Source::Lines(lines) => (None, Some(lines)),
-        Source::Stream(input, name) => (Some((input, name)), None),
+    let (input, stream, lines) = match job.source {
+        Source::Lines(lines) => (lines.name().to_string(), None, Some(lines)),
+        Source::Stream(input, name) => (name, Some(input), None),
     };
     let mut r = Run {
         template: engine.chat_template()?,
         model: Path::new(engine.gguf().name()).file_name().unwrap_or_default().to_string_lossy().into_owned(),
         window: AHEAD * engine.n_sessions(),
         engine,
+        input,
         output: job.output,
         earlier: job.done,
         seen: HashSet::new(),
@@ -158,7 +159,7 @@ pub fn run(
         before: engine.account(),
     };
     r.output.begin()?;
-    r.stream = stream.map(|(input, name)| read_stream(input, name, r.events.clone()));
+    r.stream = stream.map(|stream| read_stream(stream, r.input.clone(), r.events.clone()));
     let result = r.work(&receive, progress, stop);
     // In any case nothing goes on in the background, and what is written is safe.
     r.in_flight.values().flat_map(|f| &f.tickets).for_each(Ticket::cancel);
@@ -191,6 +192,8 @@ struct Run<'e> {
     template: Option<ChatTemplate>,
     /// The model's name, for answers to requests that name none.
     model: String,
+    /// The input's name.
+    input: String,
     output: Output,
     /// Whose results an earlier run has written, as far as their requests haven't come yet.
     earlier: Done,
@@ -285,16 +288,21 @@ impl Run<'_> {
             Ok(parsed) => parsed,
             Err(why) => return self.refuse_line(line, &why),
         };
-        if let Some(failed) = self.earlier.custom_ids.remove(&custom_id) {
+        let id = input::id_of(line.bytes.as_deref().unwrap_or_default());
+        if let Some(known) = self.earlier.custom_ids.remove(&custom_id) {
+            if known.id != id {
+                // A pipe's, or a file's that was written over: it couldn't be found out before.
+                let (name, number) = (self.input.clone(), line.number);
+                return Err(BatchError::Changed { name, n: 1, custom_id, number });
+            }
             self.seen.insert(custom_id);
-            self.resumed(failed);
+            self.resumed(known.failed);
             return Ok(());
         }
         if !self.seen.insert(custom_id.clone()) {
             let why = format!("custom_id {custom_id:?} was on an earlier line");
             return self.refuse_line(line, &Refused::new("duplicate_custom_id", why));
         }
-        let id = input::id_of(&custom_id);
         let chat = request::is_chat(&fields);
         let mut seed = Fnv::default();
         seed.write(custom_id.as_bytes());
