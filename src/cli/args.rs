@@ -141,9 +141,10 @@ impl ModelArgs {
         self.load_with(&EngineOptions { stop: Some(super::output::stop()), ..self.options() })
     }
 
-    /// As [`ModelArgs::load`], with other options.
+    /// As [`ModelArgs::load`], with other options. From here on Ctrl-C only asks for an end; up to here nothing would be lost by one.
     pub fn load_with(&self, options: &EngineOptions) -> Result<Engine, Failure> {
         let engine = self.read(options)?;
+        super::output::catch_ctrl_c();
         let budget = engine.budget();
         if let (Some(bytes), Some(bound), Some((slots, all))) = (budget.bytes, budget.share_of, engine.n_slots())
             && slots < all

@@ -62,7 +62,6 @@ pub(super) fn run(a: BatchArgs) -> Result<(), Failure> {
         return Err(Failure::usage("--resume needs results in a file to go on with: -o FILE"));
     }
     refuse_same_files(&a)?;
-    output::catch_ctrl_c();
     let job = Job::open(&files)?;
     let options = options(&a, &job)?;
     let engine = a.model.load_with(&options)?;

@@ -107,7 +107,6 @@ pub(super) fn run(mut a: BenchArgs) -> Result<(), Failure> {
     let tests = tests(&a);
     let longest = tests.iter().max_by_key(|t| t.n_ctx());
     a.model.ctx_size = a.model.ctx_size.or(Some(longest.map_or(1, |t| t.n_ctx())));
-    output::catch_ctrl_c();
     let engine = a.model.load()?;
     if let Some(test) = longest.filter(|t| t.n_ctx() > engine.n_ctx()) {
         return Err(Failure::usage(format!(

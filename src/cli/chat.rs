@@ -55,8 +55,6 @@ struct Chat {
 
 pub(super) fn run(a: ChatArgs) -> Result<(), Failure> {
     let piped = if std::io::stdin().is_terminal() { None } else { Some(piped_message()?) };
-    // Whoever waits for the message can be ended as any program.
-    output::catch_ctrl_c();
     let engine = a.model.load()?;
     let template = engine.chat_template()?;
     if template.is_none() && a.system.is_some() {

@@ -70,7 +70,6 @@ struct Map {
 }
 
 pub(super) fn run(a: ExpertsArgs) -> Result<(), Failure> {
-    output::catch_ctrl_c();
     let engine = a.model.load()?;
     let Some(moe) = engine.config().moe.as_ref() else {
         return Err(Failure::new(format!("{} has no experts: every token uses all of it", a.model.name())));

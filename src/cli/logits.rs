@@ -22,7 +22,6 @@ pub(super) struct LogitsArgs {
 }
 
 pub(super) fn run(a: LogitsArgs) -> Result<(), Failure> {
-    output::catch_ctrl_c();
     let engine = a.model.load()?;
     let mut session = engine.session();
     let mut file = PartFile::replace(&a.output)?;

@@ -87,7 +87,6 @@ pub(super) fn run(mut a: PerplexityArgs) -> Result<(), Failure> {
     // llama.cpp's default: chunks of 512.
     a.model.ctx_size = a.model.ctx_size.or(Some(512));
     let file = File::open(&a.file).map_err(|e| Failure::new(format!("{}: {e}", a.file.display())))?;
-    output::catch_ctrl_c();
     let engine = a.model.load()?;
     if engine.n_ctx() < 4 {
         let n_ctx = engine.n_ctx();

@@ -44,7 +44,6 @@ pub(super) struct RunArgs {
 
 pub(super) fn run(a: RunArgs) -> Result<(), Failure> {
     let prompt = prompt(&a)?;
-    output::catch_ctrl_c();
     let engine = a.model.load()?;
     engine.check_length(&prompt)?;
     let template = if a.raw { None } else { engine.chat_template()? };

@@ -131,11 +131,11 @@ impl Team {
     ///
     /// # Panics
     /// If they haven't as many rows.
-    pub fn each_row_of_two<T: Send>(
+    pub fn each_row_of_two<A: Send, B: Send>(
         &self,
-        a: (&mut [T], usize),
-        b: (&mut [T], usize),
-        f: &(dyn Fn(usize, &mut [T], &mut [T]) + Sync),
+        a: (&mut [A], usize),
+        b: (&mut [B], usize),
+        f: &(dyn Fn(usize, &mut [A], &mut [B]) + Sync),
     ) {
         let (a, b) = (Rows::new(a.0, a.1), Rows::new(b.0, b.1));
         assert_eq!(a.len, b.len, "as many rows");

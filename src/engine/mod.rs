@@ -331,7 +331,12 @@ impl Engine {
         }
     }
 
-    /// Threads that compute.
+    /// The threads that compute.
+    fn team(&self) -> &Team {
+        &self.0.team
+    }
+
+    /// How many threads compute.
     pub fn n_threads(&self) -> usize {
         self.0.team.n_threads()
     }

@@ -6,7 +6,6 @@ use super::{Event, Finished, QueueStats, Sink};
 use crate::engine::generate::{Finish, Piece, Writer};
 use crate::engine::{EngineError, Input, Session, Want};
 use crate::ops::kv::{HeldBlock, KV_BLOCK, KvError, SeqKv};
-use rayon::prelude::*;
 use std::cmp::Reverse;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -18,8 +17,6 @@ const LOOK_AT: usize = 256;
 /// Tokens of a beginning that isn't whole blocks are taken over from so many on: that copies a block, which takes as long as computing
 /// some tokens.
 const WORTH_COPYING: usize = 16;
-/// From so many sequences on, their tokens are chosen by several threads: a choice costs some 20 to 100 microseconds.
-const PARALLEL_CHOICES: usize = 4;
 
 /// A request on its way.
 pub(super) struct Sequence {
@@ -290,15 +287,14 @@ impl Scheduler {
                 s.path.push(id);
             }
         }
-        let choose = |(s, n): (&mut Sequence, &usize)| {
-            let complete = *n > 0 && s.session.tokens().len() == s.tokens.len();
-            complete.then(|| s.choose())
-        };
-        let pieces: Vec<Option<Result<Vec<Piece>, EngineError>>> = if self.running.len() >= PARALLEL_CHOICES {
-            self.running.par_iter_mut().zip(n_tokens).map(choose).collect()
-        } else {
-            self.running.iter_mut().zip(n_tokens).map(choose).collect()
-        };
+        let Some(engine) = self.running.first().map(|s| s.session.engine().clone()) else { return };
+        let mut pieces: Vec<Option<Result<Vec<Piece>, EngineError>>> = Vec::new();
+        pieces.resize_with(self.running.len(), || None);
+        engine.team().each_row_of_two((&mut self.running, 1), (&mut pieces, 1), &|i, s, pieces| {
+            let ([s], [pieces]) = (s, pieces) else { return };
+            let complete = n_tokens[i] > 0 && s.session.tokens().len() == s.tokens.len();
+            *pieces = complete.then(|| s.choose());
+        });
         for (s, piece) in std::mem::take(&mut self.running).into_iter().zip(pieces) {
             match piece {
                 None => self.running.push(s),
