@@ -19,6 +19,8 @@
 //! # Ok::<(), oncall::engine::EngineError>(())
 //! ```
 //!
+//! A program that embeds the library needs no command line: `default-features = false`.
+//!
 //! The house, from the top down; a room uses only the rooms below it:
 //!
 //! | room | what it is |
@@ -36,6 +38,7 @@
 
 pub mod arch;
 pub mod batch;
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod cpu;
 pub mod engine;

@@ -246,6 +246,21 @@ fn ctrl_c_stops_the_answer() {
     assert_eq!(o.status.code(), Some(130), "{}", err(&o));
 }
 
+/// As llama.cpp's flags: the grammar itself, or a file with it.
+#[test]
+fn a_grammar_and_a_file_with_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("yes.lark");
+    std::fs::write(&file, "\u{feff}start: \"yes\" | \"no\"\n").unwrap();
+    let file = file.to_str().unwrap();
+    for flags in [["--grammar", "start: \"yes\" | \"no\""], ["--grammar-file", file]] {
+        let said = out(&run(&["run", "Is it?", flags[0], flags[1]]));
+        assert!(["yes", "no"].contains(&said.trim()), "{said}");
+    }
+    let o = run(&["run", "Is it?", "--grammar", file]);
+    assert!(o.status.code() == Some(2) && err(&o).contains("--grammar-file"), "{}", err(&o));
+}
+
 /// The model that is built in, changed, in a file.
 fn changed_model(path: &Path, change: impl FnOnce(&mut GgufWriter)) {
     let source = Gguf::open(Path::new("models/tinymoe-stories-Q8_0.gguf")).unwrap();

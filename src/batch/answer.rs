@@ -1,8 +1,9 @@
 //! A line of the output. It holds no clock and no chance: the same request gives the same line, with any neighbours, before and
-//! after a crash. So `created` is 0 and ids are made from the `custom_id`.
+//! after a crash. So `created` is 0 and ids are made from the request's line.
 
 use super::request::Refused;
-use crate::engine::{Engine, Finish, Finished, Piece};
+use crate::engine::{EngineOptions, Finish, Finished, Piece};
+use crate::ops::kv::KvType;
 use crate::session::sampler::Logprobs;
 use crate::session::tokenizer::{StreamDecoder, Tokenizer};
 use serde::{Serialize, Serializer};
@@ -93,7 +94,7 @@ impl Choice {
 
 /// Whose line it is.
 pub(super) struct Whose<'a> {
-    /// The line's id: from the `custom_id`, or the line's number where there is none.
+    /// The line's id.
     pub id: &'a str,
     /// The request's.
     pub custom_id: Option<&'a str>,
@@ -105,15 +106,31 @@ pub(super) struct About<'a> {
     pub chat: bool,
     /// The model as the request named it.
     pub model: &'a str,
+    /// See [`fingerprint`].
+    pub fingerprint: &'a str,
     /// Tokens of its prompts.
     pub n_prompt: usize,
     /// Whether log-probabilities were asked for.
     pub logprobs: bool,
 }
 
+/// What answers depend on besides the request and the model: this version, and options that change the numbers.
+pub(super) fn fingerprint(o: &EngineOptions) -> String {
+    let mut all = format!("oncall-{}", env!("CARGO_PKG_VERSION"));
+    if (o.type_k, o.type_v) != (KvType::F16, KvType::F16) {
+        all += &format!("-k-{:?}-v-{:?}", o.type_k, o.type_v).to_lowercase();
+    }
+    if let Some(n) = o.n_expert_used {
+        all += &format!("-experts-{n}");
+    }
+    if !o.lossy.is_off() {
+        all += &format!("-drop-cold-{}-prefer-resident-{}", o.lossy.drop_cold, o.lossy.prefer_resident);
+    }
+    all
+}
+
 /// The line of a request that was served.
-pub(super) fn answered<'a>(engine: &'a Engine, whose: &Whose<'_>, about: &About<'_>, choices: &'a [Choice]) -> String {
-    let t = engine.tokenizer();
+pub(super) fn answered<'a>(t: &'a Tokenizer, whose: &Whose<'_>, about: &About<'_>, choices: &'a [Choice]) -> String {
     let n_written: usize = choices.iter().filter_map(|c| c.done).map(|d| d.n_written).sum();
     let choice = |(index, c): (usize, &'a Choice)| {
         let finish_reason = c.reason();
@@ -138,8 +155,7 @@ pub(super) fn answered<'a>(engine: &'a Engine, whose: &Whose<'_>, about: &About<
             completion_tokens: n_written,
             total_tokens: about.n_prompt + n_written,
         },
-        // What else an answer depends on: the numbers differ in their last bits between instruction sets.
-        system_fingerprint: format!("oncall-{}-{}", env!("CARGO_PKG_VERSION"), engine.isa()),
+        system_fingerprint: about.fingerprint,
     };
     write(whose, 200, &body, ())
 }
@@ -167,7 +183,7 @@ struct Body<'a, C: Serialize> {
     model: &'a str,
     choices: C,
     usage: Usage,
-    system_fingerprint: String,
+    system_fingerprint: &'a str,
 }
 
 #[derive(Serialize)]
@@ -245,12 +261,18 @@ fn chat_logprobs<'a>(t: &'a Tokenizer, c: &'a Choice) -> impl Serialize + 'a {
 }
 
 fn text_logprobs<'a>(t: &'a Tokenizer, c: &'a Choice) -> impl Serialize + 'a {
-    let text = move |id: u32| String::from_utf8_lossy(&t.token_bytes(id)).into_owned();
-    // Tokens that look the same are told apart by nothing here: the likelier one is shown.
-    let top = move |l: &'a Logprobs| {
+    // As OpenAI shows tokens that are part of a character.
+    let text = move |id: u32| {
+        let bytes = t.token_bytes(id);
+        let hex = || bytes.iter().map(|b| format!("\\x{b:02x}")).collect::<String>();
+        std::str::from_utf8(&bytes).map_or_else(|_| format!("bytes:{}", hex()), String::from)
+    };
+    // The most likely ones and the one that was chosen. Tokens with the same text are told apart by nothing here: the likelier
+    // one is shown.
+    let top = move |token: u32, l: &'a Logprobs| {
         Object(move || {
             let mut seen = HashSet::new();
-            let all = l.top.iter().map(move |&(id, p)| (text(id), p));
+            let all = l.top.iter().copied().chain([(token, l.token)]).map(move |(id, p)| (text(id), p));
             all.filter(move |(text, _)| seen.insert(text.clone()))
         })
     };
@@ -265,6 +287,6 @@ fn text_logprobs<'a>(t: &'a Tokenizer, c: &'a Choice) -> impl Serialize + 'a {
         text_offset: c.logprobs().map(offset).collect(),
         tokens: List(move || c.logprobs().map(move |(token, _)| text(token))),
         token_logprobs: List(|| c.logprobs().map(|(_, l)| l.token)),
-        top_logprobs: List(move || c.logprobs().map(move |(_, l)| top(l))),
+        top_logprobs: List(move || c.logprobs().map(move |(token, l)| top(token, l))),
     }
 }

@@ -28,7 +28,12 @@ pub(super) struct Lines {
     places: Vec<(u64, u64, usize)>,
     next: usize,
     shape: BatchShape,
+    /// Those that were answered already, and of these the errors.
+    n_done: (usize, usize),
 }
+
+/// A file of so many lines of which none is JSON is something else.
+const NO_JSON: usize = 20;
 
 /// Where requests come from.
 pub(super) enum Source {
@@ -107,26 +112,36 @@ impl Lines {
         let (mut places, mut priorities, mut beginnings, mut offset) = (Vec::new(), Vec::new(), Vec::new(), 0);
         let mut seen: HashMap<String, u64> = HashMap::new();
         let (mut number, mut shape) = (0, Sums::default());
+        let (mut n_json, mut n_done) = (0, (0, 0));
         // How many results are of other requests, and the first such request.
         let mut changed: (usize, Option<(String, u64)>) = (0, None);
         while let Some((line, n)) = read_line(&mut input, &mut number).map_err(io)? {
-            let bytes = line.bytes.unwrap_or_default();
-            if !text_of(&bytes).is_empty() || n > MAX_LINE {
-                let parsed = request::line(&bytes).ok();
+            let bytes = line.bytes.as_deref().unwrap_or_default();
+            if !text_of(bytes).is_empty() || n > MAX_LINE {
+                let parsed = request::line(bytes);
+                n_json += usize::from(!parsed.as_ref().is_err_and(|e| e.code == request::NO_JSON));
+                let parsed = parsed.ok();
                 let text = parsed.as_ref().map(|p| request::beginning(&p.1)).unwrap_or_default();
                 beginnings.push(order::beginnings(&text));
                 priorities.push(parsed.as_ref().map_or(0, |p| request::priority(&p.1)));
                 places.push((number, offset, n as usize));
                 if let Some((custom_id, fields)) = parsed {
+                    if let Some(known) = done.custom_ids.get(&custom_id) {
+                        n_done.0 += 1;
+                        n_done.1 += usize::from(known.failed);
+                    }
                     shape.add(&fields);
                     if let Some(&first) = seen.get(&custom_id) {
                         return Err(BatchError::Duplicate { name, custom_id, first, second: number });
                     }
-                    if done.custom_ids.get(&custom_id).is_some_and(|known| known.id != id_of(&bytes)) {
+                    if done.custom_ids.get(&custom_id).is_some_and(|known| known.id != id_of(bytes)) {
                         changed.0 += 1;
                         changed.1.get_or_insert_with(|| (custom_id.clone(), number));
                     }
                     seen.insert(custom_id, number);
+                } else {
+                    let known = usize::from(done.ids.contains(&id_of_line(&line)));
+                    n_done = (n_done.0 + known, n_done.1 + known);
                 }
             }
             offset += n;
@@ -134,8 +149,11 @@ impl Lines {
         if let (n, Some((custom_id, number))) = changed {
             return Err(BatchError::Changed { name, n, custom_id, number });
         }
+        if n_json == 0 && places.len() >= NO_JSON {
+            return Err(BatchError::NotRequests { name, n: places.len() });
+        }
         let places = order::order(&priorities, &beginnings).into_iter().map(|i| places[i]).collect();
-        Ok(Lines { file, name, places, next: 0, shape: shape.mean() })
+        Ok(Lines { file, name, places, next: 0, shape: shape.mean(), n_done })
     }
 
     /// The file's.
@@ -146,6 +164,11 @@ impl Lines {
     /// Requests in the file.
     pub fn total(&self) -> usize {
         self.places.len()
+    }
+
+    /// Requests that were answered already, and how many of the answers are errors.
+    pub fn n_done(&self) -> (usize, usize) {
+        self.n_done
     }
 
     /// What its requests are like.

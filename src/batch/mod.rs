@@ -72,6 +72,14 @@ pub enum BatchError {
         /// What is wrong.
         why: String,
     },
+    /// Something else than requests.
+    #[error("{name}: none of its {n} lines is a JSON object, so these aren't requests: is it the right file?")]
+    NotRequests {
+        /// The input.
+        name: String,
+        /// How many.
+        n: usize,
+    },
     /// Two requests with the same name.
     #[error(
         "{name}: lines {first} and {second} have the same custom_id {custom_id:?}; results couldn't be told apart, nothing was run"

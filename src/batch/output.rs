@@ -68,7 +68,9 @@ impl Output {
     pub fn file(path: &Path, resume: bool) -> Result<(Self, Done), BatchError> {
         let name = path.display().to_string();
         let io = |source| BatchError::Io { name: name.clone(), source };
-        let file = match OpenOptions::new().read(true).write(true).open(path) {
+        // Nothing is read back from a pipe: whoever held its reading end wouldn't notice that its reader has gone.
+        let regular = path.metadata().map_or(true, |about| about.is_file());
+        let file = match OpenOptions::new().read(regular).write(true).open(path) {
             Ok(file) => file,
             Err(e) if e.kind() == ErrorKind::NotFound => {
                 let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));

@@ -7,6 +7,8 @@ use crate::session::sampler::SamplingParams;
 use crate::session::template::Message;
 use serde_json::{Map, Value};
 
+/// The code of a line that isn't JSON.
+pub(super) const NO_JSON: &str = "invalid_json";
 /// Completions that one request may ask for.
 pub(super) const MAX_N: u64 = 128;
 /// Most likely tokens with each, at most.
@@ -68,9 +70,9 @@ const MAX_CHOICES: usize = 2048;
 /// The `custom_id` of a line, and the rest of it.
 pub(super) fn line(bytes: &[u8]) -> Result<(String, Map<String, Value>), Refused> {
     let value: Value = serde_json::from_slice(text_of(bytes))
-        .map_err(|e| Refused::new("invalid_json", format!("the line isn't JSON: {}", json_error(&e))))?;
+        .map_err(|e| Refused::new(NO_JSON, format!("the line isn't JSON: {}", json_error(&e))))?;
     let Value::Object(mut fields) = value else {
-        return Err(Refused::new("invalid_json", "the line must be a JSON object"));
+        return Err(Refused::new(NO_JSON, "the line must be a JSON object"));
     };
     match fields.remove("custom_id") {
         Some(Value::String(id)) if !id.is_empty() => Ok((id, fields)),
@@ -298,6 +300,10 @@ impl Body {
     fn response_format(&mut self) -> Result<Option<Grammar>, Refused> {
         let name = "response_format";
         let Some(v) = self.take(name) else { return Ok(None) };
+        check_fields(name, &v, &["type", "json_schema"])?;
+        if let Some(schema) = v.get("json_schema") {
+            check_fields("response_format.json_schema", schema, &["name", "description", "schema", "strict"])?;
+        }
         let of_grammar = |e: GrammarError| Refused::field(name, format!("can't be used: {e}"));
         match v.get("type").and_then(Value::as_str) {
             Some("text") => Ok(None),
@@ -323,9 +329,14 @@ impl Body {
             let Some(Value::String(role)) = extra.remove("role") else {
                 return Err(wrong(format!("[{i}] must have a role")));
             };
-            let content = content(extra.remove("content")).ok_or_else(|| {
+            for name in ["tool_calls", "function_call", "audio"] {
+                if extra.get(name).is_some_and(|v| !v.is_null()) {
+                    return Err(wrong(format!("[{i}].{name} isn't supported")));
+                }
+            }
+            let content = content(extra.remove("content"), role == "assistant").ok_or_else(|| {
                 wrong(format!(
-                    "[{i}].content must be a text, or a list of parts of type text; other media aren't supported"
+                    "[{i}].content must be a text, or a list of parts with type (text) and text alone; other media aren't supported"
                 ))
             })?;
             Ok(Message { role, content, extra })
@@ -341,6 +352,9 @@ impl Body {
         let prompt = match &v {
             Value::String(text) => Some(Prompt::Texts(vec![text.clone()])),
             Value::Array(list) if list.is_empty() => None,
+            Value::Array(list) if list.len() > MAX_CHOICES && !list[0].is_number() => {
+                return Err(too_many(list.len(), 1));
+            }
             Value::Array(list) if list.iter().all(Value::is_string) => {
                 Some(Prompt::Texts(list.iter().filter_map(|t| t.as_str().map(String::from)).collect()))
             }
@@ -363,22 +377,34 @@ impl Prompt {
         if n_prompts * n <= MAX_CHOICES {
             return Ok(());
         }
-        let why = format!(
-            "has {n_prompts} prompts, with n = {n}; a line can have {MAX_CHOICES} completions in all: divide it"
-        );
-        Err(Refused::field("prompt", why))
+        Err(too_many(n_prompts, n))
     }
 }
 
-/// A message's text, which may be written in parts.
-fn content(v: Option<Value>) -> Option<String> {
+fn too_many(n_prompts: usize, n: usize) -> Refused {
+    let why =
+        format!("has {n_prompts} prompts, with n = {n}; a line can have {MAX_CHOICES} completions in all: divide it");
+    Refused::field("prompt", why)
+}
+
+/// An object may have these fields and no others.
+fn check_fields(name: &str, v: &Value, known: &[&str]) -> Result<(), Refused> {
+    let strange = |fields: &Map<String, Value>| fields.keys().find(|k| !known.contains(&&***k)).cloned();
+    match v.as_object().and_then(strange) {
+        Some(field) => Err(Refused::field(name, format!("can't have {field:?}: it has {}", known.join(", ")))),
+        None => Ok(()),
+    }
+}
+
+/// A message's text, which may be written in parts, or be missing.
+fn content(v: Option<Value>, may_be_missing: bool) -> Option<String> {
     match v {
-        None | Some(Value::Null) => Some(String::new()),
+        None | Some(Value::Null) => may_be_missing.then(String::new),
         Some(Value::String(text)) => Some(text),
         Some(Value::Array(parts)) => parts
             .iter()
             .map(|p| match p.get("type").and_then(Value::as_str) {
-                Some("text") => p.get("text").and_then(Value::as_str),
+                Some("text") if check_fields("", p, &["type", "text"]).is_ok() => p.get("text").and_then(Value::as_str),
                 _ => None,
             })
             .collect(),
@@ -468,6 +494,7 @@ mod tests {
             (json!({"prompt": "a", "echo": true}), "can only be false"),
             (json!({"prompt": "a", "n": 2, "best_of": 3}), "can only be 2"),
             (json!({"prompt": vec!["a"; 17], "n": 128}), "17 prompts, with n = 128"),
+            (json!({"prompt": vec![[1]; 2049]}), "2049 prompts"),
             (json!({"prompt": "a", "temperature": -2}), "of at least 0, it is -2"),
             (json!({"prompt": "a", "logit_bias": {"x": 1}}), "logit_bias"),
             (json!({"prompt": "a", "max_tokens": -1}), "max_tokens"),
@@ -490,6 +517,10 @@ mod tests {
             (json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), "media"),
             (json!({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}), "logprobs to be true"),
             (json!({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}), "tools"),
+            (json!({"messages": [{"role": "user"}]}), "[0].content"),
+            (json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "b": 1}]}]}), "alone"),
+            (json!({"messages": [{"role": "assistant", "tool_calls": [{}]}]}), "[0].tool_calls"),
+            (json!({"messages": [], "response_format": {"type": "text", "strict": true}}), "can't have \"strict\""),
         ] {
             let e = chat(body.clone()).expect_err(&body.to_string());
             assert!(e.message.contains(word), "{body}: {e}");

@@ -8,6 +8,7 @@ use super::{BatchError, Files, Fnv, text_of};
 use crate::engine::{
     Account, BatchShape, Engine, EngineError, Event, Finish, GenerationParams, QueueStats, Request, Ticket,
 };
+use crate::moe::Losses;
 use crate::ops::kv::KvError;
 use crate::session::grammar::GrammarError;
 use crate::session::template::ChatTemplate;
@@ -49,6 +50,9 @@ pub struct Figures {
     pub hit_rate: Option<f64>,
     /// Bytes of experts read for each token that went through the model.
     pub bytes_per_token: Option<f64>,
+    /// Lossy: what was given up.
+    #[serde(flatten)]
+    pub losses: Losses,
     /// What the queue did.
     pub queue: QueueStats,
     /// Whether it was asked to stop before the end.
@@ -112,6 +116,14 @@ impl Job {
         Ok(Job { source, output, done })
     }
 
+    /// How it stands if there is nothing left to do: no model is needed then.
+    pub fn finished(&self) -> Option<Figures> {
+        let Source::Lines(lines) = &self.source else { return None };
+        let (done, failed) = lines.n_done();
+        let figures = |done| Figures { done, total: Some(done), resumed: done, ..Figures::default() };
+        (done == lines.total()).then(|| Figures { failed: failed as u64, ..figures(done as u64) })
+    }
+
     /// What its requests are like; nothing is known of a pipe's.
     pub fn shape(&self) -> BatchShape {
         match &self.source {
@@ -140,6 +152,7 @@ pub fn run(
     let mut r = Run {
         template: engine.chat_template()?,
         model: Path::new(engine.gguf().name()).file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        fingerprint: answer::fingerprint(engine.options()),
         window: AHEAD * engine.n_sessions(),
         engine,
         input,
@@ -192,6 +205,8 @@ struct Run<'e> {
     template: Option<ChatTemplate>,
     /// The model's name, for answers to requests that name none.
     model: String,
+    /// What answers depend on besides the model.
+    fingerprint: String,
     /// The input's name.
     input: String,
     output: Output,
@@ -368,6 +383,7 @@ impl Run<'_> {
                 return Err(Refused::new("context_length_exceeded", why));
             }
         }
+        check_logprobs(asked, &prompts, n_ctx)?;
         Ok(prompts)
     }
 
@@ -431,8 +447,9 @@ impl Run<'_> {
     fn complete(&mut self, number: u64) -> Result<(), BatchError> {
         let Some(f) = self.in_flight.remove(&number) else { return Ok(()) };
         let whose = Whose { id: &f.id, custom_id: Some(&f.custom_id) };
-        let about = About { chat: f.chat, model: &f.model, n_prompt: f.n_prompt, logprobs: f.logprobs };
-        let line = answer::answered(self.engine, &whose, &about, &f.choices);
+        let (model, fingerprint) = (&f.model, &self.fingerprint);
+        let about = About { chat: f.chat, model, fingerprint, n_prompt: f.n_prompt, logprobs: f.logprobs };
+        let line = answer::answered(self.engine.tokenizer(), &whose, &about, &f.choices);
         self.figures.done += 1;
         self.output.write(&line)
     }
@@ -474,6 +491,7 @@ impl Run<'_> {
         let done = self.engine.account().since(&self.before);
         let store = done.store();
         f.hit_rate = store.hit_rate();
+        f.losses = store.losses();
         f.bytes_per_token = f
             .hit_rate
             .filter(|_| f.queue.n_computed > 0)
@@ -481,6 +499,20 @@ impl Run<'_> {
         let fresh = f.done - f.resumed;
         f.seconds_left = f.total.filter(|_| fresh > 0).map(|t| f.seconds / fresh as f64 * (t - f.done.min(t)) as f64);
     }
+}
+
+/// A line's log-probabilities are held until it's complete: some 130 bytes each, with their text.
+fn check_logprobs(asked: &Asked, prompts: &[Vec<u32>], n_ctx: usize) -> Result<(), Refused> {
+    const MOST: usize = 250_000;
+    let Some(top) = asked.params.logprobs else { return Ok(()) };
+    let n_predict = |p: &Vec<u32>| asked.params.n_predict.unwrap_or(n_ctx.saturating_sub(p.len()));
+    let n = prompts.iter().map(n_predict).sum::<usize>() * asked.n as usize * (top + 1);
+    if n <= MOST {
+        return Ok(());
+    }
+    let why =
+        format!("come to up to {n} numbers, a line can have {MOST}: give max_tokens, fewer of them, or divide it");
+    Err(Refused::field("logprobs", why))
 }
 
 /// What is wrong with a request, if it's the request that something is wrong with.

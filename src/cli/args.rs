@@ -17,13 +17,15 @@ use std::sync::OnceLock;
 #[derive(Parser)]
 #[command(name = "oncall", bin_name = "oncall", version, max_term_width = 100, arg_required_else_help = true)]
 #[command(after_help = "Examples:
-  oncall run \"Once upon a time\"                    the model that is built in writes a story
-  oncall chat -m model.gguf                        talk with a model
+  oncall run \"Once upon a time\"   the built-in model writes a story
+  oncall chat -m model.gguf       talk with a model
+  oncall show model.gguf          what is in a file, and what it weighs
+  oncall bench -m model.gguf      how fast it is here
   echo \"Why is the sky blue?\" | oncall run -m model.gguf
-  oncall show model.gguf                           what is in a file, and what it weighs
-  oncall bench -m model.gguf                       how fast it is here
 
-Environment: ONCALL_MODEL is the model where no -m is given, ONCALL_ISA forces an instruction set, ONCALL_LOG=info says what happens, NO_COLOR is respected.
+Environment: ONCALL_MODEL is the model where no -m is given, ONCALL_ISA forces an instruction set, ONCALL_LOG=info says what \
+happens, NO_COLOR is respected.
+
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 after Ctrl-C.")]
 pub(super) struct Cli {
     #[command(subcommand)]
@@ -45,6 +47,24 @@ pub(super) fn rewrite(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
     .collect()
 }
 
+/// Flags of llama.cpp that clap would take for others with a value behind them, and why there are none here.
+const FOREIGN: &[(&str, &str)] = &[
+    ("-ngl", "oncall computes on the CPU alone; leave it out"),
+    ("-fa", "attention is always computed in tiles; leave it out"),
+    ("-cnv", "`oncall chat` is a conversation"),
+    ("-no-cnv", "`oncall run --raw` goes on with a text as it is"),
+    ("-st", "`oncall run` answers once"),
+];
+
+/// Refuses a flag that isn't here by its name.
+pub(super) fn refuse_foreign(args: &[OsString]) -> Result<(), Failure> {
+    let mut flags = args.iter().take_while(|a| *a != "--");
+    match flags.find_map(|a| FOREIGN.iter().find(|(flag, _)| a == flag)) {
+        Some((flag, why)) => Err(Failure::usage(format!("there is no {flag} here: {why}"))),
+        None => Ok(()),
+    }
+}
+
 /// `ONCALL_MODEL`, if it's anything. It's a default like another, which gives way to what is given: clap's own notion of an environment
 /// counts as given.
 pub(super) fn model_of_env() -> Option<&'static OsStr> {
@@ -61,14 +81,14 @@ pub(super) struct ModelArgs {
     #[arg(short, long, value_name = "FILE", default_values = model_of_env(), hide_default_value = true)]
     pub model: Option<PathBuf>,
     /// Context in tokens; 0 for the model's own [default: the model's own, up to 4096]
-    #[arg(short, long, value_name = "N")]
+    #[arg(short, long, value_name = "N", value_parser = parse_count, allow_negative_numbers = true)]
     pub ctx_size: Option<usize>,
-    /// Memory for everything: weights, KV cache, buffers, experts; as 4GiB (or 4G) or 900MiB, where 4GB are 4000 million
+    /// Memory for everything: weights, KV cache, buffers, experts; e.g. 4GiB (or 4G) or 900MiB, where 4GB are 4000 million
     /// bytes. Experts that don't fit are read from the file when they are called [default: nine tenths of what the machine can spare]
     #[arg(long, value_name = "SIZE|auto", value_parser = parse_memory)]
     pub memory: Option<Memory>,
     /// Threads that compute [default: one for each core]
-    #[arg(short, long, value_name = "N", value_parser = parse_threads)]
+    #[arg(short, long, value_name = "N", value_parser = parse_threads, allow_negative_numbers = true)]
     pub threads: Option<u16>,
     /// Tokens of a prompt that are read together (-ub); the answer doesn't depend on it
     #[arg(long, value_name = "N", default_value_t = DEFAULT_CHUNK as u32, value_parser = clap::value_parser!(u32).range(1..=65536))]
@@ -86,12 +106,12 @@ pub(super) struct ModelArgs {
     #[arg(long)]
     pub no_heat: bool,
     /// Lossy: each token uses only its N best experts
-    #[arg(long, value_name = "N", help_heading = "Lossy: less to read, another answer")]
+    #[arg(long, value_name = "N", value_parser = parse_count, help_heading = "Lossy: less to read, another answer")]
     pub experts: Option<usize>,
-    /// Lossy: drop an expert that isn't in memory if its share of the token's weight is below this, as 0.05
+    /// Lossy: drop an expert that isn't in memory if its share of the token's weight is below this, e.g. 0.05
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = parse_share, help_heading = "Lossy: less to read, another answer")]
     pub drop_cold: f32,
-    /// Lossy: take an expert in memory for one that isn't, if it's at most this much less probable, as 0.2; never for a token's two best
+    /// Lossy: take an expert in memory for one that isn't, if it's at most this much less probable, e.g. 0.2; never for a token's two best
     #[arg(long, value_name = "MARGIN", default_value_t = 0.0, value_parser = parse_share, help_heading = "Lossy: less to read, another answer")]
     pub prefer_resident: f32,
 }
@@ -180,10 +200,17 @@ impl ModelArgs {
 struct OrNone<T>(Option<T>);
 
 impl<T: FromStr> FromStr for OrNone<T> {
-    type Err = T::Err;
+    type Err = String;
     fn from_str(s: &str) -> Result<Self, Self::Err> {
-        Ok(OrNone(if s == "-1" { None } else { Some(s.parse()?) }))
+        let number = || s.parse().map_err(|_| format!("{NO_COUNT}, or -1"));
+        Ok(OrNone(if s == "-1" { None } else { Some(number()?) }))
     }
+}
+
+const NO_COUNT: &str = "it takes a whole number, e.g. 512";
+
+fn parse_count(s: &str) -> Result<usize, String> {
+    s.parse().map_err(|_| NO_COUNT.to_string())
 }
 
 /// How tokens are chosen.
@@ -220,7 +247,7 @@ pub(super) struct SamplingArgs {
     /// The same seed writes the same text; -1 for a random one [default: -1]
     #[arg(short, long, value_name = "N", allow_negative_numbers = true)]
     seed: Option<OrNone<u64>>,
-    /// Add to a token's logit, as 15043+1 or 15043-inf; may be given several times
+    /// Add to a token's logit, e.g. 15043+1 or 15043-inf; may be given several times
     #[arg(long, value_name = "TOKEN±X", value_parser = parse_bias, allow_hyphen_values = true)]
     logit_bias: Vec<(u32, f32)>,
     /// Tokens to write at most; -1 for as many as come until the model ends or the context is full [default: -1]
@@ -232,9 +259,12 @@ pub(super) struct SamplingArgs {
     /// Go on past tokens that end a text
     #[arg(long)]
     ignore_eos: bool,
-    /// A grammar that the text has to follow, in llguidance's variant of Lark
-    #[arg(long, value_name = "FILE", value_parser = read_grammar, conflicts_with = "json_schema")]
+    /// A grammar that the text has to follow, in llguidance's variant of Lark, such as 'start: "yes" | "no"'
+    #[arg(long, value_name = "GRAMMAR", value_parser = parse_grammar, conflicts_with = "json_schema")]
     grammar: Option<Grammar>,
+    /// A file with such a grammar
+    #[arg(long, value_name = "FILE", value_parser = read_grammar, conflicts_with_all = ["json_schema", "grammar"])]
+    grammar_file: Option<Grammar>,
     /// A JSON schema under which the text has to be valid; {} for any JSON
     #[arg(short, long, value_name = "SCHEMA", value_parser = parse_schema)]
     json_schema: Option<Grammar>,
@@ -262,7 +292,7 @@ impl SamplingArgs {
             ignore_eos: self.ignore_eos,
             show_special: false,
             logprobs: None,
-            grammar: self.grammar.clone().or(self.json_schema.clone()),
+            grammar: [&self.grammar, &self.grammar_file, &self.json_schema].into_iter().find_map(Clone::clone),
         }
     }
 
@@ -303,15 +333,20 @@ fn parse_share(s: &str) -> Result<f32, String> {
     s.parse().ok().filter(|x| (0.0..=1.0).contains(x)).ok_or_else(|| "it takes a number from 0 to 1".into())
 }
 
+/// A grammar in Lark.
+fn parse_grammar(s: &str) -> Result<Grammar, String> {
+    if !s.contains(':') {
+        return Err(
+            "a grammar has rules, as in 'start: \"yes\" | \"no\"'; a file with one goes to --grammar-file".into()
+        );
+    }
+    Grammar::lark(s).map_err(|e| e.to_string())
+}
+
 /// A file in Lark.
 fn read_grammar(path: &str) -> Result<Grammar, String> {
-    let source = std::fs::read_to_string(path).map_err(|e| match e.kind() {
-        std::io::ErrorKind::NotFound => {
-            "there is no such file; it takes the name of a file in Lark, not the grammar itself".into()
-        }
-        _ => e.to_string(),
-    })?;
-    Grammar::lark(&source).map_err(|e| e.to_string())
+    let source = std::fs::read_to_string(path).map_err(|e| e.to_string())?;
+    Grammar::lark(source.trim_start_matches('\u{feff}')).map_err(|e| e.to_string())
 }
 
 fn parse_schema(s: &str) -> Result<Grammar, String> {
@@ -339,6 +374,9 @@ pub(super) fn parse_memory(s: &str) -> Result<Memory, String> {
     };
     let number: f64 = s[..at].trim().parse().map_err(|_| wrong())?;
     match number * unit {
+        bytes if at == s.len() && (0.0..f64::from(1 << 20)).contains(&bytes) => {
+            Err(format!("that is {bytes} bytes: {s}GiB or {s}MiB?"))
+        }
         bytes if (0.0..2f64.powi(63)).contains(&bytes) => Ok(Memory::Bytes(bytes as u64)),
         bytes if bytes < 0.0 => Err("it can't be negative".into()),
         _ => Err("no machine has as much".into()),
@@ -379,6 +417,8 @@ mod tests {
         let args = ["oncall", "run", "-sys", "be brief", "-ctk", "q8_0", "--", "-sys"].map(OsString::from);
         let want = ["oncall", "run", "--system", "be brief", "--cache-type-k", "q8_0", "--", "-sys"];
         assert_eq!(rewrite(args.into_iter()), want.map(OsString::from));
+        let refused = |args: &[&str]| refuse_foreign(&args.iter().map(OsString::from).collect::<Vec<_>>()).is_err();
+        assert!(refused(&["oncall", "run", "-ngl", "99"]) && !refused(&["oncall", "run", "-n", "9", "--", "-ngl"]));
     }
 
     #[test]
@@ -388,9 +428,10 @@ mod tests {
         assert_eq!(parse_memory("2GB"), Ok(Memory::Bytes(2_000_000_000)));
         assert_eq!(parse_memory("1T"), parse_memory("1TiB"));
         assert_eq!(parse_memory("1TiB"), parse_memory("1024G"));
-        assert_eq!(parse_memory("123"), Ok(Memory::Bytes(123)));
+        assert_eq!(parse_memory("12345678"), Ok(Memory::Bytes(12_345_678)));
+        assert_eq!(parse_memory("123b"), Ok(Memory::Bytes(123)));
         assert_eq!(parse_memory("auto"), Ok(Memory::Auto));
-        for bad in ["", "GiB", "4 parsecs", "-1G", "infG", "NaN", "99999999999999999999G"] {
+        for bad in ["", "4", "GiB", "4 parsecs", "-1G", "infG", "NaN", "99999999999999999999G"] {
             assert!(parse_memory(bad).is_err(), "{bad}");
         }
     }

@@ -1,7 +1,7 @@
 //! `oncall batch`: a file of requests, answered many at a time.
 
 use super::args::ModelArgs;
-use super::{Failure, output};
+use super::{Failure, figures, output};
 use crate::batch::{self, BatchError, Figures, Files, Job};
 use crate::engine::{EMBEDDED_NAME, EngineOptions, embedded_bytes, plan_batch};
 use crate::gguf::Gguf;
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 #[command(
     after_help = "A line of the input: {\"custom_id\": \"a\", \"method\": \"POST\", \"url\": \"/v1/chat/completions\", \
 \"body\": {\"messages\": [...], \"max_tokens\": 100}}; /v1/completions takes a prompt. Each result is written when it's \
-done. What a request gets depends on nothing but itself and the model: after a crash the same command with --resume writes \
+done. What a request gets depends on nothing but itself and the model (unless a lossy flag is given): after a crash the same command with --resume writes \
 what is missing, and the file is what it would have been. docs/batch.md lists the fields.\n\n\
 Exit codes: 0 all answered, 1 a request or the job failed, 2 wrong usage, 130 after Ctrl-C."
 )]
@@ -56,24 +56,20 @@ fn parse_sequences(s: &str) -> Result<Sequences, String> {
 }
 
 pub(super) fn run(a: BatchArgs) -> Result<(), Failure> {
-    let file = |path: &Path| (path != Path::new("-")).then(|| path.to_owned());
-    let files = Files { input: file(&a.input), output: file(&a.output), resume: a.resume };
+    let file =
+        |path: &Path, stream: &str| (path != Path::new("-") && path != Path::new(stream)).then(|| path.to_owned());
+    let files = Files { input: file(&a.input, "/dev/stdin"), output: file(&a.output, "/dev/stdout"), resume: a.resume };
     if a.resume && files.output.is_none() {
         return Err(Failure::usage("--resume needs results in a file to go on with: -o FILE"));
     }
     refuse_same_files(&a)?;
     let job = Job::open(&files)?;
-    let options = options(&a, &job)?;
-    let engine = a.model.load_with(&options)?;
-    let mut progress = Progress::new();
-    let result = batch::run(&engine, job, &mut |f| progress.show(f), &output::stopped);
-    progress.clear();
-    let figures = match result {
-        // Nobody reads the results any more.
-        Err(BatchError::Io { source, .. }) if files.output.is_none() && source.kind() == ErrorKind::BrokenPipe => {
-            return Err(Failure { message: String::new(), code: output::BROKEN_PIPE });
+    let figures = match job.finished() {
+        Some(figures) => {
+            output::note("nothing is left to do");
+            figures
         }
-        other => other?,
+        None => work(&a, &files, job)?,
     };
     output::note(&line(&figures));
     if a.json && files.output.is_some() {
@@ -82,12 +78,31 @@ pub(super) fn run(a: BatchArgs) -> Result<(), Failure> {
         output::tell(&serde_json::to_string(&figures)?);
     }
     match &figures {
-        f if f.interrupted => Err(Failure::interrupted()),
+        f if f.interrupted => {
+            if files.output.is_some() {
+                output::note("stopped; the same command with --resume does the rest");
+            }
+            Err(Failure::interrupted())
+        }
         f if f.failed > 0 => {
             let are = if f.failed == 1 { "is an error" } else { "are errors" };
             Err(Failure::new(format!("{} of {} results {are}", f.failed, f.done)))
         }
         _ => Ok(()),
+    }
+}
+
+/// Loads the model and does the job.
+fn work(a: &BatchArgs, files: &Files, job: Job) -> Result<Figures, Failure> {
+    let engine = a.model.load_with(&options(a, &job)?)?;
+    let mut progress = Progress::new(files.output.is_none());
+    let result = batch::run(&engine, job, &mut |f| progress.show(f), &output::stopped);
+    progress.clear();
+    match result {
+        Err(BatchError::Io { name, source }) if source.kind() == ErrorKind::BrokenPipe => {
+            Err(Failure::new(format!("{name}: nobody reads the results any more; not all were written")))
+        }
+        other => Ok(other?),
     }
 }
 
@@ -154,22 +169,25 @@ fn options(a: &BatchArgs, job: &Job) -> Result<EngineOptions, Failure> {
     Ok(EngineOptions { n_sessions: plan.n_sequences, kv_positions: Some(plan.kv_positions), ..options })
 }
 
-/// How a job stands, in a line.
+/// How a job stands, in a line that fits a terminal.
 fn line(f: &Figures) -> String {
     let total = f.total.map_or(String::new(), |t| format!("/{t}"));
     let mut line = format!("{}{total} done", f.done);
     if f.failed > 0 {
         line += &format!(", {} error{}", f.failed, if f.failed == 1 { "" } else { "s" });
     }
-    line += &format!(", {:.1} tokens/s in, {:.1} out", f.tokens_in_per_s, f.tokens_out_per_s);
+    line += &format!(", {:.0} tokens/s in, {:.0} out", f.tokens_in_per_s, f.tokens_out_per_s);
     if let Some(rate) = f.hit_rate {
-        line += &format!(", experts {:.1}% at hand", 100.0 * rate);
+        line += &format!(", hits {:.1} %", 100.0 * rate);
     }
     if let Some(bytes) = f.bytes_per_token {
-        line += &format!(", {} read a token", output::size(bytes as u64));
+        line += &format!(", {} a token", output::size(bytes as u64));
     }
-    if let Some(left) = f.seconds_left.filter(|_| f.total != Some(f.done)) {
-        line += &format!(", {} left", indicatif::HumanDuration(Duration::from_secs_f64(left)));
+    if let Some(losses) = figures::losses(f.losses) {
+        line += &format!(", {losses}");
+    }
+    if let Some(left) = f.seconds_left.filter(|_| f.total != Some(f.done) && !f.interrupted) {
+        line += &format!(", {:#} left", indicatif::HumanDuration(Duration::from_secs_f64(left)));
     }
     line
 }
@@ -181,8 +199,10 @@ struct Progress {
 }
 
 impl Progress {
-    fn new() -> Self {
-        let bar = std::io::stderr().is_terminal().then(indicatif::ProgressBar::new_spinner);
+    /// `shown`: results go to the standard output, and in a terminal a bar would be drawn over them.
+    fn new(shown: bool) -> Self {
+        let over = shown && std::io::stdout().is_terminal();
+        let bar = (std::io::stderr().is_terminal() && !over).then(indicatif::ProgressBar::new_spinner);
         Progress { bar, shown: Instant::now() }
     }
 

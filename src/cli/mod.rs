@@ -55,8 +55,11 @@ enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
-    /// Print the manual page (roff); `oncall man | man -l -` reads it
-    Man,
+    /// Print a manual page (roff), to be read with `oncall man run | man -l -`
+    Man {
+        /// Of this command [default: of oncall]
+        command: Option<String>,
+    },
 }
 
 /// Why a command failed: what to print, and the exit code.
@@ -102,8 +105,12 @@ pub fn main() -> ExitCode {
         // It would panic where stderr can't be written.
         .log_internal_errors(false)
         .init();
-    let cli = Cli::parse_from(args::rewrite(std::env::args_os()));
-    match output::handle_ctrl_c().and_then(|()| run(cli.command)) {
+    let args: Vec<_> = std::env::args_os().collect();
+    let command = |()| {
+        args::refuse_foreign(&args)?;
+        run(Cli::parse_from(args::rewrite(args.into_iter())).command)
+    };
+    match output::handle_ctrl_c().and_then(command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(f) => {
             if !f.message.is_empty() {
@@ -134,17 +141,29 @@ fn run(command: Command) -> Result<(), Failure> {
             clap_complete::generate(shell, &mut Cli::command(), "oncall", &mut script);
             output::bytes(&script)
         }
-        Command::Man => {
-            let mut page = Vec::new();
-            clap_mangen::Man::new(Cli::command()).render(&mut page)?;
-            output::bytes(&page)
-        }
+        Command::Man { command } => man(command.as_deref()),
     };
     match result {
         // Nobody reads on: that's how `| head` ends a command, not a failure.
         Err(f) if f.code == output::BROKEN_PIPE => Ok(()),
         other => other,
     }
+}
+
+/// A command's page, or the program's.
+fn man(command: Option<&str>) -> Result<(), Failure> {
+    let mut all = Cli::command();
+    all.build();
+    let page_of = match command {
+        None => all,
+        Some(name) => all
+            .find_subcommand(name)
+            .cloned()
+            .ok_or_else(|| Failure::usage(format!("there is no command {name:?}; `oncall --help` lists them")))?,
+    };
+    let mut page = Vec::new();
+    clap_mangen::Man::new(page_of).render(&mut page)?;
+    output::bytes(&page)
 }
 
 #[cfg(test)]

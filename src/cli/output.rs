@@ -55,7 +55,12 @@ pub(super) fn bar(what: &str, unit: &str) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
     let counts =
         if unit == "bytes" { "{bytes} of {total_bytes}".to_string() } else { format!("{{pos}} of {{len}} {unit}") };
-    if let Ok(style) = ProgressStyle::with_template(&format!("{{msg}} {{bar:30}} {counts}{{left}}")) {
+    // What stands beside the bar takes up to so many columns; a line that reaches the edge couldn't be cleared after a `^C`.
+    const BESIDE: usize = 45;
+    let (terminal_size::Width(width), _) = terminal_size::terminal_size_of(std::io::stderr())
+        .unwrap_or((terminal_size::Width(80), terminal_size::Height(24)));
+    let cells = usize::from(width).saturating_sub(what.len() + BESIDE).clamp(1, 30);
+    if let Ok(style) = ProgressStyle::with_template(&format!("{{msg}} {{bar:{cells}}} {counts}{{left}}")) {
         // Nothing is known before the first step.
         bar.set_style(style.with_key("left", |s: &ProgressState, out: &mut dyn std::fmt::Write| {
             if s.pos() > 0 {
@@ -83,13 +88,40 @@ static STOPPED: AtomicBool = AtomicBool::new(false);
 
 /// Makes Ctrl-C end the program, without the files that aren't finished.
 pub(super) fn handle_ctrl_c() -> Result<(), Failure> {
-    ctrlc::set_handler(|| {
+    on_signal(|| {
         if STOPPED.swap(true, SeqCst) || !CAUGHT.load(SeqCst) {
             crate::gguf::remove_unfinished();
             std::process::exit(130);
         }
-    })?;
+    })
+}
+
+/// Calls `f` for each signal that asks the program to end.
+#[cfg(unix)]
+fn on_signal(f: impl Fn() + Send + 'static) -> Result<(), Failure> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    let mut signals = vec![SIGINT, SIGTERM];
+    // `nohup` ignores it, so that a job outlives its terminal.
+    if !is_ignored(SIGHUP) {
+        signals.push(SIGHUP);
+    }
+    let mut signals = signal_hook::iterator::Signals::new(signals)?;
+    std::thread::Builder::new().name("oncall-signals".into()).spawn(move || signals.forever().for_each(|_| f()))?;
     Ok(())
+}
+
+#[cfg(not(unix))]
+fn on_signal(f: impl FnMut() + Send + 'static) -> Result<(), Failure> {
+    ctrlc::set_handler(f)?;
+    Ok(())
+}
+
+/// Whether the program was started with this signal ignored, where the system says so.
+#[cfg(unix)]
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|l| u64::from_str_radix(l.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
 /// Makes the first Ctrl-C only ask for an end, for a command that looks whether it has [`stopped`].

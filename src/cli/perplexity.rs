@@ -105,7 +105,8 @@ pub(super) fn run(mut a: PerplexityArgs) -> Result<(), Failure> {
     while a.chunks.is_none_or(|most| n_chunks < most as usize) {
         let chunk = text.next(n_ctx).map_err(|e| Failure::new(format!("{}: {e}", a.file.display())))?;
         let Some(chunk) = chunk else { break };
-        bar.set_length(a.chunks.map_or(0, u64::from).max(n_chunks as u64 + 1 + (text.tokens.len() / n_ctx) as u64));
+        let in_text = n_chunks as u64 + 1 + (text.tokens.len() / n_ctx) as u64;
+        bar.set_length(a.chunks.map_or(in_text, |most| in_text.min(most.into())));
         let scored = score(&engine, &chunk, &mut base, &mut sums);
         if output::stopped() {
             return Err(Failure::interrupted());

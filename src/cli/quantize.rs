@@ -32,7 +32,7 @@ pub(super) fn run(a: QuantizeArgs) -> Result<(), Failure> {
     let source = Gguf::open(&a.from)?;
     let plan = Plan::new(&source, mixture)?;
     output::catch_ctrl_c();
-    let bar = output::bar("quantising", "bytes");
+    let bar = output::bar("writing the model", "bytes");
     let result = plan.write(&a.to, a.overwrite, &mut |done, total| {
         // Nothing was in the way of beginning.
         if let Some(t) = plan.rounded_twice().filter(|_| done == 0) {

@@ -61,8 +61,12 @@ pub(super) fn run(a: TokenizeArgs) -> Result<(), Failure> {
         return output::json(&tokens);
     }
     let mut out = String::new();
-    for t in &tokens {
-        writeln!(out, "{:>7}  {:?}", t.id, t.piece)?;
+    for Token { id, piece } in &tokens {
+        match t.token_bytes(*id) {
+            // Part of a character.
+            bytes if std::str::from_utf8(&bytes).is_err() => writeln!(out, "{id:>7}  \"{}\"", bytes.escape_ascii())?,
+            _ => writeln!(out, "{id:>7}  {piece:?}")?,
+        }
     }
     output::text(&out)?;
     output::note(&output::counted(tokens.len(), "token"));

@@ -115,18 +115,15 @@ pub fn plan_batch(
 fn choose(all: &[(usize, Budget, f64)], shape: &BatchShape, n_ctx: usize, experts: f64) -> BatchPlan {
     let best = all.iter().map(|c| c.2).fold(0.0, f64::max);
     let at = all.iter().position(|c| c.2 * WORTH >= best).unwrap_or(0);
-    let (n, budget, rate) = all[at];
+    let (n, budget, _) = all[at];
     let sequences = if n == 1 { "1 sequence".into() } else { format!("{n} sequences") };
     let slots = if experts > 0.0 {
         format!(" leave slots for {:.0}% of the experts", 100.0 * budget.slots as f64 / experts)
     } else {
         String::new()
     };
-    let why = format!(
-        "{sequences}: {} MiB of KV cache{slots}; expected {:.1} times the tokens/s of one",
-        budget.kv >> 20,
-        rate / all[0].2
-    );
+    let others = if all.len() > 1 { "; by estimate neither more nor fewer write more tokens/s" } else { "" };
+    let why = format!("{sequences}: {} MiB of KV cache{slots}{others}", budget.kv >> 20);
     BatchPlan { n_sequences: n, kv_positions: kv_positions(shape, n, n_ctx), why }
 }
 

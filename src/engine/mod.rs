@@ -275,6 +275,11 @@ impl Engine {
         &self.0.tokenizer
     }
 
+    /// What it was loaded with.
+    pub fn options(&self) -> &EngineOptions {
+        &self.0.options
+    }
+
     /// The instruction set that it computes with.
     pub fn isa(&self) -> Isa {
         self.0.isa

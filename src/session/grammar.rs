@@ -174,6 +174,7 @@ fn check_levels(what: &'static str, n_levels: usize, most: usize) -> Result<usiz
 /// At least as deep as compiling a schema recurses: it follows each reference once, so that all that are referred to may stand upon
 /// each other.
 fn schema_levels(schema: &Value) -> Result<usize, GrammarError> {
+    check_numbers(schema)?;
     let mut references = HashSet::new();
     let mut n = levels(schema, &mut references);
     for reference in references {
@@ -188,6 +189,24 @@ fn schema_levels(schema: &Value) -> Result<usize, GrammarError> {
         n += 1 + to.map_or(0, |to| levels(to, &mut HashSet::new()));
     }
     check_levels(SCHEMA, n, MAX_SCHEMA_LEVELS)
+}
+
+/// llguidance computes with bounds as 64-bit floats: beyond 2^53 what it allows would be other numbers than the schema does.
+fn check_numbers(schema: &Value) -> Result<(), GrammarError> {
+    const LARGEST: f64 = (1u64 << 53) as f64;
+    const OF_NUMBERS: [&str; 5] = ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"];
+    match schema {
+        Value::Object(fields) => fields.iter().try_for_each(|(name, v)| match v {
+            Value::Number(n) if OF_NUMBERS.contains(&&**name) && n.as_f64().is_none_or(|x| x.abs() > LARGEST) => {
+                Err(GrammarError::Schema(format!("{name} {n} isn't supported: it's beyond 2^53")))
+            }
+            // Data, not schemas.
+            _ if ["enum", "const", "default", "examples"].contains(&&**name) => Ok(()),
+            _ => check_numbers(v),
+        }),
+        Value::Array(list) => list.iter().try_for_each(check_numbers),
+        _ => Ok(()),
+    }
 }
 
 /// The levels of objects and lists in each other, and what they refer to.
