@@ -134,6 +134,12 @@ pub enum EngineError {
         /// The context's length.
         n_ctx: usize,
     },
+    /// A session that another engine made.
+    #[error(
+        "the session belongs to another engine, whose keys and values this one can't read: begin one with this engine's `session` or `restore`, or \
+         compute it with its own engine"
+    )]
+    OtherEngine,
     /// The queue's worker is gone.
     #[error("the engine stopped before this was done: its queue's worker ended; load the model again")]
     Stopped,

@@ -205,3 +205,10 @@ fn a_block_that_is_still_written_can_not_be_held() {
     append(&mut seq, KV_BLOCK + 1, 1).unwrap();
     seq.hold(1);
 }
+
+#[test]
+#[should_panic(expected = "different pools")]
+fn a_block_of_tokens_has_sequences_of_one_pool() {
+    let (one, other) = (pool(KvType::F16, 1), pool(KvType::F32, 1));
+    drop(crate::ops::attention::KvBatch::new([(&mut SeqKv::new(&one), 1), (&mut SeqKv::new(&other), 1)]));
+}
