@@ -79,3 +79,9 @@ fn sessions_of_other_engines_are_refused() {
     // A clone is the same engine.
     one.clone().forward(&mut [input(&mut own)]).unwrap();
 }
+
+#[test]
+fn more_sequences_than_can_be_counted_are_refused() {
+    let o = EngineOptions { kv_positions: Some(1024), memory: Memory::Bytes(1 << 30), ..options(1 << 60) };
+    assert!(matches!(Engine::embedded(&o), Err(EngineError::Budget { .. })));
+}
