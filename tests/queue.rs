@@ -66,6 +66,98 @@ fn within<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
 }
 
 #[test]
+fn the_end_of_a_request_for_nothing_may_begin_another() {
+    for n_predict in [0, 1] {
+        let engine = engine(options(1));
+        let (send, events) = mpsc::channel();
+        let other = engine.clone();
+        let on_event = move |event| {
+            if matches!(event, Event::Finished(_)) {
+                let send = send.clone();
+                other.submit_with(request([1, 600], 2), move |event| drop(send.send(event))).unwrap();
+            }
+        };
+        engine.submit_with(request([1, 500], n_predict), on_event).unwrap();
+        assert_eq!(within(move || got(events).0.len()), 2);
+        // Without a thread of its own, a queue isn't done before the follow-up is.
+        let (queue, (send, events)) = (Arc::new(Queue::new(&engine, 1)), mpsc::channel());
+        let weak = Arc::downgrade(&queue);
+        let on_event = move |event| {
+            if let (Event::Finished(_), Some(queue)) = (event, weak.upgrade()) {
+                let send = send.clone();
+                queue.submit(request([1, 600], 2), move |event| drop(send.send(event))).unwrap();
+            }
+        };
+        queue.submit(request([1, 500], n_predict), on_event).unwrap();
+        within(move || queue.drive());
+        assert_eq!(got(events.try_iter()).0.len(), 2);
+    }
+}
+
+#[test]
+fn the_last_engine_may_go_with_a_request_for_nothing() {
+    let engine = engine(options(1));
+    let (send, events) = mpsc::channel();
+    let (go_on, may_go_on) = mpsc::channel::<()>();
+    let on_event = move |event| {
+        // Until the request's own engine is the only one.
+        may_go_on.recv().unwrap();
+        send.send(event).unwrap();
+    };
+    engine.submit_with(request([1, 500], 0), on_event).unwrap();
+    drop(engine);
+    go_on.send(()).unwrap();
+    // The channel ends when the request was dropped, and with it the engine.
+    let events: Vec<Event> = within(move || events.iter().collect());
+    assert!(matches!(events[..], [Event::Finished(f)] if f.finish == Finish::Length), "{events:?}");
+}
+
+/// Panics when it's dropped.
+struct Grenade;
+
+impl Drop for Grenade {
+    fn drop(&mut self) {
+        panic!("in a destructor");
+    }
+}
+
+#[test]
+fn a_callback_that_panics_ends_its_request_alone() {
+    let engine = engine(options(4));
+    let want = alone(&engine, &request([1, 600], 60));
+    let neighbour = engine.submit(request([1, 600], 60)).unwrap();
+    let calls = Arc::new(Mutex::new(Vec::new()));
+    let log = calls.clone();
+    let on_piece = move |event: Event| {
+        log.lock().unwrap().push(event);
+        panic!("on a piece");
+    };
+    engine.submit_with(request([1, 500], 20), on_piece).unwrap();
+    let on_finished = move |event| assert!(matches!(event, Event::Piece(_)), "on its end");
+    engine.submit_with(request([1, 500], 2), on_finished).unwrap();
+    let grenade = Grenade;
+    engine.submit_with(request([1, 500], 2), move |_| assert_eq!(size_of_val(&grenade), 0)).unwrap();
+    assert_eq!(within(move || got(neighbour)).0, want);
+    let later = engine.submit(request([1, 600], 60)).unwrap();
+    assert_eq!(within(move || got(later)).0, want);
+    assert_eq!(calls.lock().unwrap().len(), 1, "it isn't called again");
+    let s = engine.queue_stats();
+    assert_eq!((s.n_finished, s.n_cancelled, s.n_failed), (4, 1, 0));
+}
+
+#[test]
+fn who_hears_of_an_end_finds_it_counted_and_the_room_free() {
+    let engine = engine(EngineOptions { kv_positions: Some(2 * KV_BLOCK), ..options(1) });
+    for i in 0..100 {
+        let mut stream = engine.submit(request([1, 500], 2)).unwrap();
+        assert!(stream.any(|event| matches!(event, Event::Finished(_))));
+        let s = engine.queue_stats();
+        assert_eq!((s.n_finished, s.n_running, s.n_written), (i + 1, 0, 2 * (i + 1)));
+        engine.session().feed(&[7; 2 * KV_BLOCK], &mut |_| true).unwrap();
+    }
+}
+
+#[test]
 fn sessions_of_other_engines_are_refused() {
     let one = engine(options(1));
     let other = engine(EngineOptions { type_k: KvType::F32, ..options(1) });

@@ -140,8 +140,10 @@ pub enum EngineError {
          compute it with its own engine"
     )]
     OtherEngine,
-    /// The queue's worker is gone.
-    #[error("the engine stopped before this was done: its queue's worker ended; load the model again")]
+    /// The queue was dropped, or its worker died of a mistake in the engine. A panic in a request's own callback doesn't do that.
+    #[error(
+        "the queue ended before this was done: submit it to another one; if it was the engine's own, load the model again"
+    )]
     Stopped,
     /// A file that was to be written.
     #[error(transparent)]

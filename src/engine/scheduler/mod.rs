@@ -10,6 +10,7 @@ use super::generate::{Finish, GenerationParams, Piece, Writer};
 use super::{Engine, EngineError};
 use run::{Scheduler, Sequence};
 use std::cmp::Reverse;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError, mpsc};
 
@@ -38,7 +39,7 @@ pub enum Event {
 /// A request that is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Finished {
-    /// Why it ended.
+    /// Why it ended. [`Finish::Stop`] also when the text is complete by its grammar.
     pub finish: Finish,
     /// Tokens of the prompt.
     pub n_prompt: usize,
@@ -83,24 +84,33 @@ pub struct QueueStats {
     pub n_waiting: usize,
 }
 
-/// Where a request's events go. It says how the request ended in any case, even if the worker dies.
+/// Where a request's events go. It says how the request ended in any case, even if the worker dies. A panic there is the end of this
+/// request alone.
 struct Sink {
-    send: Box<dyn FnMut(Event) + Send>,
+    on_event: Option<Box<dyn FnMut(Event) + Send>>,
+    /// The last event was sent, or the callback panicked: it isn't called again.
     ended: bool,
 }
 
 impl Sink {
+    fn new(on_event: Box<dyn FnMut(Event) + Send>) -> Self {
+        Sink { on_event: Some(on_event), ended: false }
+    }
+
     fn send(&mut self, event: Event) {
-        self.ended = !matches!(event, Event::Piece(_));
-        (self.send)(event);
+        let Some(on_event) = self.on_event.as_mut().filter(|_| !self.ended) else { return };
+        let is_last = !matches!(event, Event::Piece(_));
+        // Nobody but this request sees what a panic leaves behind in the callback, which isn't called again.
+        let panicked = catch_unwind(AssertUnwindSafe(|| on_event(event))).is_err();
+        self.ended = is_last || panicked;
     }
 }
 
 impl Drop for Sink {
     fn drop(&mut self) {
-        if !self.ended {
-            self.send(Event::Failed(Arc::new(EngineError::Stopped)));
-        }
+        self.send(Event::Failed(Arc::new(EngineError::Stopped)));
+        let on_event = self.on_event.take();
+        drop(catch_unwind(AssertUnwindSafe(|| drop(on_event))));
     }
 }
 
@@ -173,7 +183,7 @@ impl Shared {
             n_shared: None,
             path: Vec::new(),
             cancelled: cancelled.clone(),
-            sink: Sink { send: on_event, ended: false },
+            sink: Sink::new(on_event),
         });
         drop(inbox);
         self.wake.notify_all();
@@ -183,12 +193,18 @@ impl Shared {
     /// Takes up what came in, and does one step. False when there is nothing left to do.
     fn step(&self) -> bool {
         let mut scheduler = lock(&self.scheduler);
-        for s in std::mem::take(&mut lock(&self.inbox).new) {
-            scheduler.add(s);
-        }
+        // A statement of its own: the inbox isn't locked any more when a request ends that is never begun.
+        let new = std::mem::take(&mut lock(&self.inbox).new);
+        new.into_iter().for_each(|s| scheduler.add(s));
         let more = scheduler.step();
+        let ended = std::mem::take(&mut scheduler.ended);
         *lock(&self.stats) = scheduler.stats;
-        more
+        drop(scheduler);
+        // Without a lock, since what is called may submit, and what is dropped may be the last of the engine.
+        for (mut s, event) in ended {
+            s.sink.send(event);
+        }
+        more || !lock(&self.inbox).new.is_empty()
     }
 
     /// The worker's life: works while there is work, sleeps while there is none, ends when the engine does.
@@ -216,12 +232,13 @@ impl Drop for Closes {
         let left = std::mem::take(&mut inbox.new);
         drop(inbox);
         drop(left);
-        // Only a step that is under way holds the lock: this is then the last engine, going with the last sequence.
-        match self.0.scheduler.try_lock() {
+        // Only a step that is under way holds the lock: its thread closes the queue once more when it ends.
+        let left = match self.0.scheduler.try_lock() {
             Ok(mut scheduler) => scheduler.abandon(),
             Err(TryLockError::Poisoned(e)) => e.into_inner().abandon(),
-            Err(TryLockError::WouldBlock) => {}
-        }
+            Err(TryLockError::WouldBlock) => Vec::new(),
+        };
+        drop(left);
         self.0.wake.notify_all();
     }
 }
@@ -232,7 +249,8 @@ impl Queue {
         Queue { engine: engine.clone(), shared: Shared::new(max_sequences) }
     }
 
-    /// Puts a request in. [`Queue::drive`] works on it.
+    /// Puts a request in. [`Queue::drive`] works on it, and calls `on_event` meanwhile: that may submit and cancel, but not drive. If it
+    /// panics, its request is cancelled, and it isn't called again; the other requests go on.
     ///
     /// # Errors
     /// A request that can never be done: empty, longer than the context, a token or a parameter out of its range.
@@ -254,7 +272,7 @@ impl Queue {
         while self.step() {}
     }
 
-    /// What it has done so far.
+    /// What it has done so far. A request is counted before its last event is handed out.
     pub fn stats(&self) -> QueueStats {
         *lock(&self.shared.stats)
     }
@@ -320,7 +338,8 @@ impl Engine {
         Ok(Stream { events, ticket })
     }
 
-    /// As [`Engine::submit`], with the events handed to `on_event` on the queue's thread, which waits for it.
+    /// As [`Engine::submit`], with the events handed to `on_event` on the queue's thread, which waits for it: it may submit and cancel, but
+    /// not wait for another request. If it panics, its request is cancelled, and it isn't called again; the other requests go on.
     ///
     /// # Errors
     /// As [`Engine::submit`].
@@ -332,7 +351,7 @@ impl Engine {
         self.worker()?.submit(self, request, Box::new(on_event))
     }
 
-    /// What the engine's queue has done so far.
+    /// What the engine's queue has done so far. A request is counted before its last event is handed out.
     pub fn queue_stats(&self) -> QueueStats {
         self.0.queue.get().map(|q| *lock(&q.0.stats)).unwrap_or_default()
     }

@@ -84,15 +84,14 @@ impl Sequence {
         }
     }
 
-    fn finish(mut self, finish: Finish) {
-        let done = Finished {
+    fn finished(&self, finish: Finish) -> Finished {
+        Finished {
             finish,
             n_prompt: self.n_prompt,
             n_shared: self.n_shared.unwrap_or(0),
             n_written: self.writer.n_written(),
             seed: self.writer.seed(),
-        };
-        self.sink.send(Event::Finished(done));
+        }
     }
 }
 
@@ -104,13 +103,16 @@ pub(super) struct Scheduler {
     /// In the order of their rank.
     waiting: Vec<Sequence>,
     prefixes: Prefixes<HeldBlock>,
+    /// Those that are done, and their last events: for the caller to hand out, when the figures count them.
+    pub ended: Vec<(Sequence, Event)>,
     pub stats: QueueStats,
 }
 
 impl Scheduler {
     pub fn new(max_sequences: usize) -> Self {
-        let (running, waiting, stats) = Default::default();
-        Scheduler { max_sequences: max_sequences.max(1), running, waiting, prefixes: Prefixes::new(), stats }
+        let (running, waiting, ended, stats) = Default::default();
+        let prefixes = Prefixes::new();
+        Scheduler { max_sequences: max_sequences.max(1), running, waiting, prefixes, ended, stats }
     }
 
     /// Takes a request up.
@@ -139,10 +141,9 @@ impl Scheduler {
         !(self.running.is_empty() && self.waiting.is_empty())
     }
 
-    /// Lets go of all sequences; they say that they weren't done.
-    pub fn abandon(&mut self) {
-        let (running, waiting) = (std::mem::take(&mut self.running), std::mem::take(&mut self.waiting));
-        drop((running, waiting));
+    /// Lets go of all sequences; dropping these tells that they weren't done.
+    pub fn abandon(&mut self) -> Vec<Sequence> {
+        self.running.drain(..).chain(self.waiting.drain(..)).collect()
     }
 
     fn end(&mut self, s: Sequence, finish: Finish) {
@@ -150,12 +151,19 @@ impl Scheduler {
             Finish::Cancelled => self.stats.n_cancelled += 1,
             _ => self.stats.n_finished += 1,
         }
-        s.finish(finish);
+        let done = s.finished(finish);
+        self.ended(s, Event::Finished(done));
     }
 
-    fn fail(&mut self, mut s: Sequence, error: Arc<EngineError>) {
+    fn fail(&mut self, s: Sequence, error: Arc<EngineError>) {
         self.stats.n_failed += 1;
-        s.sink.send(Event::Failed(error));
+        self.ended(s, Event::Failed(error));
+    }
+
+    fn ended(&mut self, mut s: Sequence, event: Event) {
+        // Who hears of it can have its blocks.
+        s.session.truncate(0);
+        self.ended.push((s, event));
     }
 
     fn drop_cancelled(&mut self) {
@@ -309,6 +317,9 @@ impl Scheduler {
             self.stats.n_written += u64::from(piece.token.is_some());
             s.tokens.extend(piece.token);
             s.sink.send(Event::Piece(piece));
+        }
+        if s.sink.ended {
+            return self.end(s, Finish::Cancelled);
         }
         match s.writer.finish() {
             Some(finish) => self.end(s, finish),
