@@ -146,6 +146,18 @@ fn a_callback_that_panics_ends_its_request_alone() {
 }
 
 #[test]
+fn all_threads_of_a_pool_can_wait_for_the_queue() {
+    let engine = engine(options(8));
+    let prompts: Vec<Request> = (0..8).map(|i| request([1, 500 + i], 20)).collect();
+    let want: Vec<Vec<u32>> = prompts.iter().map(|r| alone(&engine, r)).collect();
+    let texts = within(move || {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
+        pool.install(|| prompts.par_iter().map(|r| got(engine.submit(r.clone()).unwrap()).0).collect::<Vec<_>>())
+    });
+    assert_eq!(texts, want);
+}
+
+#[test]
 fn who_hears_of_an_end_finds_it_counted_and_the_room_free() {
     let engine = engine(EngineOptions { kv_positions: Some(2 * KV_BLOCK), ..options(1) });
     for i in 0..100 {
