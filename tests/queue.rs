@@ -146,6 +146,64 @@ fn a_callback_that_panics_ends_its_request_alone() {
 }
 
 #[test]
+fn what_the_queue_only_keeps_is_a_sessions_when_it_needs_room() {
+    let engine = engine(EngineOptions { n_ctx: Some(1024), ..options(1) });
+    let prompts: Vec<Request> = (0..4).map(|i| request((0..300).map(|t| 300 + i * 400 + t), 2)).collect();
+    let first: Vec<Vec<u32>> = prompts.iter().map(|r| got(engine.submit(r.clone()).unwrap()).0).collect();
+    assert_eq!(engine.queue_stats().n_kept_blocks, 15);
+    let mut session = engine.session();
+    session.feed(&[7; 600], &mut |_| true).unwrap();
+    // Another queue's are as good.
+    let queue = Queue::new(&engine, 1);
+    let (send, events) = mpsc::channel();
+    queue.submit(request([9; 370], 2), move |event| drop(send.send(event))).unwrap();
+    queue.drive();
+    assert_eq!(got(events).0.len(), 2);
+    // What is in use isn't given away.
+    let full = engine.session().feed(&[7; 600], &mut |_| true);
+    assert!(matches!(full, Err(EngineError::Kv(KvError::Full { total: 16, .. }))), "{full:?}");
+    for (r, first) in prompts.into_iter().zip(first) {
+        assert_eq!(got(engine.submit(r).unwrap()).0, first);
+    }
+}
+
+/// Locks are taken in one order, and what one thread takes away doesn't spoil what another one reads.
+#[test]
+fn sessions_and_queues_contend_for_blocks() {
+    let reference = engine(options(1));
+    let requests: Vec<Request> = (0..6).map(|i| request((0..70 + 10 * i).map(|t| 300 + i / 2 * 100 + t), 70)).collect();
+    let want: Vec<Vec<u32>> = requests.iter().map(|r| alone(&reference, r)).collect();
+    let engine = engine(EngineOptions { kv_positions: Some(8 * KV_BLOCK), ..options(3) });
+    within(move || {
+        std::thread::scope(|scope| {
+            for t in 0..2 {
+                let engine = &engine;
+                scope.spawn(move || {
+                    for i in 0..40 {
+                        // It may be full; then the next one tries.
+                        let _ = engine.session().feed(&vec![300 + i; 100 + 60 * t], &mut |_| true);
+                    }
+                });
+            }
+            for round in 0..6 {
+                let streams: Vec<_> = requests.iter().map(|r| engine.submit(r.clone()).unwrap()).collect();
+                for (stream, want) in streams.into_iter().zip(&want) {
+                    let last = stream.fold((Vec::new(), None), |(mut tokens, _), event| {
+                        tokens.extend(if let Event::Piece(p) = &event { p.token } else { None });
+                        (tokens, Some(event))
+                    });
+                    match last {
+                        (tokens, Some(Event::Finished(_))) => assert_eq!(tokens, *want, "round {round}"),
+                        (_, Some(Event::Failed(e))) => assert!(e.to_string().contains("KV cache is full"), "{e}"),
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+        });
+    });
+}
+
+#[test]
 fn all_threads_of_a_pool_can_wait_for_the_queue() {
     let engine = engine(options(8));
     let prompts: Vec<Request> = (0..8).map(|i| request([1, 500 + i], 20)).collect();

@@ -8,6 +8,7 @@ mod run;
 
 use super::generate::{Finish, GenerationParams, Piece, Writer};
 use super::{Engine, EngineError};
+use crate::ops::kv::KvPool;
 use run::{Scheduler, Sequence};
 use std::cmp::Reverse;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -76,7 +77,7 @@ pub struct QueueStats {
     pub n_written: u64,
     /// Passes through the model.
     pub n_steps: u64,
-    /// KV blocks of beginnings that are kept for others.
+    /// KV blocks of texts that are kept for others that begin alike, until somebody needs their room.
     pub n_kept_blocks: usize,
     /// Sequences that run.
     pub n_running: usize,
@@ -142,11 +143,11 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    fn new(max_sequences: usize) -> Arc<Self> {
+    fn new(max_sequences: usize, pool: &KvPool) -> Arc<Self> {
         Arc::new(Shared {
             inbox: Mutex::default(),
             wake: Condvar::new(),
-            scheduler: Mutex::new(Scheduler::new(max_sequences)),
+            scheduler: Mutex::new(Scheduler::new(max_sequences, pool)),
             stats: Mutex::default(),
         })
     }
@@ -246,7 +247,7 @@ impl Drop for Closes {
 impl Queue {
     /// A queue for this engine that runs up to so many sequences at the same time.
     pub fn new(engine: &Engine, max_sequences: usize) -> Self {
-        Queue { engine: engine.clone(), shared: Shared::new(max_sequences) }
+        Queue { engine: engine.clone(), shared: Shared::new(max_sequences, &engine.0.kv) }
     }
 
     /// Puts a request in. [`Queue::drive`] works on it, and calls `on_event` meanwhile: that may submit and cancel, but not drive. If it
@@ -362,7 +363,7 @@ impl Engine {
         if let Some(queue) = self.0.queue.get() {
             return Ok(&queue.0);
         }
-        let shared = Shared::new(self.0.options.n_sessions);
+        let shared = Shared::new(self.0.options.n_sessions, &self.0.kv);
         let queue = self.0.queue.get_or_init(|| Closes(shared.clone()));
         // Whoever came second finds the first one's queue, and its own is dropped unused.
         if Arc::ptr_eq(&queue.0, &shared) {
@@ -377,5 +378,27 @@ impl Engine {
                 .map_err(|source| EngineError::System { what: "a thread for the queue", source })?;
         }
         Ok(&queue.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::EngineOptions;
+
+    /// Whoever still has a ticket keeps a queue that is gone, but nothing of the KV cache.
+    #[test]
+    fn a_queue_that_goes_gives_its_blocks_back() {
+        let o = EngineOptions { n_ctx: Some(256), n_threads: Some(1), ..EngineOptions::default() };
+        let engine = Engine::embedded(&o).unwrap();
+        let params = GenerationParams { n_predict: Some(2), ..GenerationParams::default() };
+        let request = Request { prompt: (300..430).collect(), params, priority: 0 };
+        let queue = Queue::new(&engine, 1);
+        let ticket = queue.submit(request, |_| ()).unwrap();
+        queue.drive();
+        assert_eq!((queue.stats().n_kept_blocks, engine.0.kv.n_free()), (2, 2));
+        drop(queue);
+        assert_eq!(engine.0.kv.n_free(), 4);
+        drop(ticket);
     }
 }
