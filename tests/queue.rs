@@ -204,6 +204,47 @@ fn sessions_and_queues_contend_for_blocks() {
 }
 
 #[test]
+fn the_urgent_take_the_blocks_of_the_less_urgent() {
+    // Places for all, blocks for one.
+    let engine = engine(EngineOptions { kv_positions: Some(4 * KV_BLOCK), ..options(4) });
+    let (low, high) = (request(300..320, 200), Request { priority: 100, ..request(600..720, 5) });
+    let (want_low, want_high) = (alone(&engine, &low), alone(&engine, &high));
+    let queue = Queue::new(&engine, 4);
+    let (send_low, low_events) = mpsc::channel();
+    let (send_high, high_events) = mpsc::channel();
+    queue.submit(low, move |event| drop(send_low.send(event))).unwrap();
+    (0..130).for_each(|_| assert!(queue.step()));
+    queue.submit(high, move |event| drop(send_high.send(event))).unwrap();
+    (0..10).for_each(|_| assert!(queue.step()));
+    assert_eq!((got(high_events).0, queue.stats().n_preempted), (want_high, 1));
+    queue.drive();
+    assert_eq!(got(low_events).0, want_low);
+}
+
+#[test]
+fn nobody_yields_to_who_finds_no_room_then_either() {
+    let engine = engine(EngineOptions { kv_positions: Some(4 * KV_BLOCK), ..options(1) });
+    let mut outside = engine.session();
+    outside.feed(&[7; 2 * KV_BLOCK], &mut |_| true).unwrap();
+    let low = request(300..310, 30);
+    let want = alone(&engine, &low);
+    let queue = Queue::new(&engine, 1);
+    let (send, events) = mpsc::channel();
+    queue.submit(low, move |event| drop(send.send(event))).unwrap();
+    (0..5).for_each(|_| assert!(queue.step()));
+    let (send_high, high_events) = mpsc::channel();
+    let high = Request { priority: 100, ..request(600..750, 5) };
+    queue.submit(high.clone(), move |event| drop(send_high.send(event))).unwrap();
+    (0..5).for_each(|_| assert!(queue.step()));
+    assert_eq!((queue.stats().n_preempted, queue.stats().n_running), (0, 1));
+    drop(outside);
+    queue.step();
+    assert_eq!((queue.stats().n_preempted, queue.stats().n_running), (1, 1));
+    queue.drive();
+    assert_eq!((got(events).0, got(high_events).0), (want, alone(&engine, &high)));
+}
+
+#[test]
 fn all_threads_of_a_pool_can_wait_for_the_queue() {
     let engine = engine(options(8));
     let prompts: Vec<Request> = (0..8).map(|i| request([1, 500 + i], 20)).collect();

@@ -76,10 +76,26 @@ pub(super) fn step(seqs: &[Running], free: usize, max_tokens: usize) -> Vec<usiz
 
 /// Whether one more sequence should join. It has to find room for all that is known of it and for a block of its writing, after what
 /// the running ones will take likewise: joining only to be preempted at once would be computing for nothing.
-pub(super) fn may_join(seqs: &[Running], free: usize, joins: &Running) -> bool {
+fn may_join(seqs: &[Running], free: usize, joins: &Running) -> bool {
     // Alone it needs no reserve: there is nobody whom it could be in the way of.
     let wanted = if seqs.is_empty() { joins.more(joins.todo) } else { joins.soon() };
     seqs.iter().map(Running::soon).sum::<usize>() + wanted <= free
+}
+
+/// How many of the last sequences have to be preempted so that one more can join; of them the last `n_below` may be, being of lower
+/// priority. `None` if it doesn't find a place and room with all of these gone: then nobody is.
+pub(super) fn join(
+    seqs: &[Running],
+    n_below: usize,
+    max_sequences: usize,
+    free: usize,
+    joins: &Running,
+) -> Option<usize> {
+    (0..=n_below).find(|n| {
+        let (stay, leave) = seqs.split_at(seqs.len() - n);
+        let free = free + leave.iter().map(|s| s.own).sum::<usize>();
+        stay.len() < max_sequences && may_join(stay, free, joins)
+    })
 }
 
 #[cfg(test)]
@@ -142,6 +158,24 @@ mod tests {
                 // Even if everything known were computed in this very step, nobody would be preempted.
                 prop_assert_eq!(step(&all, free, usize::MAX).len(), all.len());
             }
+        }
+
+        #[test]
+        fn nobody_yields_for_nothing(
+            seqs in prop::collection::vec(any_running(), 0..8),
+            below in 0usize..8,
+            max_sequences in 1usize..9,
+            free in 0usize..60,
+            joins in any_running(),
+        ) {
+            let n_below = below.min(seqs.len());
+            let fits = |n: usize| {
+                let own: usize = seqs[seqs.len() - n..].iter().map(|s| s.own).sum();
+                seqs.len() - n < max_sequences && may_join(&seqs[..seqs.len() - n], free + own, &joins)
+            };
+            let n = join(&seqs, n_below, max_sequences, free, &joins);
+            prop_assert!(n.is_none_or(|n| n <= n_below && fits(n) && (0..n).all(|n| !fits(n))));
+            prop_assert!(n.is_some() || (0..=n_below).all(|n| !fits(n)));
         }
     }
 

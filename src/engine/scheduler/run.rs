@@ -187,32 +187,34 @@ impl Scheduler {
                 i += 1;
                 continue;
             }
-            if self.running.len() >= self.max_sequences {
-                match self.running.last() {
-                    Some(last) if last.rank.0 > s.rank.0 => self.preempt(),
-                    _ => break,
-                }
-                // The one that left stands behind in the queue.
-                continue;
-            }
             // From here on the beginning is its own: nobody else's need of blocks evicts it.
             let pool = s.session.kv().pool().clone();
             let (path, kv) = lock(&self.prefixes).begin(&pool, &s.tokens, s.n_shareable());
-            let views: Vec<Running> = self.running.iter().map(Sequence::view).collect();
-            if !plan::may_join(&views, pool.n_available(), &s.view_with(kv.len())) {
-                if self.running.is_empty() {
+            match self.room_for(s, &kv) {
+                Some(n_yield) => {
+                    let s = self.waiting.remove(i);
+                    // They stand behind it in the queue.
+                    (0..n_yield).for_each(|_| self.preempt());
+                    self.join(s, path, kv);
+                }
+                None if self.running.is_empty() => {
                     // Nobody will give blocks back: sessions outside of the queue hold them.
                     drop(kv);
                     let s = self.waiting.remove(i);
                     let (wanted, free) = (plan::blocks_for(s.tokens.len()), pool.n_available());
                     self.fail(s, Arc::new(KvError::Full { wanted, free, total: pool.n_blocks() }.into()));
-                    continue;
                 }
-                break;
+                None => break,
             }
-            let s = self.waiting.remove(i);
-            self.join(s, path, kv);
         }
+    }
+
+    /// How many of the running have to yield so that this one can join with its beginning; `None` if it has to wait. Only those of
+    /// lower priority do.
+    fn room_for(&self, s: &Sequence, kv: &SeqKv) -> Option<usize> {
+        let views: Vec<Running> = self.running.iter().map(Sequence::view).collect();
+        let n_below = self.running.iter().filter(|r| r.rank.0 > s.rank.0).count();
+        plan::join(&views, n_below, self.max_sequences, kv.pool().n_available(), &s.view_with(kv.len()))
     }
 
     fn join(&mut self, mut s: Sequence, path: Vec<NodeId>, kv: SeqKv) {
