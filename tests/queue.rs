@@ -245,6 +245,51 @@ fn nobody_yields_to_who_finds_no_room_then_either() {
 }
 
 #[test]
+fn the_next_turn_shares_the_whole_answer() {
+    let engine = engine(EngineOptions { n_ctx: Some(1024), ..options(1) });
+    let mut text: Vec<u32> = (300..400).collect();
+    let mut n_before = 0;
+    for turn in 0..3 {
+        let r = request(text.clone(), 200);
+        let before = engine.queue_stats();
+        let (tokens, done) = got(engine.submit(r.clone()).unwrap());
+        assert_eq!(tokens, alone(&engine, &r));
+        // The last token of an answer was written, but never computed.
+        assert!(done.n_shared >= (n_before.max(1) - 1) / KV_BLOCK * KV_BLOCK, "turn {turn}: {done:?}");
+        let s = engine.queue_stats();
+        assert_eq!(s.n_shared - before.n_shared, done.n_shared as u64);
+        assert_eq!(s.n_computed - before.n_computed, (text.len() - done.n_shared + tokens.len() - 1) as u64);
+        text.extend(tokens);
+        n_before = text.len();
+        text.extend([400, 401, 402]);
+    }
+}
+
+/// Two who write the same hold its blocks once, and what is kept never takes more than the pool.
+#[test]
+fn what_is_written_alike_is_kept_once() {
+    let engine = engine(EngineOptions { kv_positions: Some(4 * KV_BLOCK), ..options(2) });
+    let queue = Queue::new(&engine, 2);
+    for i in 0..3 {
+        // Three blocks each, of which two are full.
+        let r = request([300 + i, 500], 150);
+        let (send, events) = mpsc::channel();
+        for _ in 0..2 {
+            let send = send.clone();
+            queue.submit(r.clone(), move |event| drop(send.send(event))).unwrap();
+        }
+        queue.drive();
+        let both: Vec<Event> = events.try_iter().collect();
+        assert_eq!(both.iter().filter(|e| matches!(e, Event::Finished(_))).count(), 2);
+        let want = alone(&engine, &r);
+        let written = both.iter().filter_map(|e| if let Event::Piece(p) = e { p.token } else { None });
+        assert_eq!(written.collect::<Vec<_>>(), want.iter().flat_map(|&t| [t, t]).collect::<Vec<_>>());
+        assert!(queue.stats().n_kept_blocks <= 4);
+    }
+    assert_eq!(queue.stats().n_preempted, 0, "there is room for both");
+}
+
+#[test]
 fn all_threads_of_a_pool_can_wait_for_the_queue() {
     let engine = engine(options(8));
     let prompts: Vec<Request> = (0..8).map(|i| request([1, 500 + i], 20)).collect();

@@ -29,7 +29,7 @@ pub(super) struct Sequence {
     pub n_prompt: usize,
     /// Tokens of the prompt that needn't be computed, at its first start.
     pub n_shared: Option<usize>,
-    /// Its prompt's blocks that are in the tree.
+    /// Its full blocks, all of which are in the tree.
     pub path: Vec<NodeId>,
     pub cancelled: Arc<AtomicBool>,
     pub sink: Sink,
@@ -290,11 +290,11 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Puts prompts' new full blocks into the tree.
+    /// Puts new full blocks into the tree, written ones too: what was written is the beginning of a conversation's next turn.
     fn keep_blocks(&mut self) {
         let mut prefixes = lock(&self.prefixes);
         for s in &mut self.running {
-            for i in s.path.len()..s.session.tokens().len().min(s.n_prompt) / KV_BLOCK {
+            for i in s.path.len()..s.session.tokens().len() / KV_BLOCK {
                 let hold = || s.session.kv().hold(i);
                 let Some((id, block)) = prefixes.insert(&s.path, &s.tokens, hold) else { break };
                 s.session.kv_mut().share(i, block);
