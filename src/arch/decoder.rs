@@ -116,7 +116,7 @@ impl Decoder {
         let (used, n_ff_exp) = c.moe.as_ref().map_or((0, 0), |m| (m.router.n_expert_used, m.n_ff_exp));
         BufferBytes {
             // Logits, here and in their sessions.
-            fixed: (2 * 4 * c.n_vocab * n_sessions) as u64,
+            fixed: (c.n_vocab * 2 * 4).saturating_mul(n_sessions) as u64,
             per_token: (4 * (5 * c.n_embd + attn + dense + used * c.n_embd)) as u64,
             pairs_per_token: used,
             most_pairs: SOME_PAIRS,

@@ -134,8 +134,16 @@ pub enum EngineError {
         /// The context's length.
         n_ctx: usize,
     },
-    /// The queue's worker is gone.
-    #[error("the engine stopped before this was done: its queue's worker ended; load the model again")]
+    /// A session that another engine made.
+    #[error(
+        "the session belongs to another engine, whose keys and values this one can't read: begin one with this engine's `session` or `restore`, or \
+         compute it with its own engine"
+    )]
+    OtherEngine,
+    /// The queue was dropped, or its worker died of a mistake in the engine. A panic in a request's own callback doesn't do that.
+    #[error(
+        "the queue ended before this was done: submit it to another one; if it was the engine's own, load the model again"
+    )]
     Stopped,
     /// A file that was to be written.
     #[error(transparent)]

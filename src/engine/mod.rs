@@ -370,12 +370,15 @@ impl Engine {
     /// [`Session::logits`]. Tokens of all sessions together are one block: the caller bounds it.
     ///
     /// # Errors
-    /// When a context is full, a token doesn't exist or the file can't be read. No session is changed then.
+    /// When a context is full, a token doesn't exist, a session is another engine's or the file can't be read. No session is changed then.
     pub fn forward(&self, inputs: &mut [Input<'_>]) -> Result<Duration, EngineError> {
         let e = &*self.0;
         let n_vocab = e.model.config.n_vocab;
         let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
         for i in inputs.iter() {
+            if !Arc::ptr_eq(&i.session.engine().0, &self.0) {
+                return Err(EngineError::OtherEngine);
+            }
             i.session.check_room(i.tokens.len())?;
             if let Some(&token) = i.tokens.iter().find(|&&t| t as usize >= n_vocab) {
                 return Err(EngineError::NoSuchToken { token, n_vocab });

@@ -8,8 +8,10 @@ mod run;
 
 use super::generate::{Finish, GenerationParams, Piece, Writer};
 use super::{Engine, EngineError};
+use crate::ops::kv::KvPool;
 use run::{Scheduler, Sequence};
 use std::cmp::Reverse;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError, mpsc};
 
@@ -38,7 +40,7 @@ pub enum Event {
 /// A request that is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Finished {
-    /// Why it ended.
+    /// Why it ended. [`Finish::Stop`] also when the text is complete by its grammar.
     pub finish: Finish,
     /// Tokens of the prompt.
     pub n_prompt: usize,
@@ -75,7 +77,7 @@ pub struct QueueStats {
     pub n_written: u64,
     /// Passes through the model.
     pub n_steps: u64,
-    /// KV blocks of beginnings that are kept for others.
+    /// KV blocks of texts that are kept for others that begin alike, until somebody needs their room.
     pub n_kept_blocks: usize,
     /// Sequences that run.
     pub n_running: usize,
@@ -83,24 +85,33 @@ pub struct QueueStats {
     pub n_waiting: usize,
 }
 
-/// Where a request's events go. It says how the request ended in any case, even if the worker dies.
+/// Where a request's events go. It says how the request ended in any case, even if the worker dies. A panic there is the end of this
+/// request alone.
 struct Sink {
-    send: Box<dyn FnMut(Event) + Send>,
+    on_event: Option<Box<dyn FnMut(Event) + Send>>,
+    /// The last event was sent, or the callback panicked: it isn't called again.
     ended: bool,
 }
 
 impl Sink {
+    fn new(on_event: Box<dyn FnMut(Event) + Send>) -> Self {
+        Sink { on_event: Some(on_event), ended: false }
+    }
+
     fn send(&mut self, event: Event) {
-        self.ended = !matches!(event, Event::Piece(_));
-        (self.send)(event);
+        let Some(on_event) = self.on_event.as_mut().filter(|_| !self.ended) else { return };
+        let is_last = !matches!(event, Event::Piece(_));
+        // Nobody but this request sees what a panic leaves behind in the callback, which isn't called again.
+        let panicked = catch_unwind(AssertUnwindSafe(|| on_event(event))).is_err();
+        self.ended = is_last || panicked;
     }
 }
 
 impl Drop for Sink {
     fn drop(&mut self) {
-        if !self.ended {
-            self.send(Event::Failed(Arc::new(EngineError::Stopped)));
-        }
+        self.send(Event::Failed(Arc::new(EngineError::Stopped)));
+        let on_event = self.on_event.take();
+        drop(catch_unwind(AssertUnwindSafe(|| drop(on_event))));
     }
 }
 
@@ -132,11 +143,11 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    fn new(max_sequences: usize) -> Arc<Self> {
+    fn new(max_sequences: usize, pool: &KvPool) -> Arc<Self> {
         Arc::new(Shared {
             inbox: Mutex::default(),
             wake: Condvar::new(),
-            scheduler: Mutex::new(Scheduler::new(max_sequences)),
+            scheduler: Mutex::new(Scheduler::new(max_sequences, pool)),
             stats: Mutex::default(),
         })
     }
@@ -173,7 +184,7 @@ impl Shared {
             n_shared: None,
             path: Vec::new(),
             cancelled: cancelled.clone(),
-            sink: Sink { send: on_event, ended: false },
+            sink: Sink::new(on_event),
         });
         drop(inbox);
         self.wake.notify_all();
@@ -183,12 +194,18 @@ impl Shared {
     /// Takes up what came in, and does one step. False when there is nothing left to do.
     fn step(&self) -> bool {
         let mut scheduler = lock(&self.scheduler);
-        for s in std::mem::take(&mut lock(&self.inbox).new) {
-            scheduler.add(s);
-        }
+        // A statement of its own: the inbox isn't locked any more when a request ends that is never begun.
+        let new = std::mem::take(&mut lock(&self.inbox).new);
+        new.into_iter().for_each(|s| scheduler.add(s));
         let more = scheduler.step();
+        let ended = std::mem::take(&mut scheduler.ended);
         *lock(&self.stats) = scheduler.stats;
-        more
+        drop(scheduler);
+        // Without a lock, since what is called may submit, and what is dropped may be the last of the engine.
+        for (mut s, event) in ended {
+            s.sink.send(event);
+        }
+        more || !lock(&self.inbox).new.is_empty()
     }
 
     /// The worker's life: works while there is work, sleeps while there is none, ends when the engine does.
@@ -216,12 +233,13 @@ impl Drop for Closes {
         let left = std::mem::take(&mut inbox.new);
         drop(inbox);
         drop(left);
-        // Only a step that is under way holds the lock: this is then the last engine, going with the last sequence.
-        match self.0.scheduler.try_lock() {
+        // Only a step that is under way holds the lock: its thread closes the queue once more when it ends.
+        let left = match self.0.scheduler.try_lock() {
             Ok(mut scheduler) => scheduler.abandon(),
             Err(TryLockError::Poisoned(e)) => e.into_inner().abandon(),
-            Err(TryLockError::WouldBlock) => {}
-        }
+            Err(TryLockError::WouldBlock) => Vec::new(),
+        };
+        drop(left);
         self.0.wake.notify_all();
     }
 }
@@ -229,10 +247,11 @@ impl Drop for Closes {
 impl Queue {
     /// A queue for this engine that runs up to so many sequences at the same time.
     pub fn new(engine: &Engine, max_sequences: usize) -> Self {
-        Queue { engine: engine.clone(), shared: Shared::new(max_sequences) }
+        Queue { engine: engine.clone(), shared: Shared::new(max_sequences, &engine.0.kv) }
     }
 
-    /// Puts a request in. [`Queue::drive`] works on it.
+    /// Puts a request in. [`Queue::drive`] works on it, and calls `on_event` meanwhile: that may submit and cancel, but not drive. If it
+    /// panics, its request is cancelled, and it isn't called again; the other requests go on.
     ///
     /// # Errors
     /// A request that can never be done: empty, longer than the context, a token or a parameter out of its range.
@@ -254,7 +273,7 @@ impl Queue {
         while self.step() {}
     }
 
-    /// What it has done so far.
+    /// What it has done so far. A request is counted before its last event is handed out.
     pub fn stats(&self) -> QueueStats {
         *lock(&self.shared.stats)
     }
@@ -320,7 +339,8 @@ impl Engine {
         Ok(Stream { events, ticket })
     }
 
-    /// As [`Engine::submit`], with the events handed to `on_event` on the queue's thread, which waits for it.
+    /// As [`Engine::submit`], with the events handed to `on_event` on the queue's thread, which waits for it: it may submit and cancel, but
+    /// not wait for another request. If it panics, its request is cancelled, and it isn't called again; the other requests go on.
     ///
     /// # Errors
     /// As [`Engine::submit`].
@@ -332,7 +352,7 @@ impl Engine {
         self.worker()?.submit(self, request, Box::new(on_event))
     }
 
-    /// What the engine's queue has done so far.
+    /// What the engine's queue has done so far. A request is counted before its last event is handed out.
     pub fn queue_stats(&self) -> QueueStats {
         self.0.queue.get().map(|q| *lock(&q.0.stats)).unwrap_or_default()
     }
@@ -343,7 +363,7 @@ impl Engine {
         if let Some(queue) = self.0.queue.get() {
             return Ok(&queue.0);
         }
-        let shared = Shared::new(self.0.options.n_sessions);
+        let shared = Shared::new(self.0.options.n_sessions, &self.0.kv);
         let queue = self.0.queue.get_or_init(|| Closes(shared.clone()));
         // Whoever came second finds the first one's queue, and its own is dropped unused.
         if Arc::ptr_eq(&queue.0, &shared) {
@@ -358,5 +378,27 @@ impl Engine {
                 .map_err(|source| EngineError::System { what: "a thread for the queue", source })?;
         }
         Ok(&queue.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::EngineOptions;
+
+    /// Whoever still has a ticket keeps a queue that is gone, but nothing of the KV cache.
+    #[test]
+    fn a_queue_that_goes_gives_its_blocks_back() {
+        let o = EngineOptions { n_ctx: Some(256), n_threads: Some(1), ..EngineOptions::default() };
+        let engine = Engine::embedded(&o).unwrap();
+        let params = GenerationParams { n_predict: Some(2), ..GenerationParams::default() };
+        let request = Request { prompt: (300..430).collect(), params, priority: 0 };
+        let queue = Queue::new(&engine, 1);
+        let ticket = queue.submit(request, |_| ()).unwrap();
+        queue.drive();
+        assert_eq!((queue.stats().n_kept_blocks, engine.0.kv.n_free()), (2, 2));
+        drop(queue);
+        assert_eq!(engine.0.kv.n_free(), 4);
+        drop(ticket);
     }
 }

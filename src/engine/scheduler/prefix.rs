@@ -3,8 +3,10 @@
 //! A block's contents depend on its tokens and on all before them, so a block is found under its tokens and the block before.
 //! The tokens themselves are the key: two texts are never taken for each other.
 
-use crate::ops::kv::{HeldBlock, KV_BLOCK};
+use super::lock;
+use crate::ops::kv::{HeldBlock, KV_BLOCK, Keeper, KvPool, SeqKv};
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 
 /// The tokens of a block.
 type Tokens = [u32; KV_BLOCK];
@@ -74,28 +76,24 @@ impl<B: Shared> Prefixes<B> {
         path.iter().filter_map(|id| self.keys.get(id).and_then(|key| self.nodes.get(key))).map(|n| &n.block)
     }
 
-    /// Puts the block after `path` in, or finds it there: its place in the tree.
-    pub fn insert(&mut self, path: &[NodeId], tokens: &[u32], hold: impl FnOnce() -> B) -> Option<NodeId> {
+    /// Puts the block after `path` in, or finds it there: its place in the tree, and the block that is there. Who uses it must use
+    /// that one, so that what is idle can be evicted: nobody uses a block without those before it.
+    pub fn insert(&mut self, path: &[NodeId], tokens: &[u32], hold: impl FnOnce() -> B) -> Option<(NodeId, &B)> {
         let parent = path.last().copied().unwrap_or(0);
         let key = (parent, *block(tokens, path.len())?);
         self.clock += 1;
-        if let Some(node) = self.nodes.get_mut(&key) {
-            node.used = self.clock;
-            return Some(node.id);
+        if !self.nodes.contains_key(&key) {
+            let id = self.next_id;
+            self.next_id += 1;
+            if let Some(node) = self.keys.get(&parent).and_then(|key| self.nodes.get_mut(key)) {
+                node.n_children += 1;
+            }
+            self.nodes.insert(key, Node { id, block: hold(), n_children: 0, used: self.clock });
+            self.keys.insert(id, key);
         }
-        let id = self.next_id;
-        self.next_id += 1;
-        if let Some(node) = self.keys.get(&parent).and_then(|key| self.nodes.get_mut(key)) {
-            node.n_children += 1;
-        }
-        self.nodes.insert(key, Node { id, block: hold(), n_children: 0, used: self.clock });
-        self.keys.insert(id, key);
-        Some(id)
-    }
-
-    /// Blocks that could be evicted: nobody uses them, so nobody uses what follows them either.
-    pub fn n_idle(&self) -> usize {
-        self.nodes.values().filter(|n| !n.block.is_shared()).count()
+        let node = self.nodes.get_mut(&key)?;
+        node.used = self.clock;
+        Some((node.id, &node.block))
     }
 
     /// Blocks in the tree.
@@ -103,12 +101,18 @@ impl<B: Shared> Prefixes<B> {
         self.nodes.len()
     }
 
+    /// Lets go of everything.
+    pub fn clear(&mut self) {
+        self.nodes.clear();
+        self.keys.clear();
+    }
+
     /// Gives up to `n` idle blocks back, those first that weren't used for the longest time, a block never before what
-    /// follows it.
-    pub fn evict(&mut self, n: usize) {
-        for _ in 0..n {
+    /// follows it. How many.
+    pub fn evict(&mut self, n: usize) -> usize {
+        for i in 0..n {
             let idle = self.nodes.iter().filter(|(_, n)| n.n_children == 0 && !n.block.is_shared());
-            let Some(key) = idle.min_by_key(|(_, n)| n.used).map(|(key, _)| *key) else { return };
+            let Some(key) = idle.min_by_key(|(_, n)| n.used).map(|(key, _)| *key) else { return i };
             if let Some(node) = self.nodes.remove(&key) {
                 self.keys.remove(&node.id);
             }
@@ -116,6 +120,23 @@ impl<B: Shared> Prefixes<B> {
                 parent.n_children -= 1;
             }
         }
+        n
+    }
+}
+
+impl Prefixes<HeldBlock> {
+    /// A sequence of the blocks with which this text begins, at most `n_most`, and their path.
+    pub fn begin(&mut self, pool: &Arc<KvPool>, tokens: &[u32], n_most: usize) -> (Vec<NodeId>, SeqKv) {
+        let path = self.path(tokens, n_most);
+        let kv = SeqKv::beginning(pool, self.take(&path));
+        (path, kv)
+    }
+}
+
+/// What is kept is given back to whoever needs room, a session outside of the queue too. Its lock is taken before the pool's.
+impl Keeper for Mutex<Prefixes<HeldBlock>> {
+    fn give_back(&self, n: usize) -> usize {
+        lock(self).evict(n)
     }
 }
 
@@ -139,9 +160,14 @@ mod tests {
 
     fn put(tree: &mut Prefixes<Rc<Vec<u32>>>, tokens: &[u32]) {
         let mut path = Vec::new();
-        while let Some(id) = tree.insert(&path, tokens, || Rc::new(tokens[..(path.len() + 1) * KV_BLOCK].to_vec())) {
+        while let Some((id, _)) = tree.insert(&path, tokens, || Rc::new(tokens[..(path.len() + 1) * KV_BLOCK].to_vec()))
+        {
             path.push(id);
         }
+    }
+
+    fn n_idle(tree: &Prefixes<Rc<Vec<u32>>>) -> usize {
+        tree.nodes.values().filter(|n| !n.block.is_shared()).count()
     }
 
     proptest! {
@@ -163,8 +189,8 @@ mod tests {
                 let in_use = found;
                 put(&mut tree, &tokens);
                 prop_assert_eq!(tree.path(&tokens, usize::MAX).len(), blocks.len());
-                let before = (tree.n_blocks(), tree.n_idle());
-                tree.evict(evict);
+                let before = (tree.n_blocks(), n_idle(&tree));
+                prop_assert_eq!(tree.evict(evict), evict.min(before.1));
                 prop_assert_eq!(tree.n_blocks(), before.0 - evict.min(before.1), "all that is idle can go");
                 for b in &in_use {
                     prop_assert!(tree.path(b, usize::MAX).len() * KV_BLOCK == b.len(), "what is in use stays");

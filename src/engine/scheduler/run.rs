@@ -2,13 +2,13 @@
 
 use super::plan::{self, Running};
 use super::prefix::{NodeId, Prefixes};
-use super::{Event, Finished, QueueStats, Sink};
+use super::{Event, Finished, QueueStats, Sink, lock};
 use crate::engine::generate::{Finish, Piece, Writer};
 use crate::engine::{EngineError, Input, Session, Want};
-use crate::ops::kv::{HeldBlock, KV_BLOCK, KvError, SeqKv};
+use crate::ops::kv::{HeldBlock, KV_BLOCK, KvError, KvPool, SeqKv};
 use std::cmp::Reverse;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, Weak};
 
 /// The order in which sequences are served: by priority, then by arrival.
 pub(super) type Rank = (Reverse<i32>, u64);
@@ -29,7 +29,7 @@ pub(super) struct Sequence {
     pub n_prompt: usize,
     /// Tokens of the prompt that needn't be computed, at its first start.
     pub n_shared: Option<usize>,
-    /// Its prompt's blocks that are in the tree.
+    /// Its full blocks, all of which are in the tree.
     pub path: Vec<NodeId>,
     pub cancelled: Arc<AtomicBool>,
     pub sink: Sink,
@@ -84,15 +84,14 @@ impl Sequence {
         }
     }
 
-    fn finish(mut self, finish: Finish) {
-        let done = Finished {
+    fn finished(&self, finish: Finish) -> Finished {
+        Finished {
             finish,
             n_prompt: self.n_prompt,
             n_shared: self.n_shared.unwrap_or(0),
             n_written: self.writer.n_written(),
             seed: self.writer.seed(),
-        };
-        self.sink.send(Event::Finished(done));
+        }
     }
 }
 
@@ -103,14 +102,19 @@ pub(super) struct Scheduler {
     running: Vec<Sequence>,
     /// In the order of their rank.
     waiting: Vec<Sequence>,
-    prefixes: Prefixes<HeldBlock>,
+    prefixes: Arc<Mutex<Prefixes<HeldBlock>>>,
+    /// Those that are done, and their last events: for the caller to hand out, when the figures count them.
+    pub ended: Vec<(Sequence, Event)>,
     pub stats: QueueStats,
 }
 
 impl Scheduler {
-    pub fn new(max_sequences: usize) -> Self {
-        let (running, waiting, stats) = Default::default();
-        Scheduler { max_sequences: max_sequences.max(1), running, waiting, prefixes: Prefixes::new(), stats }
+    pub fn new(max_sequences: usize, pool: &KvPool) -> Self {
+        let (running, waiting, ended, stats) = Default::default();
+        let prefixes = Arc::new(Mutex::new(Prefixes::new()));
+        let keeper: Weak<Mutex<Prefixes<HeldBlock>>> = Arc::downgrade(&prefixes);
+        pool.add_keeper(keeper);
+        Scheduler { max_sequences: max_sequences.max(1), running, waiting, prefixes, ended, stats }
     }
 
     /// Takes a request up.
@@ -135,14 +139,14 @@ impl Scheduler {
         }
         self.stats.n_running = self.running.len();
         self.stats.n_waiting = self.waiting.len();
-        self.stats.n_kept_blocks = self.prefixes.n_blocks();
+        self.stats.n_kept_blocks = lock(&self.prefixes).n_blocks();
         !(self.running.is_empty() && self.waiting.is_empty())
     }
 
-    /// Lets go of all sequences; they say that they weren't done.
-    pub fn abandon(&mut self) {
-        let (running, waiting) = (std::mem::take(&mut self.running), std::mem::take(&mut self.waiting));
-        drop((running, waiting));
+    /// Lets go of all blocks and sequences; dropping these tells that they weren't done.
+    pub fn abandon(&mut self) -> Vec<Sequence> {
+        lock(&self.prefixes).clear();
+        self.running.drain(..).chain(self.waiting.drain(..)).collect()
     }
 
     fn end(&mut self, s: Sequence, finish: Finish) {
@@ -150,12 +154,19 @@ impl Scheduler {
             Finish::Cancelled => self.stats.n_cancelled += 1,
             _ => self.stats.n_finished += 1,
         }
-        s.finish(finish);
+        let done = s.finished(finish);
+        self.ended(s, Event::Finished(done));
     }
 
-    fn fail(&mut self, mut s: Sequence, error: Arc<EngineError>) {
+    fn fail(&mut self, s: Sequence, error: Arc<EngineError>) {
         self.stats.n_failed += 1;
-        s.sink.send(Event::Failed(error));
+        self.ended(s, Event::Failed(error));
+    }
+
+    fn ended(&mut self, mut s: Sequence, event: Event) {
+        // Who hears of it can have its blocks.
+        s.session.truncate(0);
+        self.ended.push((s, event));
     }
 
     fn drop_cancelled(&mut self) {
@@ -171,40 +182,42 @@ impl Scheduler {
         let mut i = 0;
         while i < self.waiting.len().min(LOOK_AT) {
             let s = &self.waiting[i];
-            let path = self.prefixes.path(&s.tokens, s.n_shareable());
-            if self.running.iter().any(|r| r.is_computing_for(s, path.len() * KV_BLOCK)) {
+            let n_there = lock(&self.prefixes).path(&s.tokens, s.n_shareable()).len() * KV_BLOCK;
+            if self.running.iter().any(|r| r.is_computing_for(s, n_there)) {
                 i += 1;
                 continue;
             }
-            if self.running.len() >= self.max_sequences {
-                match self.running.last() {
-                    Some(last) if last.rank.0 > s.rank.0 => self.preempt(),
-                    _ => break,
-                }
-                // The one that left stands behind in the queue.
-                continue;
-            }
-            let views: Vec<Running> = self.running.iter().map(Sequence::view).collect();
+            // From here on the beginning is its own: nobody else's need of blocks evicts it.
             let pool = s.session.kv().pool().clone();
-            let used_now = self.prefixes.take(&path).filter(|b| !b.is_shared()).count();
-            let free = pool.n_free() + self.prefixes.n_idle() - used_now;
-            if !plan::may_join(&views, free, &s.view_with(path.len() * KV_BLOCK)) {
-                if self.running.is_empty() {
-                    // Nobody will give blocks back: sessions outside of the queue hold them.
-                    let (wanted, total) = (plan::blocks_for(s.tokens.len()), pool.n_blocks());
+            let (path, kv) = lock(&self.prefixes).begin(&pool, &s.tokens, s.n_shareable());
+            match self.room_for(s, &kv) {
+                Some(n_yield) => {
                     let s = self.waiting.remove(i);
-                    self.fail(s, Arc::new(KvError::Full { wanted, free, total }.into()));
-                    continue;
+                    // They stand behind it in the queue.
+                    (0..n_yield).for_each(|_| self.preempt());
+                    self.join(s, path, kv);
                 }
-                break;
+                None if self.running.is_empty() => {
+                    // Nobody will give blocks back: sessions outside of the queue hold them.
+                    drop(kv);
+                    let s = self.waiting.remove(i);
+                    let (wanted, free) = (plan::blocks_for(s.tokens.len()), pool.n_available());
+                    self.fail(s, Arc::new(KvError::Full { wanted, free, total: pool.n_blocks() }.into()));
+                }
+                None => break,
             }
-            let s = self.waiting.remove(i);
-            self.join(s, path);
         }
     }
 
-    fn join(&mut self, mut s: Sequence, path: Vec<NodeId>) {
-        let kv = SeqKv::beginning(s.session.kv().pool(), self.prefixes.take(&path));
+    /// How many of the running have to yield so that this one can join with its beginning; `None` if it has to wait. Only those of
+    /// lower priority do.
+    fn room_for(&self, s: &Sequence, kv: &SeqKv) -> Option<usize> {
+        let views: Vec<Running> = self.running.iter().map(Sequence::view).collect();
+        let n_below = self.running.iter().filter(|r| r.rank.0 > s.rank.0).count();
+        plan::join(&views, n_below, self.max_sequences, kv.pool().n_available(), &s.view_with(kv.len()))
+    }
+
+    fn join(&mut self, mut s: Sequence, path: Vec<NodeId>, kv: SeqKv) {
         let kv = self.copied(&s, kv.len()).unwrap_or(kv);
         let n = kv.len();
         s.session = Session::with_tokens(s.session.engine().clone(), kv, s.tokens[..n].to_vec());
@@ -225,7 +238,7 @@ impl Scheduler {
         let common = |r: &Sequence| r.n_common(r.session.tokens().len(), s);
         let (len, from) = self.running.iter().map(|r| (common(r), r)).max_by_key(|c| c.0)?;
         // One block is copied to go on in, and one in forking, for a moment.
-        if len < n + WORTH_COPYING || s.session.kv().pool().n_free() < 2 {
+        if len < n + WORTH_COPYING || s.session.kv().pool().n_available() < 2 {
             return None;
         }
         let mut kv = from.session.kv().fork().ok()?;
@@ -245,18 +258,17 @@ impl Scheduler {
         }
     }
 
-    /// Plans a step, and sees to it that the blocks that it takes are free. The tokens of each running sequence.
+    /// Plans a step, and sees to it that the blocks that it takes can be had. The tokens of each running sequence.
     fn make_room(&mut self) -> Vec<usize> {
-        let pool = self.running[0].session.kv().pool().clone();
+        let free = self.running[0].session.kv().pool().n_available();
         let views: Vec<Running> = self.running.iter().map(Sequence::view).collect();
         // The budget, and with it the room for activations, may change between two steps.
         let max_tokens = self.running[0].session.engine().budget().chunk.max(1);
-        let step = plan::step(&views, pool.n_free() + self.prefixes.n_idle(), max_tokens);
-        while self.running.len() > step.n_tokens.len() {
+        let n_tokens = plan::step(&views, free, max_tokens);
+        while self.running.len() > n_tokens.len() {
             self.preempt();
         }
-        self.prefixes.evict(step.need.saturating_sub(pool.n_free()));
-        step.n_tokens
+        n_tokens
     }
 
     fn forward(&mut self, n_tokens: &[usize]) -> Result<(), EngineError> {
@@ -270,7 +282,7 @@ impl Scheduler {
         }
         if inputs.is_empty() {
             let pool = self.running[0].session.kv().pool();
-            return Err(KvError::Full { wanted: 1, free: pool.n_free(), total: pool.n_blocks() }.into());
+            return Err(KvError::Full { wanted: 1, free: pool.n_available(), total: pool.n_blocks() }.into());
         }
         engine.forward(&mut inputs)?;
         self.stats.n_steps += 1;
@@ -278,15 +290,22 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Puts prompts' new blocks into the tree, chooses the next tokens and hands them out.
-    fn take_results(&mut self, n_tokens: &[usize]) {
+    /// Puts new full blocks into the tree, written ones too: what was written is the beginning of a conversation's next turn.
+    fn keep_blocks(&mut self) {
+        let mut prefixes = lock(&self.prefixes);
         for s in &mut self.running {
-            while s.path.len() < s.session.tokens().len().min(s.n_prompt) / KV_BLOCK
-                && let Some(id) = self.prefixes.insert(&s.path, &s.tokens, || s.session.kv().hold(s.path.len()))
-            {
+            for i in s.path.len()..s.session.tokens().len() / KV_BLOCK {
+                let hold = || s.session.kv().hold(i);
+                let Some((id, block)) = prefixes.insert(&s.path, &s.tokens, hold) else { break };
+                s.session.kv_mut().share(i, block);
                 s.path.push(id);
             }
         }
+    }
+
+    /// Chooses the next tokens and hands them out.
+    fn take_results(&mut self, n_tokens: &[usize]) {
+        self.keep_blocks();
         let Some(engine) = self.running.first().map(|s| s.session.engine().clone()) else { return };
         let mut pieces: Vec<Option<Result<Vec<Piece>, EngineError>>> = Vec::new();
         pieces.resize_with(self.running.len(), || None);
@@ -309,6 +328,9 @@ impl Scheduler {
             self.stats.n_written += u64::from(piece.token.is_some());
             s.tokens.extend(piece.token);
             s.sink.send(Event::Piece(piece));
+        }
+        if s.sink.ended {
+            return self.end(s, Finish::Cancelled);
         }
         match s.writer.finish() {
             Some(finish) => self.end(s, finish),

@@ -14,6 +14,7 @@ use online::{Attend, Finish, Merge, Place, Scratch};
 use scratch::{Buf, Part};
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Positions whose sum is kept apart from the others', at fixed places, whether or not it is computed by another thread: a long context
 /// can be split among threads without changing the result.
@@ -85,9 +86,14 @@ impl<'a> KvBatch<'a> {
     ///
     /// # Errors
     /// If the pool is full: then some sequences may have reserved room, and none is changed otherwise.
+    ///
+    /// # Panics
+    /// If the sequences aren't all of one pool: a block has one shape.
     pub fn new(seqs: impl IntoIterator<Item = (&'a mut SeqKv, usize)>) -> Result<Self, KvError> {
-        let (mut runs, mut n_tokens) = (Vec::new(), 0);
+        let (mut runs, mut n_tokens) = (Vec::<Run<'_>>::new(), 0);
         for (seq, n) in seqs {
+            let one_pool = runs.first().is_none_or(|r| Arc::ptr_eq(r.seq.pool(), seq.pool()));
+            assert!(one_pool, "sequences of different pools in one block");
             seq.reserve(n)?;
             let pos = seq.len();
             runs.push(Run { seq, pos, n, row: n_tokens });

@@ -11,7 +11,7 @@ mod held;
 mod layout;
 mod write;
 
-pub use held::HeldBlock;
+pub use held::{HeldBlock, Keeper};
 
 use layout::Layout;
 pub(super) use layout::{GROUP, LayerLayout, Tile};
@@ -19,7 +19,7 @@ pub(super) use layout::{GROUP, LayerLayout, Tile};
 use crate::cpu::Pages;
 use crate::ops::simd;
 use std::io::{Read, Write as _};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 /// Positions in a block.
 pub const KV_BLOCK: usize = 64;
@@ -98,15 +98,32 @@ pub struct KvPool {
     pages: Pages,
     n_blocks: usize,
     state: Mutex<State>,
+    keepers: Mutex<Vec<Weak<dyn Keeper>>>,
 }
 
 /// Which blocks are whose.
 #[derive(Default)]
 struct State {
-    /// How many sequences hold each block that was ever used; blocks from `refs.len()` on are untouched.
-    refs: Vec<u32>,
+    /// Who holds each block that was ever used; blocks from `holders.len()` on are untouched.
+    holders: Vec<Holders>,
     /// Used before, held by nobody; the last one is taken first, its memory being warm.
     free: Vec<u32>,
+    /// Blocks that are only kept.
+    n_idle: usize,
+}
+
+/// How many hold a block.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Holders {
+    n_seqs: u32,
+    /// Those who keep it for sequences to come.
+    n_keep: u32,
+}
+
+impl Holders {
+    fn is_idle(self) -> bool {
+        self.n_seqs == 0 && self.n_keep > 0
+    }
 }
 
 impl KvPool {
@@ -127,7 +144,8 @@ impl KvPool {
             return Err(too_large());
         }
         let pages = Pages::new(bytes).map_err(|source| KvError::Memory { bytes, source })?;
-        Ok(Arc::new(KvPool { layout, pages, n_blocks, state: Mutex::default() }))
+        let (state, keepers) = Default::default();
+        Ok(Arc::new(KvPool { layout, pages, n_blocks, state, keepers }))
     }
 
     /// Blocks in the pool.
@@ -135,14 +153,14 @@ impl KvPool {
         self.n_blocks
     }
 
-    /// Blocks that no sequence holds.
+    /// Blocks that nobody holds.
     pub fn n_free(&self) -> usize {
         self.lock().n_free(self.n_blocks)
     }
 
     /// Blocks that were ever used: the memory that the pool really takes.
     pub fn n_touched(&self) -> usize {
-        self.lock().refs.len()
+        self.lock().holders.len()
     }
 
     /// Bytes of a saved sequence of `len` positions.
@@ -185,7 +203,7 @@ impl KvPool {
 
 impl State {
     fn n_free(&self, n_blocks: usize) -> usize {
-        n_blocks - self.refs.len() + self.free.len()
+        n_blocks - self.holders.len() + self.free.len()
     }
 
     /// Takes `n` blocks or none.
@@ -197,21 +215,40 @@ impl State {
         let blocks: Vec<u32> = (0..n)
             .map(|_| {
                 self.free.pop().unwrap_or_else(|| {
-                    self.refs.push(0);
-                    self.refs.len() as u32 - 1
+                    self.holders.push(Holders::default());
+                    self.holders.len() as u32 - 1
                 })
             })
             .collect();
-        blocks.iter().for_each(|&b| self.refs[b as usize] = 1);
+        blocks.iter().for_each(|&b| self.share(b));
         Ok(blocks)
     }
 
-    fn release(&mut self, block: u32) {
-        let refs = &mut self.refs[block as usize];
-        *refs -= 1;
-        if *refs == 0 {
+    /// Changes who holds a block; one that nobody holds any more is free.
+    fn hold(&mut self, block: u32, change: impl FnOnce(&mut Holders)) {
+        let holders = &mut self.holders[block as usize];
+        let was_idle = holders.is_idle();
+        change(holders);
+        self.n_idle = self.n_idle + usize::from(holders.is_idle()) - usize::from(was_idle);
+        if *holders == Holders::default() {
             self.free.push(block);
         }
+    }
+
+    /// One more sequence holds the block.
+    fn share(&mut self, block: u32) {
+        self.hold(block, |h| h.n_seqs += 1);
+    }
+
+    /// A sequence lets go of the block.
+    fn release(&mut self, block: u32) {
+        self.hold(block, |h| h.n_seqs -= 1);
+    }
+
+    /// Whether more than one holds the block.
+    fn is_shared(&self, block: u32) -> bool {
+        let h = self.holders[block as usize];
+        h.n_seqs + h.n_keep > 1
     }
 }
 
@@ -272,17 +309,19 @@ impl SeqKv {
     pub fn reserve(&mut self, n: usize) -> Result<(), KvError> {
         let end = self.len.checked_add(n).ok_or(KvError::TooLarge { n_blocks: self.pool.n_blocks })?;
         let more = end.div_ceil(KV_BLOCK).saturating_sub(self.blocks.len());
-        let mut state = self.pool.lock();
         // The block that the next position falls into may be shared since a truncation.
         let partial = (n > 0 && !self.len.is_multiple_of(KV_BLOCK)).then_some(self.len / KV_BLOCK);
-        let shared = partial.filter(|&i| state.refs[self.blocks[i] as usize] > 1);
-        let mut taken = state.take(more + usize::from(shared.is_some()), self.pool.n_blocks)?;
-        if let Some((i, copy)) = shared.and_then(|i| Some((i, taken.pop()?))) {
-            self.pool.copy_block(self.blocks[i], copy);
-            state.release(std::mem::replace(&mut self.blocks[i], copy));
-        }
-        drop(state);
-        self.blocks.append(&mut taken);
+        let (pool, blocks) = (&self.pool, &mut self.blocks);
+        pool.taking(|state| {
+            let shared = partial.filter(|&i| state.is_shared(blocks[i]));
+            let mut taken = state.take(more + usize::from(shared.is_some()), pool.n_blocks)?;
+            if let Some((i, copy)) = shared.and_then(|i| Some((i, taken.pop()?))) {
+                pool.copy_block(blocks[i], copy);
+                state.release(std::mem::replace(&mut blocks[i], copy));
+            }
+            blocks.append(&mut taken);
+            Ok(())
+        })?;
         self.reserved = self.reserved.max(end);
         Ok(())
     }
@@ -333,13 +372,15 @@ impl SeqKv {
     /// If the pool has no block for the copy.
     pub fn fork(&self) -> Result<Self, KvError> {
         let (full, rest) = (self.len / KV_BLOCK, self.len % KV_BLOCK);
-        let mut state = self.pool.lock();
         let mut blocks = self.blocks[..full].to_vec();
-        for copy in state.take(usize::from(rest > 0), self.pool.n_blocks)? {
-            self.pool.copy_block(self.blocks[full], copy);
-            blocks.push(copy);
-        }
-        self.blocks[..full].iter().for_each(|&b| state.refs[b as usize] += 1);
+        self.pool.taking(|state| {
+            for copy in state.take(usize::from(rest > 0), self.pool.n_blocks)? {
+                self.pool.copy_block(self.blocks[full], copy);
+                blocks.push(copy);
+            }
+            self.blocks[..full].iter().for_each(|&b| state.share(b));
+            Ok(())
+        })?;
         Ok(SeqKv { pool: self.pool.clone(), blocks, len: self.len, reserved: self.len })
     }
 

@@ -179,7 +179,7 @@ fn held_blocks_outlive_their_sequence_and_begin_others() {
     let mut first = SeqKv::new(&pool);
     append(&mut first, 2 * KV_BLOCK + 10, 7).unwrap();
     let held: Vec<HeldBlock> = (0..2).map(|i| first.hold(i)).collect();
-    assert_eq!((first.n_blocks(), first.n_own_blocks()), (3, 1));
+    assert_eq!((first.n_blocks(), first.n_own_blocks()), (3, 3));
     drop(first);
     assert_eq!(pool.n_free(), 3);
     assert!(!held[0].is_shared());
@@ -204,4 +204,68 @@ fn a_block_that_is_still_written_can_not_be_held() {
     let mut seq = SeqKv::new(&pool);
     append(&mut seq, KV_BLOCK + 1, 1).unwrap();
     seq.hold(1);
+}
+
+/// Keeps blocks, and remembers how many it was asked for.
+#[derive(Default)]
+struct Keeps {
+    blocks: Mutex<Vec<HeldBlock>>,
+    asked: Mutex<Vec<usize>>,
+}
+
+impl Keeper for Keeps {
+    fn give_back(&self, n: usize) -> usize {
+        let mut blocks = self.blocks.lock().unwrap();
+        self.asked.lock().unwrap().push(n);
+        let idle: Vec<HeldBlock> = blocks.extract_if(.., |b| !b.is_shared()).take(n).collect();
+        idle.len()
+    }
+}
+
+#[test]
+fn what_is_only_kept_is_had_by_who_needs_it() {
+    let pool = pool(KvType::F16, 5);
+    let keeper = Arc::new(Keeps::default());
+    let weak: Weak<Keeps> = Arc::downgrade(&keeper);
+    pool.add_keeper(weak);
+    let mut first = SeqKv::new(&pool);
+    append(&mut first, 3 * KV_BLOCK, 7).unwrap();
+    *keeper.blocks.lock().unwrap() = (0..3).map(|i| first.hold(i)).collect();
+    assert_eq!((pool.n_free(), pool.n_available(), first.n_own_blocks()), (2, 2, 3));
+    first.truncate(KV_BLOCK);
+    assert_eq!((pool.n_free(), pool.n_available()), (2, 4));
+
+    let mut second = SeqKv::new(&pool);
+    let error = second.reserve(5 * KV_BLOCK).unwrap_err();
+    assert!(matches!(error, KvError::Full { wanted: 5, free: 4, total: 5 }), "{error}");
+    assert!(keeper.asked.lock().unwrap().is_empty(), "nothing is given up in vain");
+    append(&mut second, 3 * KV_BLOCK, 8).unwrap();
+    assert_eq!((pool.n_free(), pool.n_available(), &keeper.asked.lock().unwrap()[..]), (0, 1, &[1][..]));
+    assert_eq!(saved(&first), expected(KvType::F16, &[(0, KV_BLOCK, 7)]), "what is in use stays");
+    second.truncate(2 * KV_BLOCK + 1);
+    assert_eq!(saved(&second.fork().unwrap()), expected(KvType::F16, &[(0, 2 * KV_BLOCK + 1, 8)]));
+    drop((first, second, keeper));
+    assert_eq!(pool.n_free(), 5);
+}
+
+#[test]
+fn a_beginning_that_two_computed_is_in_memory_once() {
+    let pool = pool(KvType::F16, 4);
+    let (mut first, mut second) = (SeqKv::new(&pool), SeqKv::new(&pool));
+    append(&mut first, KV_BLOCK, 7).unwrap();
+    append(&mut second, KV_BLOCK + 1, 7).unwrap();
+    let held = first.hold(0);
+    second.share(0, &held);
+    first.share(0, &held);
+    assert_eq!((pool.n_free(), second.n_own_blocks()), (2, 1));
+    drop((first, held));
+    assert_eq!(saved(&second), expected(KvType::F16, &[(0, KV_BLOCK + 1, 7)]));
+    assert_eq!((pool.n_free(), second.n_own_blocks()), (2, 2));
+}
+
+#[test]
+#[should_panic(expected = "different pools")]
+fn a_block_of_tokens_has_sequences_of_one_pool() {
+    let (one, other) = (pool(KvType::F16, 1), pool(KvType::F32, 1));
+    drop(crate::ops::attention::KvBatch::new([(&mut SeqKv::new(&one), 1), (&mut SeqKv::new(&other), 1)]));
 }
