@@ -267,7 +267,7 @@ fn limits(r: &Report) -> Vec<String> {
     }
     if let Some(limit) = r.memory_group_limit {
         out.push(format!(
-            "A control group limits memory to {}; what is taken beyond is killed.",
+            "A control group limits memory to {}: a process that takes more is killed, or slowed down until it hardly moves.",
             output::memory(limit)
         ));
     }
