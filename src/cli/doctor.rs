@@ -3,7 +3,7 @@
 use super::args::model_of_env;
 use super::{Failure, output};
 use crate::cpu::probe::{self, DiskProbe, Mode, Rate};
-use crate::cpu::{Cores, Isa, memory};
+use crate::cpu::{Cores, Isa, Pages, memory};
 use crate::gguf::printable;
 use clap::Args;
 use indicatif::ProgressBar;
@@ -176,7 +176,7 @@ fn measure(path: &Path, bar: &ProgressBar) -> Result<Report, Failure> {
         cores,
         memory_available: memory::available(),
         memory_group_limit: memory::group_limit(),
-        page_bytes: probe::page_size(),
+        page_bytes: Pages::page_bytes(),
         huge_pages: probe::huge_pages(),
         memory_first_use_rate,
         memory_rate,

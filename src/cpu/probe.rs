@@ -220,11 +220,6 @@ fn sum(bytes: &[u8]) -> u64 {
     sums.iter().fold(0, |a, &b| a.wrapping_add(b))
 }
 
-/// Bytes of a page.
-pub fn page_size() -> usize {
-    rustix::param::page_size()
-}
-
 /// Whether memory comes in huge pages: `always`, `madvise` (when asked for) or `never`; `None` where the system doesn't say.
 pub fn huge_pages() -> Option<String> {
     let text = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").ok()?;
@@ -278,10 +273,5 @@ mod tests {
     fn memory_is_used_for_the_first_time_at_a_plausible_rate() {
         let rate = first_use_rate(16 << 20, Duration::from_millis(50)).unwrap();
         assert!((1e6..1e12).contains(&rate), "{rate}");
-    }
-
-    #[test]
-    fn pages_have_a_size() {
-        assert!(page_size() >= 4096);
     }
 }
