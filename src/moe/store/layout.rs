@@ -1,10 +1,9 @@
 //! The sizes of a store: what an expert is in the file, and what its slot is in memory. Pure arithmetic.
 
 use crate::cpu::Pages;
+use crate::cpu::direct::BLOCK;
 use crate::quant::Format;
 
-/// Direct reads begin and end at multiples of this, in the file and in memory: no disk has larger blocks.
-const BLOCK: usize = 4096;
 /// A slot's parts begin at multiples of this, a cache line.
 const LINE: usize = 64;
 /// What is read at once: a lane's buffer is one huge page with what surrounds the bytes, see [`super::lanes`]. Tests have small experts.
