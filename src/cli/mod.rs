@@ -140,11 +140,14 @@ fn run(command: Command) -> Result<(), Failure> {
             output::bytes(&page)
         }
     };
+    let recording = args::take_recording();
     match result {
         // Nobody reads on: that's how `| head` ends a command, not a failure.
-        Err(f) if f.code == output::BROKEN_PIPE => Ok(()),
-        other => other,
+        Err(f) if f.code == output::BROKEN_PIPE => {}
+        other => other?,
     }
+    // A trace that was asked for and isn't there is a failure. After another one it's a warning.
+    recording.map_or(Ok(()), |engine| Ok(engine.end_recording()?))
 }
 
 #[cfg(test)]

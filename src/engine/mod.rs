@@ -73,7 +73,7 @@ fn known_heat(gguf: &Gguf, model: &Decoder) -> Option<(PathBuf, Heat)> {
 }
 
 impl Drop for Inner {
-    /// Ends the trace, and keeps what was learned of the experts' heat: that it couldn't be kept spoils nothing but the next start.
+    /// Ends the trace, if nobody has yet ([`Engine::end_recording`] says whether that worked), and keeps what was learned of the experts' heat: that it couldn't be kept spoils nothing but the next start.
     fn drop(&mut self) {
         let Some(recorder) = &self.recorder else { return };
         if let Err(e) = recorder.end() {
@@ -362,6 +362,14 @@ impl Engine {
     }
 
     /// Runs the next tokens of one or more sessions through the model together. Each session's logits are then in
+    /// Gives the trace of [`EngineOptions::record`] its name: it's whole. What comes after isn't recorded.
+    ///
+    /// # Errors
+    /// When that fails; the trace is removed then.
+    pub fn end_recording(&self) -> Result<(), EngineError> {
+        self.0.recorder.as_ref().map_or(Ok(()), |r| Ok(r.end()?))
+    }
+
     /// [`Session::logits`]. Tokens of all sessions together are one block: the caller bounds it.
     ///
     /// # Errors
