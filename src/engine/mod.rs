@@ -80,7 +80,7 @@ impl Drop for Inner {
             tracing::warn!("{e}");
         }
         let Some((path, heat)) = &mut self.heat else { return };
-        heat.learn(&recorder.uses());
+        heat.learn(&recorder.uses(), recorder.n_expert_used());
         match heat.save(path) {
             // It keeps what it has learned.
             Err(e @ WriteError::Busy { .. }) => tracing::debug!("another run of the model ends just now: {e}"),
