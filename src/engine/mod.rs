@@ -189,6 +189,7 @@ impl Engine {
         let (model, loader) = arch::declare(&gguf, isa, o.n_expert_used).map_err(of_model)?;
         let tokenizer = Tokenizer::from_metadata(gguf.metadata())
             .map_err(|source| EngineError::Tokenizer { file: gguf.name().into(), source })?;
+        o.check_lossy(&model.config)?;
         let n_ctx = o.n_ctx_of(&model.config);
         let n_blocks = o.n_kv_blocks(n_ctx);
         let total = loader.declared_bytes();
@@ -361,7 +362,6 @@ impl Engine {
         Some(recorder.uses().into_iter().zip(store.residency()).collect())
     }
 
-    /// Runs the next tokens of one or more sessions through the model together. Each session's logits are then in
     /// Gives the trace of [`EngineOptions::record`] its name: it's whole. What comes after isn't recorded.
     ///
     /// # Errors
@@ -370,6 +370,7 @@ impl Engine {
         self.0.recorder.as_ref().map_or(Ok(()), |r| Ok(r.end()?))
     }
 
+    /// Runs the next tokens of one or more sessions through the model together. Each session's logits are then in
     /// [`Session::logits`]. Tokens of all sessions together are one block: the caller bounds it.
     ///
     /// # Errors
