@@ -74,7 +74,11 @@ struct Row {
 pub(super) fn read_trace(path: &Path) -> Result<Trace, Failure> {
     let fail = |e: &dyn std::fmt::Display| Failure::new(format!("{}: {e}", path.display()));
     let file = std::fs::File::open(path).map_err(|e| fail(&e))?;
-    Trace::read(BufReader::new(file)).map_err(|e| fail(&e))
+    let trace = Trace::read(BufReader::new(file)).map_err(|e| fail(&e))?;
+    if trace.n_tokens() == 0 {
+        return Err(fail(&"there are no tokens in it: record a run that reads or writes some"));
+    }
+    Ok(trace)
 }
 
 pub(super) fn run(a: ReplayArgs) -> Result<(), Failure> {
