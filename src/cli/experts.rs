@@ -17,9 +17,9 @@ use std::path::PathBuf;
 /// Flags of `experts`.
 #[derive(Args)]
 #[command(
-    after_help = "A row is a layer, a column one expert or a few neighbours; the darker, the more it was used: a blank was never used, ░ less
-than half as often as all experts equal, ▒ about as often, ▓ up to three times, █ more. In colours what is in a slot in
-the end is green, with a dot where it wasn't used. A layer that uses hardly more experts than a token takes has collapsed: it is named.
+    after_help = "A row is a layer, a column one expert or a few neighbours; the darker, the more it was used: a blank was never used, ░ \
+less than half as often as all experts equal, ▒ about as often, ▓ up to three times, █ more. In colours what is in a slot in the end is \
+green, with a dot where it wasn't used. A layer that uses hardly more experts than a token takes has collapsed: it is named.
 
 Examples:
   oncall experts -m model.gguf \"Write a poem about the sea\"

@@ -158,4 +158,14 @@ mod tests {
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
     }
+
+    /// clap wraps what it can: a line that ends in the middle of a sentence ends there in a narrow terminal too.
+    #[test]
+    fn explanations_are_one_line_each() {
+        for name in ["plan", "doctor", "replay", "experts"] {
+            let help = Cli::command().find_subcommand(name).unwrap().get_after_help().unwrap().to_string();
+            let (prose, examples) = help.split_once("\n\n").unwrap();
+            assert!(!prose.contains('\n') && examples.starts_with("Examples:"), "{name}: {prose}");
+        }
+    }
 }
