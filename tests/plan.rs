@@ -1,10 +1,13 @@
 //! `oncall plan`, `doctor`, `experts` and `--record`, as the real program runs them.
 
-use oncall::gguf::mixture;
+use oncall::engine::{Engine, EngineOptions};
+use oncall::gguf::{Gguf, GgufWriter, mixture};
+use oncall::moe::Lossy;
 use oncall::synth::{self, PRESETS};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 fn oncall(args: &[&str]) -> Output {
     let mut c = Command::new(env!("CARGO_BIN_EXE_oncall"));
@@ -107,7 +110,8 @@ fn the_budget_that_was_asked_for_is_told() {
     assert_eq!(plan["budgets"].as_array().unwrap().last().unwrap()["bytes"], 100_000u64 << 30);
     let table = text(&oncall(&["plan", "--memory", "100000GiB"]));
     assert!(table.contains("budget asked for 100000.00 GiB, more than this machine can spare"), "{table}");
-    assert!(table.lines().last().unwrap().starts_with("100000.00 GiB ") && table.ends_with("<\n"), "{table}");
+    let row = table.lines().find(|l| l.starts_with("100000.00 GiB "));
+    assert!(row.is_some_and(|row| row.ends_with(" <")), "{table}");
     let table = text(&oncall(&["plan"]));
     assert!(table.contains("memory to spare") && !table.contains("budget asked for"), "{table}");
     let rows: Vec<&str> = table
@@ -126,7 +130,7 @@ fn the_header_alone_is_enough() {
     let dir = tempfile::tempdir_in(".").unwrap();
     let whole = model(dir.path(), "q4_0");
     let bytes = std::fs::read(&whole).unwrap();
-    let data = oncall::gguf::Gguf::open(&whole).unwrap().tensors().iter().map(|t| t.offset).min().unwrap();
+    let data = Gguf::open(&whole).unwrap().tensors().iter().map(|t| t.offset).min().unwrap();
     let part = dir.path().join("part.gguf");
     std::fs::write(&part, &bytes[..data as usize + 100]).unwrap();
     let (a, b) = (json(&["plan", "-m", whole.to_str().unwrap()]), json(&["plan", "-m", part.to_str().unwrap()]));
@@ -134,6 +138,8 @@ fn the_header_alone_is_enough() {
         assert_eq!(a[key], b[key], "{key}");
     }
     assert_eq!((&a["incomplete"], &b["incomplete"]), (&Value::from(false), &Value::from(true)));
+    let why = b["no_disk_rate"].as_str().unwrap();
+    assert!(why.contains("part.gguf") && why.contains("too short") && !why.contains("refused"), "{why}");
     let o = oncall(&["run", "-m", part.to_str().unwrap(), "hi"]);
     assert_eq!(o.status.code(), Some(1));
     std::fs::write(&part, &bytes[..data as usize / 2]).unwrap();
@@ -196,6 +202,147 @@ fn a_recorded_run_can_be_replayed_and_planned_with() {
     let o = oncall(&["run", "hi", "--record", dir.path().to_str().unwrap()]);
     assert!(o.status.code() == Some(1) && err(&o).contains("routing trace"), "{}", err(&o));
     assert!(!err(&o).contains("nothing more"), "it hadn't begun: {}", err(&o));
+}
+
+/// Hits of another model's run would be presented as this one's.
+#[test]
+fn a_trace_of_another_model_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("t.csv");
+    let path = path.to_str().unwrap();
+    let own = |sizes: &str, rows: &str| {
+        let columns = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes";
+        std::fs::write(path, format!("# route_trace v1\n{sizes}{columns}\n{rows}")).unwrap();
+        oncall(&["plan", "--trace", path])
+    };
+    let row = "0,1,0,0,0,1,0.5,0,0\n";
+    let o = own("# model=m n_layer=7 n_expert=8 n_expert_used=2\n", row);
+    assert!(o.status.code() == Some(1) && err(&o).contains("7 layers, but this model has 6"), "{}", err(&o));
+    let named = format!("# model={} n_layer=6 n_expert=8 n_expert_used=2\n", oncall::engine::EMBEDDED_NAME);
+    assert_eq!(err(&own(&named, row)), "");
+    let o = own("# model=m.gguf n_layer=6 n_expert=8 n_expert_used=2\n", row);
+    assert!(o.status.success() && err(&o).contains("the trace is of m.gguf: "), "{}", err(&o));
+    let layers = (0..6).map(|i| format!("# layer={i} expert_bytes=1 dense_bytes=1\n")).collect::<String>();
+    let o = own(&format!("{named}{layers}"), row);
+    assert!(o.status.success() && err(&o).contains("whose experts have other sizes"), "{}", err(&o));
+    for o in [own(&named, ""), oncall(&["replay", "--trace", path])] {
+        assert!(o.status.code() == Some(1) && err(&o).contains("t.csv: there are no tokens"), "{}", err(&o));
+    }
+}
+
+/// What was asked for wasn't delivered.
+#[test]
+fn a_trace_that_cannot_be_kept_is_a_failure() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("gone");
+    std::fs::create_dir(&folder).unwrap();
+    let trace = folder.join("t.csv");
+    let mut run = Command::new(env!("CARGO_BIN_EXE_oncall"));
+    run.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).env_remove("ONCALL_MODEL");
+    run.args(["run", "--raw", "-n", "2000", "--ignore-eos", "Once", "--record", trace.to_str().unwrap()]);
+    let child = run.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let began = Instant::now();
+    while !folder.join("t.csv.part").exists() && began.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
+    let o = child.wait_with_output().unwrap();
+    assert!(o.status.code() == Some(1) && err(&o).contains("error: the routing trace: "), "{}", err(&o));
+}
+
+#[test]
+fn made_up_tokens_teach_no_heat() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = "models/tinymoe-stories-Q8_0.gguf";
+    let kept = |args: &[&str]| {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_oncall"));
+        let o =
+            c.env("XDG_CACHE_HOME", dir.path()).args(args).args(["-m", model]).stdin(Stdio::null()).output().unwrap();
+        assert!(o.status.success(), "{}", err(&o));
+        dir.path().join("oncall").exists()
+    };
+    let logits = dir.path().join("logits");
+    assert!(!kept(&["logits", "--tokens", "1,2,3", "-o", logits.to_str().unwrap()]));
+    assert!(!kept(&["bench", "-p", "4", "-n", "0", "-r", "1"]));
+    assert!(kept(&["run", "-n", "1", "Once"]));
+}
+
+#[test]
+fn what_is_lossy_is_refused_where_it_cannot_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let preset = PRESETS.iter().find(|p| p.name == "tiny-llama").unwrap();
+    let path = dir.path().join("dense.gguf");
+    std::fs::write(&path, synth::to_bytes(preset, &synth::Options::parity(preset)).unwrap()).unwrap();
+    for flag in ["--drop-cold", "--prefer-resident"] {
+        let o = oncall(&["run", "-n", "1", "hi", "-m", path.to_str().unwrap(), flag, "0.1"]);
+        let words = format!("{flag} 0.1: this model has no experts");
+        assert!(o.status.code() == Some(1) && err(&o).contains(&words), "{}", err(&o));
+    }
+    let o = oncall(&["run", "-n", "1", "Once", "--prefer-resident", "0.1"]);
+    assert!(o.status.success() && err(&o).contains("--prefer-resident changes nothing"), "{}", err(&o));
+    for (drop_cold, prefer_resident) in [(f32::NAN, 0.0), (0.0, 5.0), (-0.1, 0.0)] {
+        let options = EngineOptions { lossy: Lossy { drop_cold, prefer_resident }, ..EngineOptions::default() };
+        let e = Engine::embedded(&options).map(drop).unwrap_err().to_string();
+        assert!(e.contains("a number from 0 to 1"), "{e}");
+    }
+}
+
+/// The first of a split model's files may hold metadata alone: experts are read from another.
+#[test]
+fn a_split_model_s_disk_is_measured_where_its_experts_are() {
+    let dir = tempfile::tempdir_in(".").unwrap();
+    let whole = Gguf::open(&model(dir.path(), "q8_0")).unwrap();
+    let name = |no: u16| dir.path().join(format!("split-{no:05}-of-00002.gguf"));
+    for no in 0..2u16 {
+        let mut w = GgufWriter::new();
+        if no == 0 {
+            w.set_all(whole.metadata());
+        }
+        w.set("split.no", no).set("split.count", 2u16);
+        let tensors = if no == 0 { &[] } else { whole.tensors() };
+        for t in tensors {
+            w.tensor(&t.name, t.shape(), t.format);
+        }
+        let mut out = w.create(&name(no + 1), false).unwrap();
+        for t in tensors {
+            let mut bytes = vec![0; t.n_bytes as usize];
+            whole.read_at(t, 0, &mut bytes).unwrap();
+            out.write(&bytes).unwrap();
+        }
+        out.finish().unwrap();
+    }
+    let first = name(1);
+    assert!(std::fs::metadata(&first).unwrap().len() < std::fs::metadata(name(2)).unwrap().len());
+    let plan = json(&["plan", "-m", first.to_str().unwrap()]);
+    assert!(plan["disk_rate"].as_f64().unwrap() > 0.0, "{plan}");
+    let report = text(&oncall(&["doctor", "-m", first.to_str().unwrap()]));
+    assert!(report.contains("split-00002-of-00002.gguf"), "{report}");
+}
+
+#[test]
+fn a_plan_says_below_which_budget_a_token_s_experts_don_t_all_fit() {
+    let plan = json(&["plan"]);
+    let cycle = plan["cycle_bytes"].as_u64().unwrap();
+    let number = |name: &str| plan[name].as_u64().unwrap();
+    assert!(number("smallest_bytes") < cycle && cycle < number("no_reads_bytes"), "{plan}");
+    for row in plan["budgets"].as_array().unwrap() {
+        let fits = row["slot_share"].as_f64().unwrap() >= 2.0 / 8.0;
+        assert_eq!(fits, row["bytes"].as_u64().unwrap() >= cycle, "{row}");
+    }
+    let table = text(&oncall(&["plan"]));
+    assert!(table.lines().last().unwrap().starts_with("Below "), "{table}");
+}
+
+#[test]
+fn the_table_fits_into_80_columns() {
+    // The model that is built in has the line below the table, the other one a disk.
+    let dir = tempfile::tempdir_in(".").unwrap();
+    let path = model(dir.path(), "q8_0");
+    for args in [&["plan"][..], &["plan", "-m", path.to_str().unwrap(), "--memory", "99GiB"]] {
+        let table = text(&oncall(args));
+        let rows: Vec<&str> = table.lines().skip_while(|l| !l.ends_with("at first")).collect();
+        assert!(rows.len() > 3 && rows.iter().all(|l| l.chars().count() <= 80), "{table}");
+    }
 }
 
 /// A table would have one row nine times.
@@ -279,6 +426,14 @@ fn doctor_measures_and_cleans_up() {
     assert!(report["memory_rate"][0].as_f64().unwrap() > 1e8);
     assert!(report["memory_first_use_rate"].as_f64().unwrap() > 1e6);
     assert!(!report["limits"].as_array().unwrap().is_empty());
+    // Four megabytes at a time can't be read at random places of twelve.
+    let short = ["doctor", "-m", "models/tinymoe-stories-Q8_0.gguf"];
+    let report = json(&short);
+    let sizes: Vec<u64> =
+        report["disk"].as_array().unwrap().iter().map(|r| r["read_bytes"].as_u64().unwrap()).collect();
+    assert!(sizes.contains(&(1 << 20)) && !sizes.contains(&(4 << 20)) && report["too_short"] == true, "{report}");
+    let report = text(&oncall(&short));
+    assert!(report.contains("4096 KiB") && report.contains("?") && report.contains("--dir"), "{report}");
     let o = oncall(&["doctor", "--dir", "/no/such/folder"]);
     assert!(o.status.code() == Some(1) && err(&o).contains("--dir"), "{}", err(&o));
     let o = oncall(&["doctor", "-m", "/no/such/model.gguf"]);
@@ -293,6 +448,14 @@ fn the_map_of_experts() {
     assert!(map.contains("8 experts a layer, 2 used") && !map.contains('\u{1b}'), "{map}");
     assert_eq!(map.lines().filter(|l| l.contains(" used, ")).count(), 6, "{map}");
     assert!(std::fs::read_to_string(&svg).unwrap().starts_with("<svg"));
+    // What can't be written is known before anything is loaded; what fails later costs no map.
+    let o = oncall(&["experts", "-m", "/no/such/model.gguf", "--svg", "/no/such/map.svg"]);
+    assert!(o.status.code() == Some(1) && err(&o).contains("map.svg"), "{}", err(&o));
+    if Path::new("/dev/full").exists() {
+        let o = oncall(&["experts", "-n", "2", "--svg", "/dev/full"]);
+        assert!(o.status.code() == Some(1) && err(&o).contains("/dev/full"), "{}", err(&o));
+        assert!(String::from_utf8_lossy(&o.stdout).contains("8 experts a layer"));
+    }
     let map = json(&["experts", "-n", "20", "Once upon a time"]);
     let tokens = map["tokens"].as_u64().unwrap();
     for layer in map["layers"].as_array().unwrap() {

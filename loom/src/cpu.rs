@@ -4,6 +4,12 @@
 mod pages;
 pub use pages::Pages;
 
+/// Direct reads: there are none.
+pub mod direct {
+    /// As in the engine.
+    pub const BLOCK: usize = 4096;
+}
+
 /// An instruction set: nothing is computed here.
 #[derive(Clone, Copy)]
 pub struct Isa;

@@ -11,7 +11,7 @@ use clap::{Args, Parser, ValueEnum};
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 /// Mixture-of-experts language models on your own machine, larger than its memory if need be.
 #[derive(Parser)]
@@ -70,6 +70,14 @@ pub(super) fn refuse_foreign(args: &[OsString]) -> Result<(), Failure> {
 pub(super) fn model_of_env() -> Option<&'static OsStr> {
     static MODEL: OnceLock<Option<OsString>> = OnceLock::new();
     MODEL.get_or_init(|| std::env::var_os("ONCALL_MODEL").filter(|m| !m.is_empty())).as_deref()
+}
+
+/// The engine that records, until [`take_recording`].
+static RECORDING: Mutex<Option<Engine>> = Mutex::new(None);
+
+/// The engine that was loaded with `--record`, for the end of the command.
+pub(super) fn take_recording() -> Option<Engine> {
+    RECORDING.lock().unwrap_or_else(|e| e.into_inner()).take()
 }
 
 /// Which model, and how it is held.
@@ -165,6 +173,14 @@ impl ModelArgs {
     pub fn load_with(&self, options: &EngineOptions) -> Result<Engine, Failure> {
         let engine = self.read(options)?;
         super::output::catch_ctrl_c();
+        if options.record.is_some() {
+            *RECORDING.lock().unwrap_or_else(|e| e.into_inner()) = Some(engine.clone());
+        }
+        if self.prefer_resident > 0.0 && engine.config().moe.as_ref().is_some_and(|m| m.router.n_expert_used <= 2) {
+            super::output::note(
+                "--prefer-resident changes nothing: a token's two best experts stay, and this model uses no more",
+            );
+        }
         let budget = engine.budget();
         if let (Some(bytes), Some(bound), Some((slots, all))) = (budget.bytes, budget.share_of, engine.n_slots())
             && slots < all

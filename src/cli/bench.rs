@@ -15,6 +15,7 @@ use std::time::Instant;
 #[command(
     after_help = "pp512 is reading a prompt of 512 tokens, tg128 writing 128 tokens, tg128 @ d8192 writing them when 8192 are in the \
 context already; in tokens a second. GB/s are over the active bytes: the weights that one token must read.",
+    mut_arg("no_heat", |a| a.hide(true)),
     mut_arg("ctx_size", |a| a.help("Context in tokens; 0 for the model's own [default: what the longest test needs]"))
 )]
 pub(super) struct BenchArgs {
@@ -107,6 +108,8 @@ pub(super) fn run(mut a: BenchArgs) -> Result<(), Failure> {
     let tests = tests(&a);
     let longest = tests.iter().max_by_key(|t| t.n_ctx());
     a.model.ctx_size = a.model.ctx_size.or(Some(longest.map_or(1, |t| t.n_ctx())));
+    // Tokens that nobody wrote teach nothing about which experts will be wanted.
+    a.model.no_heat = true;
     let engine = a.model.load()?;
     if let Some(test) = longest.filter(|t| t.n_ctx() > engine.n_ctx()) {
         return Err(Failure::usage(format!(

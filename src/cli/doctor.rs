@@ -3,8 +3,9 @@
 use super::args::model_of_env;
 use super::{Failure, output};
 use crate::cpu::probe::{self, DiskProbe, Mode, Rate};
-use crate::cpu::{Cores, Isa, memory};
-use crate::gguf::printable;
+use crate::cpu::{Cores, Isa, Pages, memory};
+use crate::engine::outline::experts_file;
+use crate::gguf::{Gguf, printable};
 use clap::Args;
 use indicatif::ProgressBar;
 use serde::Serialize;
@@ -18,9 +19,9 @@ use std::time::Duration;
 /// Flags of `doctor`.
 #[derive(Args)]
 #[command(
-    after_help = "It takes a few seconds. Disk figures are random reads, as experts are read: on the model's file if one is given,
-otherwise on a temporary file of 256 MiB in --dir, which is removed. They are as good as the moment: what else the machine
-does meanwhile counts.
+    after_help = "It takes a few seconds. Disk figures are random reads, as experts are read: on the model's file if one is given (of a \
+split model's on the one with most experts), otherwise on a temporary file of 256 MiB in --dir, which is removed. They are as good as the \
+moment: what else the machine does meanwhile counts.
 
 Examples:
   oncall doctor -m model.gguf        the disk that the model lies on
@@ -67,6 +68,8 @@ struct Report {
     /// Why there are no direct reads.
     #[serde(skip_serializing_if = "Option::is_none")]
     no_direct: Option<String>,
+    /// Whether the file is too short for some sizes of reads.
+    too_short: bool,
     read_ahead: Option<u64>,
     limits: Vec<String>,
 }
@@ -89,6 +92,9 @@ pub(super) fn run(a: DoctorArgs) -> Result<(), Failure> {
         Some(_) => None,
         None => Some(Temporary::new(a.dir.as_deref().unwrap_or(Path::new(".")))?),
     };
+    // Any file can be read from, whether it's a model or not.
+    let of_model = |path: &PathBuf| Some(experts_file(&Gguf::open_header(path).ok()?)?.path().to_owned());
+    let model = model.map(|path| of_model(&path).unwrap_or(path));
     let path = model.as_deref().or(temporary.as_ref().map(|t| &*t.path)).unwrap_or(Path::new("."));
     let bar = output::bar("measuring", "figures");
     bar.set_length(3 + 2 * (SIZES.len() * IN_FLIGHT.len()) as u64);
@@ -147,7 +153,7 @@ fn measure(path: &Path, bar: &ProgressBar) -> Result<Report, Failure> {
         bar.inc(1);
         go_on()?;
     }
-    let (mut disk, mut no_direct) = (Vec::new(), None);
+    let (mut disk, mut no_direct, mut too_short) = (Vec::new(), None, false);
     for mode in [Mode::Direct, Mode::Buffered] {
         let probe = match DiskProbe::open(path, mode) {
             Ok(probe) => probe,
@@ -158,14 +164,16 @@ fn measure(path: &Path, bar: &ProgressBar) -> Result<Report, Failure> {
             Err(e) => return Err(Failure::new(format!("{}: {e}", path.display()))),
         };
         for read_bytes in SIZES {
+            too_short |= !probe.is_long_enough(read_bytes);
             for in_flight in IN_FLIGHT {
-                if memory::for_measuring(DiskProbe::room_for(read_bytes, in_flight) as u64, u64::MAX).is_none() {
+                bar.inc(1);
+                let room = DiskProbe::room_for(read_bytes, in_flight) as u64;
+                if !probe.is_long_enough(read_bytes) || memory::for_measuring(room, u64::MAX).is_none() {
                     continue;
                 }
                 let rate = probe.rate(read_bytes, in_flight, DISK_TIME, &|_, _| ());
                 let Rate { first, again } = rate.map_err(|e| Failure::new(format!("{}: {e}", path.display())))?;
                 disk.push(DiskRow { mode, read_bytes, in_flight, bytes_per_s: again, first_bytes_per_s: first });
-                bar.inc(1);
                 go_on()?;
             }
         }
@@ -176,12 +184,13 @@ fn measure(path: &Path, bar: &ProgressBar) -> Result<Report, Failure> {
         cores,
         memory_available: memory::available(),
         memory_group_limit: memory::group_limit(),
-        page_bytes: probe::page_size(),
+        page_bytes: Pages::page_bytes(),
         huge_pages: probe::huge_pages(),
         memory_first_use_rate,
         memory_rate,
         disk,
         no_direct,
+        too_short,
         read_ahead: probe::read_ahead(path),
         limits: Vec::new(),
     };
@@ -267,7 +276,7 @@ fn limits(r: &Report) -> Vec<String> {
     }
     if let Some(limit) = r.memory_group_limit {
         out.push(format!(
-            "A control group limits memory to {}; what is taken beyond is killed.",
+            "A control group limits memory to {}: a process that takes more is killed, or slowed down until it hardly moves.",
             output::memory(limit)
         ));
     }
@@ -300,11 +309,16 @@ fn print(r: &Report, model: Option<&Path>) -> Result<String, std::fmt::Error> {
     let on = model.map_or("a temporary file".into(), |m| printable(&m.display().to_string()));
     writeln!(out, "\nRandom reads on {on}, of what was read shortly before, in MB/s\n")?;
     writeln!(out, "{:<10} {:>9}{:>9} in flight:{}", "", "size", "", IN_FLIGHT.map(|n| format!("{n:>8}")).concat())?;
-    for of_size in r.disk.chunk_by(|a, b| (a.mode, a.read_bytes) == (b.mode, b.read_bytes)) {
-        let mode = if of_size[0].mode == Mode::Direct { "direct" } else { "buffered" };
-        let of = |n| of_size.iter().find(|r| r.in_flight == n).map(|r| format!("{:.0}", r.bytes_per_s / 1e6));
-        let rates = IN_FLIGHT.map(|n| format!("{:>8}", of(n).unwrap_or("?".into()))).concat();
-        writeln!(out, "{mode:<10} {:>5} KiB{:>20}{rates}", of_size[0].read_bytes >> 10, "")?;
+    for (mode, name) in [(Mode::Direct, "direct"), (Mode::Buffered, "buffered")] {
+        for read_bytes in SIZES.into_iter().filter(|_| mode == Mode::Buffered || r.no_direct.is_none()) {
+            let of = |n| r.disk.iter().find(|r| (r.mode, r.read_bytes, r.in_flight) == (mode, read_bytes, n));
+            let rate = |n| of(n).map_or("?".into(), |r| format!("{:.0}", r.bytes_per_s / 1e6));
+            let rates = IN_FLIGHT.map(|n| format!("{:>8}", rate(n))).concat();
+            writeln!(out, "{name:<10} {:>5} KiB{:>20}{rates}", read_bytes >> 10, "")?;
+        }
+    }
+    if r.too_short {
+        writeln!(out, "\nThe file is too short for some of these: --dir measures the disk of a folder.")?;
     }
     writeln!(out, "\nWhat limits")?;
     for l in &r.limits {

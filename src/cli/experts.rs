@@ -17,9 +17,9 @@ use std::path::PathBuf;
 /// Flags of `experts`.
 #[derive(Args)]
 #[command(
-    after_help = "A row is a layer, a column one expert or a few neighbours; the darker, the more it was used: a blank was never used, ░ less
-than half as often as all experts equal, ▒ about as often, ▓ up to three times, █ more. In colours what is in a slot in
-the end is green, with a dot where it wasn't used. A layer that uses hardly more experts than a token takes has collapsed: it is named.
+    after_help = "A row is a layer, a column one expert or a few neighbours; the darker, the more it was used: a blank was never used, ░ \
+less than half as often as all experts equal, ▒ about as often, ▓ up to three times, █ more. In colours what is in a slot in the end is \
+green, with a dot where it wasn't used. A layer that uses hardly more experts than a token takes has collapsed: it is named.
 
 Examples:
   oncall experts -m model.gguf \"Write a poem about the sea\"
@@ -70,6 +70,8 @@ struct Map {
 }
 
 pub(super) fn run(a: ExpertsArgs) -> Result<(), Failure> {
+    // What can't be written is known before anything takes time.
+    let picture = a.svg.as_deref().map(PartFile::replace).transpose()?;
     let engine = a.model.load()?;
     let Some(moe) = engine.config().moe.as_ref() else {
         return Err(Failure::new(format!("{} has no experts: every token uses all of it", a.model.name())));
@@ -96,11 +98,6 @@ pub(super) fn run(a: ExpertsArgs) -> Result<(), Failure> {
         losses: account.store().losses(),
         held: Held::now(&engine),
     };
-    if let Some(path) = &a.svg {
-        let mut file = PartFile::replace(path)?;
-        file.write_all(svg(&map)?.as_bytes()).map_err(|e| file.error(e))?;
-        file.commit()?;
-    }
     if a.json {
         output::json(&map)?;
     } else {
@@ -108,6 +105,10 @@ pub(super) fn run(a: ExpertsArgs) -> Result<(), Failure> {
         let colour = std::io::stdout().is_terminal()
             && anstream::AutoStream::choice(&std::io::stdout()) != anstream::ColorChoice::Never;
         output::text(&draw(&map, width, colour)?)?;
+    }
+    if let Some(mut file) = picture {
+        file.write_all(svg(&map)?.as_bytes()).map_err(|e| file.error(e))?;
+        file.commit()?;
     }
     if output::stopped() { Err(Failure::interrupted()) } else { Ok(()) }
 }

@@ -9,7 +9,10 @@ use std::path::PathBuf;
 
 /// Flags of `logits`.
 #[derive(Args)]
-#[command(after_help = "The file holds f32 in little-endian order, n_tokens rows of n_vocab.")]
+#[command(
+    after_help = "The file holds f32 in little-endian order, n_tokens rows of n_vocab.",
+    mut_arg("no_heat", |a| a.hide(true))
+)]
 pub(super) struct LogitsArgs {
     /// The tokens: 1,2,3
     #[arg(long, value_name = "LIST", value_delimiter = ',', required = true)]
@@ -21,7 +24,9 @@ pub(super) struct LogitsArgs {
     model: ModelArgs,
 }
 
-pub(super) fn run(a: LogitsArgs) -> Result<(), Failure> {
+pub(super) fn run(mut a: LogitsArgs) -> Result<(), Failure> {
+    // Tokens that nobody wrote teach nothing about which experts will be wanted.
+    a.model.no_heat = true;
     let engine = a.model.load()?;
     let mut session = engine.session();
     let mut file = PartFile::replace(&a.output)?;

@@ -143,11 +143,14 @@ fn run(command: Command) -> Result<(), Failure> {
         }
         Command::Man { command } => man(command.as_deref()),
     };
+    let recording = args::take_recording();
     match result {
         // Nobody reads on: that's how `| head` ends a command, not a failure.
-        Err(f) if f.code == output::BROKEN_PIPE => Ok(()),
-        other => other,
+        Err(f) if f.code == output::BROKEN_PIPE => {}
+        other => other?,
     }
+    // A trace that was asked for and isn't there is a failure. After another one it's a warning.
+    recording.map_or(Ok(()), |engine| Ok(engine.end_recording()?))
 }
 
 /// A command's page, or the program's.
@@ -173,5 +176,15 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// clap wraps what it can: a line that ends in the middle of a sentence ends there in a narrow terminal too.
+    #[test]
+    fn explanations_are_one_line_each() {
+        for name in ["plan", "doctor", "replay", "experts"] {
+            let help = Cli::command().find_subcommand(name).unwrap().get_after_help().unwrap().to_string();
+            let (prose, examples) = help.split_once("\n\n").unwrap();
+            assert!(!prose.contains('\n') && examples.starts_with("Examples:"), "{name}: {prose}");
+        }
     }
 }

@@ -4,24 +4,27 @@ use super::args::{CacheType, model_of_env, parse_memory, parse_threads};
 use super::replay::read_trace;
 use super::{Failure, output};
 use crate::cpu::probe::{self, DiskProbe, Mode};
-use crate::engine::outline::Outline;
-use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, EngineOptions, Memory};
+use crate::engine::outline::{Outline, experts_file};
+use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, EngineError, EngineOptions, Memory};
 use crate::gguf::{Gguf, printable};
 use crate::moe::planner::{Cost, Forecast, Reading, Routing, forecast, typical_trace};
+use crate::moe::trace::{self, TraceHeader};
 use crate::ops::kv::KV_BLOCK;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::io::ErrorKind;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Flags of `plan`.
 #[derive(Args)]
 #[command(
-    after_help = "Only the file's header is read, so a download that isn't finished will do. The machine is measured for about two seconds:
-matrices of the model's formats and random reads of an expert's size on the model's disk, each alone and both together (`oncall doctor` shows more).
-Computing and reading go on together and slow each other down, layer by layer. Which experts find themselves at hand is a forecast: from made-up routing
-that is as unequal as trained models', from a trace of a real run (--trace), or for the worst case (--routing uniform).
+    after_help = "Only the file's header is read, so a download that isn't finished will do. The machine is measured for about two \
+seconds: matrices of the model's formats and random reads of an expert's size on the model's disk, each alone and both together \
+(`oncall doctor` shows more). Computing and reading go on together and slow each other down, layer by layer. Which experts find \
+themselves at hand is a forecast: from made-up routing that is as unequal as trained models', from a trace of a real run (--trace), or \
+for the worst case (--routing uniform).
 
 Examples:
   oncall plan -m model.gguf                     a table of budgets
@@ -81,6 +84,8 @@ struct Plan {
     n_ctx: usize,
     smallest_bytes: u64,
     no_reads_bytes: u64,
+    /// The budget below which a token's experts don't all fit; `None` where that isn't between the two.
+    cycle_bytes: Option<u64>,
     base_bytes: u64,
     dense_bytes: u64,
     kv_bytes: u64,
@@ -113,9 +118,9 @@ pub(super) fn run(a: PlanArgs) -> Result<(), Failure> {
         ..EngineOptions::default()
     };
     let outline = Outline::new(&gguf, &options)?;
-    let (routing, assumption) = routing(&a, &outline)?;
+    let (routing, assumption) = routing(&a, gguf.name(), &outline)?;
     let budgets = Budgets::new(&outline, &options, a.memory)?;
-    let plan = plan(&a, &gguf, &outline, &routing, assumption, budgets)?;
+    let plan = plan(&gguf, &outline, &routing, assumption, budgets)?;
     if a.json { output::json(&plan) } else { output::text(&print(&plan, &outline, budgets)?) }
 }
 
@@ -143,7 +148,7 @@ impl Budgets {
 }
 
 /// What is assumed about which experts are used.
-fn routing(a: &PlanArgs, o: &Outline) -> Result<(Routing, Assumption), Failure> {
+fn routing(a: &PlanArgs, name: &str, o: &Outline) -> Result<(Routing, Assumption), Failure> {
     let Some(moe) = &o.config.moe else { return Ok((Routing::Uniform, Assumption::Uniform)) };
     let (n, used) = (moe.router.n_expert, moe.router.n_expert_used);
     let Some(path) = &a.trace else {
@@ -153,49 +158,58 @@ fn routing(a: &PlanArgs, o: &Outline) -> Result<(Routing, Assumption), Failure> 
         });
     };
     let trace = read_trace(path)?;
-    let h = &trace.header;
+    check_trace(&trace.header, name, o, (n, used)).map_err(|e| Failure::new(format!("{}: {e}", path.display())))?;
+    Ok((Routing::Recorded(trace), Assumption::Trace))
+}
+
+/// Whether a trace is of a model like this one, which is called `name` and uses `used` of `n` experts.
+fn check_trace(h: &TraceHeader, name: &str, o: &Outline, (n, used): (usize, usize)) -> Result<(), String> {
     if (h.n_expert, h.n_expert_used) != (n, used) {
         let lossy = h.n_expert == n && h.n_expert_used < used;
-        return Err(Failure::new(format!(
-            "{}: it was recorded with {} of {} experts, but this model uses {used} of {n}{}",
-            path.display(),
+        return Err(format!(
+            "it was recorded with {} of {} experts, but this model uses {used} of {n}{}",
             h.n_expert_used,
             h.n_expert,
             if lossy { "; record a run without --experts" } else { "" }
-        )));
+        ));
     }
-    Ok((Routing::Recorded(trace), Assumption::Trace))
+    if h.n_layer != o.config.n_layer {
+        return Err(format!("it was recorded with {} layers, but this model has {}", h.n_layer, o.config.n_layer));
+    }
+    // Other tools may leave the sizes out. Another quantisation of the model routes nearly alike.
+    let same = |(trace, model): (&(u64, u64), &(u64, u64))| trace.0 == 0 || trace.0 == model.0;
+    let sizes =
+        if h.layer_bytes.iter().zip(&o.layer_bytes).all(same) { "" } else { ", whose experts have other sizes" };
+    if h.model != trace::word(name) || !sizes.is_empty() {
+        let model = if h.model.is_empty() { "an unnamed model" } else { &h.model };
+        output::note(&format!("the trace is of {model}{sizes}: hits are as good as that is like {name}"));
+    }
+    Ok(())
 }
 
 /// Tokens in the context for which speeds are told: a question and half of its answer.
 const SEEN: usize = 512;
 const MEMORY_TIME: Duration = Duration::from_millis(100);
 
-fn plan(
-    a: &PlanArgs,
-    gguf: &Gguf,
-    o: &Outline,
-    routing: &Routing,
-    assumption: Assumption,
-    own: Budgets,
-) -> Result<Plan, Failure> {
+fn plan(gguf: &Gguf, o: &Outline, routing: &Routing, assumption: Assumption, own: Budgets) -> Result<Plan, Failure> {
     let needs = &o.needs;
     let memory_rate = probe::memory_rate(o.n_threads, MEMORY_TIME)?;
     let n_seen = o.n_ctx.min(SEEN);
     let kv_s = memory_rate.map(|rate| (o.kv_per_1k as f64 * n_seen as f64 / 1024.0) / rate);
     let n_kv_blocks = n_seen.div_ceil(KV_BLOCK) as u64;
     let compute_s = o.measure_compute()?.zip(kv_s).map(|(matrices, kv)| matrices + kv);
-    let reading = reading(a.model.as_deref(), o, compute_s);
+    let reading = reading(gguf, o, compute_s);
+    let used = o.config.moe.as_ref().map(|m| (m.router.n_expert, m.router.n_expert_used));
     let cost = Cost {
         compute_s,
         used_expert_bytes: o.used_expert_bytes,
         n_moe_layer: o.n_moe_layer,
-        n_expert_used: o.config.moe.as_ref().map_or(0, |m| m.router.n_expert_used),
+        n_expert_used: used.map_or(0, |u| u.1),
         reading: reading.as_ref().ok().copied(),
     };
     let (smallest, whole) = (needs.smallest(), needs.no_reads());
     // Without experts there is nothing to choose between.
-    let steps = if o.config.moe.is_some() { 8 } else { 1 };
+    let steps = if used.is_some() { 8 } else { 1 };
     let between = (0..=steps).map(|i| smallest + (u128::from(whole - smallest) * i / steps) as u64);
     // More than it can use changes nothing, but who asks gets an answer.
     let own = own.asked.or(own.spare.filter(|b| (smallest..whole).contains(b)));
@@ -208,6 +222,7 @@ fn plan(
         n_ctx: o.n_ctx,
         smallest_bytes: smallest,
         no_reads_bytes: whole,
+        cycle_bytes: used.map(|u| needs.one_cycle(u, n_kv_blocks)).filter(|b| (smallest + 1..whole).contains(b)),
         base_bytes: needs.base,
         dense_bytes: needs.dense,
         kv_bytes: needs.kv,
@@ -224,15 +239,20 @@ fn plan(
 }
 
 /// Computing and reading at once, with direct reads if the disk allows them; or why that isn't known.
-fn reading(model: Option<&Path>, o: &Outline, compute_s: Option<f64>) -> Result<Reading, String> {
+fn reading(gguf: &Gguf, o: &Outline, compute_s: Option<f64>) -> Result<Reading, String> {
     if o.config.moe.is_none() {
         return Err("the model has no experts to read".into());
     }
-    let path = model.ok_or("the model is in the program, not on a disk")?;
+    let file = experts_file(gguf).filter(|f| f.in_memory().is_none());
+    let path = file.ok_or("the model is in the program, not on a disk")?.path();
     let of_file = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
     let probe = DiskProbe::open(path, Mode::Direct).or_else(|_| DiskProbe::open(path, Mode::Buffered));
     let probe = probe.map_err(|e| of_file(&e))?;
-    let reading = compute_s.map_or(Ok(None), |s| o.measure_reading(&probe, s)).map_err(|e| of_file(&e))?;
+    let reading = compute_s.map_or(Ok(None), |s| o.measure_reading(&probe, s)).map_err(|e| match e {
+        // It's too short, which is no refusal.
+        EngineError::System { source, .. } if source.kind() == ErrorKind::InvalidInput => of_file(&source),
+        e => of_file(&e),
+    })?;
     reading.ok_or("too little memory to measure".into())
 }
 
@@ -304,11 +324,11 @@ fn print(p: &Plan, o: &Outline, budgets: Budgets) -> Result<String, std::fmt::Er
 }
 
 fn table(p: &Plan, budgets: Budgets, out: &mut String) -> std::fmt::Result {
-    let (memory, size) = (output::memory, output::size);
+    // Within 80 columns; what is left out is in the JSON.
     writeln!(
         out,
-        "\n{:>10} {:>10} {:>9} {:>7} {:>10} {:>11} {:>9} {:>10} {:>9}",
-        "memory", "for slots", "experts", "hits", "read", "compute", "disk", "tokens/s", "at first"
+        "\n{:>10} {:>7} {:>7} {:>8} {:>9} {:>9} {:>9} {:>9}",
+        "memory", "experts", "hits", "read", "compute", "disk", "tokens/s", "at first"
     )?;
     let mut shown: Option<&Forecast> = None;
     for f in &p.budgets {
@@ -321,16 +341,19 @@ fn table(p: &Plan, budgets: Budgets, out: &mut String) -> std::fmt::Result {
         let [compute, disk] = [f.compute_s, f.disk_s].map(|s| s.map_or("?".into(), |s| format!("{:.1} ms", 1e3 * s)));
         let [speed, first] =
             [f.tokens_per_s, f.first_tokens_per_s].map(|t| t.map_or("?".into(), |t| format!("{t:.1}")));
-        let mark = if marked { "  <" } else { "" };
+        let mark = if marked { " <" } else { "" };
         writeln!(
             out,
-            "{:>10} {:>10} {:>7.1} % {:>5.1} % {:>10} {compute:>11} {disk:>9} {speed:>10} {first:>9}{mark}",
+            "{:>10} {:>5.1} % {:>5.1} % {:>8} {compute:>9} {disk:>9} {speed:>9} {first:>9}{mark}",
             output::at_least(f.bytes),
-            memory(f.slots_bytes),
             100.0 * f.slot_share,
             100.0 * f.hit_rate,
-            size(f.bytes_per_token)
+            output::size(f.bytes_per_token)
         )?;
+    }
+    if let Some(bytes) = p.cycle_bytes {
+        let bytes = output::at_least(bytes);
+        writeln!(out, "\nBelow {bytes} a token's experts don't all fit: plain LRU would never hit.")?;
     }
     Ok(())
 }

@@ -14,10 +14,9 @@ use std::path::{Path, PathBuf};
 /// Flags of `replay`.
 #[derive(Args)]
 #[command(
-    after_help = "A trace says which experts each token used; `--record FILE` on any command that loads a model writes one.
-Slots are counted for each layer. They are shared by all layers as when the model runs (global), or each layer keeps its
-own (layer). `belady` knows the future: no policy can do better. Tokens of the prompt fill the slots, those that were
-written count.
+    after_help = "A trace says which experts each token used; `--record FILE` on any command that loads a model writes one. Slots are \
+counted for each layer. They are shared by all layers as when the model runs (global), or each layer keeps its own (layer). `belady` \
+knows the future: no policy can do better. Tokens of the prompt fill the slots, those that were written count.
 
 Examples:
   oncall run -m model.gguf --record run.csv \"Why is the sky blue?\"
@@ -70,11 +69,15 @@ struct Row {
     outcome: Outcome,
 }
 
-/// Opens and reads a trace; the errors name the file.
+/// Opens and reads a trace that has tokens; the errors name the file.
 pub(super) fn read_trace(path: &Path) -> Result<Trace, Failure> {
     let fail = |e: &dyn std::fmt::Display| Failure::new(format!("{}: {e}", path.display()));
     let file = std::fs::File::open(path).map_err(|e| fail(&e))?;
-    Trace::read(BufReader::new(file)).map_err(|e| fail(&e))
+    let trace = Trace::read(BufReader::new(file)).map_err(|e| fail(&e))?;
+    if trace.n_tokens() == 0 {
+        return Err(fail(&"there are no tokens in it: record a run that reads or writes some"));
+    }
+    Ok(trace)
 }
 
 pub(super) fn run(a: ReplayArgs) -> Result<(), Failure> {

@@ -76,24 +76,31 @@ pub fn group_limit() -> Option<u64> {
     group_folders(&groups, "memory").iter().filter_map(|f| limit_of_group(f)).min()
 }
 
-/// A group's limit, of either version; `None` if it has none.
-fn limit_of_group(folder: &Path) -> Option<u64> {
-    let number = |name: &str| std::fs::read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
-    // Version 1 says "no limit" with a number near 2^63.
-    number("memory.max").or_else(|| number("memory.limit_in_bytes")).filter(|&n| n < 1 << 60)
+/// The number in one of a group's files.
+fn number(folder: &Path, name: &str) -> Option<u64> {
+    std::fs::read_to_string(folder.join(name)).ok()?.trim().parse().ok()
 }
 
-/// What is left of a group's limit; the page cache counts as free, since the kernel takes it back first.
-fn left_in_group(folder: &Path) -> Option<u64> {
-    let number = |name: &str| std::fs::read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
-    let stat = std::fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
-    let cache = |key: &str| stat.lines().find_map(|l| l.strip_prefix(key)?.trim().parse::<u64>().ok()).unwrap_or(0);
-    let (limit, used) = match number("memory.max") {
-        Some(limit) => (limit, number("memory.current")?.saturating_sub(cache("file "))),
-        None => (number("memory.limit_in_bytes")?, number("memory.usage_in_bytes")?.saturating_sub(cache("cache "))),
-    };
+/// A group's limit, of either version; `None` if it has none. Above `memory.high` a process is slowed down until it hardly moves.
+fn limit_of_group(folder: &Path) -> Option<u64> {
+    let limits = ["memory.max", "memory.high", "memory.limit_in_bytes"];
     // Version 1 says "no limit" with a number near 2^63.
-    (limit < 1 << 60).then(|| limit.saturating_sub(used))
+    limits.iter().filter_map(|name| number(folder, name)).filter(|&n| n < 1 << 60).min()
+}
+
+/// What is left of a group's limit. The page cache of files counts as free, since the kernel takes it back first; what it can't drop
+/// doesn't: shared memory and tmpfs (`file` and `cache` include them) and locked pages aren't on the lists of files' pages.
+fn left_in_group(folder: &Path) -> Option<u64> {
+    let limit = limit_of_group(folder)?;
+    // Version 1 counts the groups below in the usage, but only with `total_` in the statistics.
+    let (used, lists) = match number(folder, "memory.current") {
+        Some(used) => (used, ["inactive_file ", "active_file "]),
+        None => (number(folder, "memory.usage_in_bytes")?, ["total_inactive_file ", "total_active_file "]),
+    };
+    let stat = std::fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
+    let of_list = |key: &str| stat.lines().find_map(|l| l.strip_prefix(key)?.trim().parse::<u64>().ok()).unwrap_or(0);
+    let droppable = lists.into_iter().map(of_list).fold(0, u64::saturating_add);
+    Some(limit.saturating_sub(used.saturating_sub(droppable)))
 }
 
 #[cfg(test)]
@@ -115,23 +122,41 @@ mod tests {
         assert_eq!(folders, want.map(PathBuf::from));
     }
 
-    #[test]
-    fn a_group_s_limit_counts_without_its_page_cache() {
+    /// A group's folder with these files.
+    fn group(files: &[(&str, &str)]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
-        assert_eq!(left_in_group(dir.path()), None);
-        write("memory.limit_in_bytes", "1000\n");
-        write("memory.usage_in_bytes", "700\n");
-        write("memory.stat", "cache 300\nrss 400\n");
-        assert_eq!(left_in_group(dir.path()), Some(600));
-        write("memory.limit_in_bytes", "9223372036854771712\n");
-        assert_eq!(left_in_group(dir.path()), None);
-        write("memory.max", "5000\n");
-        write("memory.current", "4000\n");
-        write("memory.stat", "anon 1\nfile 500\n");
-        assert_eq!(left_in_group(dir.path()), Some(1500));
-        write("memory.max", "max\n");
-        assert_eq!(left_in_group(dir.path()), None, "no limit in version 2; the other version's says none too");
+        files.iter().for_each(|(name, text)| std::fs::write(dir.path().join(name), text).unwrap());
+        dir
+    }
+
+    #[test]
+    fn a_group_s_limit_counts_without_what_the_kernel_can_drop() {
+        let left = |files: &[(&str, &str)]| left_in_group(group(files).path());
+        assert_eq!(left(&[]), None);
+        // Of 500 bytes of cache 200 are shared memory: they stay. The numbers without `total_` leave out the groups below.
+        let stat = "cache 5\nshmem 0\ninactive_file 5\nactive_file 0\nunevictable 0\n\
+                    total_cache 500\ntotal_shmem 200\ntotal_inactive_file 100\ntotal_active_file 150\ntotal_unevictable 50\n";
+        let version_1 =
+            |limit| [("memory.limit_in_bytes", limit), ("memory.usage_in_bytes", "700\n"), ("memory.stat", stat)];
+        assert_eq!(left(&version_1("1000\n")), Some(550));
+        assert_eq!(left(&version_1("9223372036854771712\n")), None);
+        let stat = "anon 1\nfile 500\nshmem 200\ninactive_file 100\nactive_file 150\nunevictable 50\n";
+        let version_2 = |max, high| {
+            [("memory.max", max), ("memory.high", high), ("memory.current", "4000\n"), ("memory.stat", stat)]
+        };
+        assert_eq!(left(&version_2("5000\n", "max\n")), Some(1250));
+        assert_eq!(left(&version_2("max\n", "max\n")), None);
+    }
+
+    #[test]
+    fn memory_high_is_a_limit_like_memory_max() {
+        let limits = |max, high| {
+            let dir = group(&[("memory.max", max), ("memory.high", high), ("memory.current", "100\n")]);
+            (limit_of_group(dir.path()), left_in_group(dir.path()))
+        };
+        assert_eq!(limits("5000\n", "3000\n"), (Some(3000), Some(2900)));
+        assert_eq!(limits("2000\n", "3000\n"), (Some(2000), Some(1900)));
+        assert_eq!(limits("max\n", "3000\n"), (Some(3000), Some(2900)));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod cores;
+pub mod direct;
 pub mod isa;
 pub mod memory;
 mod pages;

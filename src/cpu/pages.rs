@@ -42,16 +42,29 @@ impl Pages {
         Self::map(len, rustix::mm::MapFlags::PRIVATE | rustix::mm::MapFlags::NORESERVE)
     }
 
-    /// Gives the memory of a range that begins and ends at pages back to the system; it's zero when it's read again.
+    /// Bytes of one of the system's pages.
+    pub fn page_bytes() -> usize {
+        rustix::param::page_size()
+    }
+
+    /// The whole pages inside a range. The system refuses advice that begins in the middle of a page, and rounds its end up.
+    fn whole(&self, range: std::ops::Range<usize>) -> Option<(*mut c_void, usize)> {
+        assert!(range.start <= range.end && range.end <= self.len);
+        let page = Self::page_bytes();
+        let (start, end) = (range.start.next_multiple_of(page), range.end / page * page);
+        (start < end).then(|| (self.as_ptr().wrapping_add(start).cast(), end - start))
+    }
+
+    /// Gives the memory of the whole pages inside a range back to the system. What the range holds then is unspecified: zeros or what
+    /// it was, by system and place.
     ///
     /// # Safety
     /// Nobody uses the range while this runs, or relies on what was in it.
     pub unsafe fn discard(&self, range: std::ops::Range<usize>) {
-        assert!(range.start <= range.end && range.end <= self.len);
-        let (at, len) = (self.as_ptr().wrapping_add(range.start).cast::<c_void>(), range.len());
+        let Some((at, len)) = self.whole(range) else { return };
         #[cfg(any(target_os = "linux", target_os = "android"))]
-        // SAFETY: the range is inside the mapping (asserted); the rest is the caller's promise. Without the second
-        // advice the kernel might join what was given back with its neighbours to a huge page again.
+        // SAFETY: the pages are inside the range, which is inside the mapping; the rest is the caller's promise. Without the
+        // second advice the kernel might join what was given back with its neighbours to a huge page again.
         unsafe {
             let _ = rustix::mm::madvise(at, len, rustix::mm::Advice::LinuxDontNeed);
             let _ = rustix::mm::madvise(at, len, rustix::mm::Advice::LinuxNoHugepage);
@@ -65,13 +78,14 @@ impl Pages {
 
     /// Asks for huge pages in a range again that was discarded.
     pub fn prefer_huge(&self, range: std::ops::Range<usize>) {
-        assert!(range.start <= range.end && range.end <= self.len);
+        let pages = self.whole(range);
         #[cfg(any(target_os = "linux", target_os = "android"))]
-        // SAFETY: the range is inside the mapping (asserted); the advice changes no contents.
-        unsafe {
-            let at = self.as_ptr().wrapping_add(range.start).cast::<c_void>();
-            let _ = rustix::mm::madvise(at, range.len(), rustix::mm::Advice::LinuxHugepage);
+        if let Some((at, len)) = pages {
+            // SAFETY: the pages are inside the mapping; the advice changes no contents.
+            let _ = unsafe { rustix::mm::madvise(at, len, rustix::mm::Advice::LinuxHugepage) };
         }
+        #[cfg(not(any(target_os = "linux", target_os = "android")))]
+        let _ = pages;
     }
 
     fn map(len: usize, flags: rustix::mm::MapFlags) -> std::io::Result<Self> {
@@ -145,6 +159,26 @@ mod tests {
                 p[len - 1] = 7;
                 assert_eq!(p[len - 1], 7);
             }
+        }
+    }
+
+    #[test]
+    fn what_is_discarded_takes_nothing_of_its_neighbours() {
+        let page = Pages::page_bytes();
+        let given_back = |range: std::ops::Range<usize>| {
+            let mut p = Pages::new(4 * page).unwrap();
+            p.fill(1);
+            // SAFETY: nobody else has the pages, and what they hold is looked at, not relied on.
+            unsafe { p.discard(range.clone()) };
+            let outside = p[..range.start].iter().chain(&p[range.end..]);
+            assert!(outside.into_iter().all(|&b| b == 1), "{range:?} took more");
+            p.prefer_huge(range);
+            (0..4).filter(|i| p[i * page] == 0).collect::<Vec<_>>()
+        };
+        let cases = [0..4 * page, 0..page + 1, 1..3 * page, page - 1..3 * page + 1, 1..page, 2 * page..2 * page];
+        let got = cases.map(given_back);
+        if cfg!(target_os = "linux") {
+            assert_eq!(got, [vec![0, 1, 2, 3], vec![0], vec![1, 2], vec![1, 2], vec![], vec![]]);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What this machine can do, measured: how fast memory and a disk are read, and what limits a process here.
 
 use super::Pages;
+use super::direct::{self, BLOCK};
 use super::memory::for_measuring;
 use std::fs::File;
 use std::io;
@@ -18,9 +19,6 @@ pub enum Mode {
     /// Through the page cache.
     Buffered,
 }
-
-/// What direct reads are aligned to: no disk's block is larger.
-const ALIGN: u64 = 4096;
 
 /// Huge pages' size, on the machines that have them by the size of 4 KiB pages.
 const HUGE: usize = 2 << 20;
@@ -54,18 +52,23 @@ impl DiskProbe {
         }
         let file = match mode {
             Mode::Buffered => File::open(path)?,
-            Mode::Direct => open_direct(path)?,
+            Mode::Direct => direct::open(path)?,
         };
         let probe = DiskProbe { len: file.metadata()?.len(), file, mode };
         // Some file systems accept the flag and refuse the read.
-        let mut one = Pages::new(ALIGN as usize)?;
+        let mut one = Pages::new(BLOCK)?;
         probe.file.read_at(&mut one, 0)?;
         Ok(probe)
     }
 
+    /// Whether random reads of `n_bytes` can be measured on the file.
+    pub fn is_long_enough(&self, n_bytes: usize) -> bool {
+        self.len >= 4 * n_bytes as u64
+    }
+
     /// Bytes of memory that [`DiskProbe::rate`] takes.
     pub fn room_for(n_bytes: usize, in_flight: usize) -> usize {
-        (n_bytes.next_multiple_of(ALIGN as usize) * in_flight.max(1)).next_multiple_of(HUGE) + HUGE
+        (n_bytes.next_multiple_of(BLOCK) * in_flight.max(1)).next_multiple_of(HUGE) + HUGE
     }
 
     /// How fast random reads of `n_bytes` are, `in_flight` at a time, in two rounds of about `time` each: the second reads what the
@@ -84,15 +87,15 @@ impl DiskProbe {
         time: Duration,
         and_then: &(dyn Fn(usize, &[u8]) + Sync),
     ) -> io::Result<Rate> {
-        let n_bytes = n_bytes.next_multiple_of(ALIGN as usize);
-        if self.len < 4 * n_bytes as u64 {
+        let n_bytes = n_bytes.next_multiple_of(BLOCK);
+        if !self.is_long_enough(n_bytes) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the file is too short to measure reads on"));
         }
         let in_flight = in_flight.max(1);
         let mut pages = Pages::new(Self::room_for(n_bytes, in_flight))?;
         let at = pages.as_ptr().align_offset(HUGE);
         let buffers = &mut pages[at..][..n_bytes * in_flight];
-        buffers.chunks_mut(ALIGN as usize).for_each(|p| p[0] = 1);
+        buffers.chunks_mut(BLOCK).for_each(|p| p[0] = 1);
         let mut counts = vec![u64::MAX; in_flight];
         let first = self.round(n_bytes, buffers, &mut counts, time, and_then)?;
         let again = self.round(n_bytes, buffers, &mut counts, time, and_then)?;
@@ -110,7 +113,7 @@ impl DiskProbe {
         and_then: &(dyn Fn(usize, &[u8]) + Sync),
     ) -> io::Result<f64> {
         self.forget();
-        let places = (self.len - n_bytes as u64) / ALIGN;
+        let places = (self.len - n_bytes as u64) / BLOCK as u64;
         let began = Instant::now();
         let lane = |lane: usize, buf: &mut [u8], count: u64| -> io::Result<u64> {
             let mut n = 0;
@@ -123,7 +126,7 @@ impl DiskProbe {
                 random ^= random << 13;
                 random ^= random >> 7;
                 random ^= random << 17;
-                let at = ((u128::from(random) * u128::from(places + 1)) >> 64) as u64 * ALIGN;
+                let at = ((u128::from(random) * u128::from(places + 1)) >> 64) as u64 * BLOCK as u64;
                 self.file.read_exact_at(buf, at)?;
                 and_then(lane, buf);
                 n += 1;
@@ -152,17 +155,6 @@ impl DiskProbe {
     }
 }
 
-#[cfg(any(target_os = "linux", target_os = "android"))]
-fn open_direct(path: &Path) -> io::Result<File> {
-    use rustix::fs::{Mode, OFlags};
-    Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty())?.into())
-}
-
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
-fn open_direct(_: &Path) -> io::Result<File> {
-    Err(io::Error::new(io::ErrorKind::Unsupported, "this system has no O_DIRECT"))
-}
-
 /// Bytes that most caches don't hold, and several times as many.
 pub const UNCACHED: (u64, u64) = (64 << 20, 192 << 20);
 
@@ -174,7 +166,7 @@ pub fn memory_rate(n_threads: usize, time: Duration) -> io::Result<Option<f64>> 
     let Some(n_bytes) = for_measuring(UNCACHED.0, UNCACHED.1) else { return Ok(None) };
     let mut pages = Pages::new(n_bytes as usize)?;
     // Written once: untouched pages are all the same zero page, which is in the cache.
-    pages.chunks_mut(ALIGN as usize).for_each(|p| p[0] = 1);
+    pages.chunks_mut(BLOCK).for_each(|p| p[0] = 1);
     let part = pages.len() / n_threads.max(1) / 64 * 64;
     let (done, began) = (AtomicU64::new(0), Instant::now());
     std::thread::scope(|s| {
@@ -200,7 +192,7 @@ pub fn first_use_rate(n_bytes: usize, time: Duration) -> io::Result<f64> {
     let mut pages = Pages::new(n_bytes.next_multiple_of(HUGE))?;
     let (mut n_touched, began) = (0, Instant::now());
     for piece in pages.chunks_mut(HUGE) {
-        piece.chunks_mut(ALIGN as usize).for_each(|page| page[0] = 1);
+        piece.chunks_mut(BLOCK).for_each(|page| page[0] = 1);
         n_touched += piece.len();
         if began.elapsed() > time {
             break;
@@ -218,11 +210,6 @@ fn sum(bytes: &[u8]) -> u64 {
         }
     }
     sums.iter().fold(0, |a, &b| a.wrapping_add(b))
-}
-
-/// Bytes of a page.
-pub fn page_size() -> usize {
-    rustix::param::page_size()
 }
 
 /// Whether memory comes in huge pages: `always`, `madvise` (when asked for) or `never`; `None` where the system doesn't say.
@@ -278,10 +265,5 @@ mod tests {
     fn memory_is_used_for_the_first_time_at_a_plausible_rate() {
         let rate = first_use_rate(16 << 20, Duration::from_millis(50)).unwrap();
         assert!((1e6..1e12).contains(&rate), "{rate}");
-    }
-
-    #[test]
-    fn pages_have_a_size() {
-        assert!(page_size() >= 4096);
     }
 }

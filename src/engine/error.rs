@@ -50,6 +50,16 @@ pub enum EngineError {
         /// The model file's name.
         file: String,
     },
+    /// Something lossy that can't be.
+    #[error("{flag} {value}: {why}")]
+    Lossy {
+        /// Its flag.
+        flag: &'static str,
+        /// What was asked for.
+        value: f32,
+        /// Why it can't be, and what to do.
+        why: &'static str,
+    },
     /// Sampling.
     #[error(transparent)]
     Sampler(#[from] SamplerError),

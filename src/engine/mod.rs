@@ -73,14 +73,14 @@ fn known_heat(gguf: &Gguf, model: &Decoder) -> Option<(PathBuf, Heat)> {
 }
 
 impl Drop for Inner {
-    /// Ends the trace, and keeps what was learned of the experts' heat: that it couldn't be kept spoils nothing but the next start.
+    /// Ends the trace, if nobody has yet ([`Engine::end_recording`] says whether that worked), and keeps what was learned of the experts' heat: that it couldn't be kept spoils nothing but the next start.
     fn drop(&mut self) {
         let Some(recorder) = &self.recorder else { return };
         if let Err(e) = recorder.end() {
             tracing::warn!("{e}");
         }
         let Some((path, heat)) = &mut self.heat else { return };
-        heat.learn(&recorder.uses());
+        heat.learn(&recorder.uses(), recorder.n_expert_used());
         match heat.save(path) {
             // It keeps what it has learned.
             Err(e @ WriteError::Busy { .. }) => tracing::debug!("another run of the model ends just now: {e}"),
@@ -189,6 +189,7 @@ impl Engine {
         let (model, loader) = arch::declare(&gguf, isa, o.n_expert_used).map_err(of_model)?;
         let tokenizer = Tokenizer::from_metadata(gguf.metadata())
             .map_err(|source| EngineError::Tokenizer { file: gguf.name().into(), source })?;
+        o.check_lossy(&model.config)?;
         let n_ctx = o.n_ctx_of(&model.config);
         let n_blocks = o.n_kv_blocks(n_ctx);
         let total = loader.declared_bytes();
@@ -364,6 +365,14 @@ impl Engine {
     pub fn expert_uses(&self) -> Option<Vec<(u64, bool)>> {
         let (recorder, store) = (self.0.recorder.as_ref()?, self.0.store.as_ref()?);
         Some(recorder.uses().into_iter().zip(store.residency()).collect())
+    }
+
+    /// Gives the trace of [`EngineOptions::record`] its name: it's whole. What comes after isn't recorded.
+    ///
+    /// # Errors
+    /// When that fails; the trace is removed then.
+    pub fn end_recording(&self) -> Result<(), EngineError> {
+        self.0.recorder.as_ref().map_or(Ok(()), |r| Ok(r.end()?))
     }
 
     /// Runs the next tokens of one or more sessions through the model together. Each session's logits are then in

@@ -1,6 +1,6 @@
 //! What an engine is loaded with.
 
-use super::Memory;
+use super::{EngineError, Memory};
 use crate::arch::Config;
 use crate::cpu::Cores;
 use crate::moe::policy::{self, MakePolicy};
@@ -79,6 +79,21 @@ impl Default for EngineOptions {
 }
 
 impl EngineOptions {
+    /// Whether what may be given up can be, in a model of this kind.
+    pub(super) fn check_lossy(&self, config: &Config) -> Result<(), EngineError> {
+        let shares = [("--drop-cold", self.lossy.drop_cold), ("--prefer-resident", self.lossy.prefer_resident)];
+        for (flag, value) in shares {
+            if !(0.0..=1.0).contains(&value) {
+                return Err(EngineError::Lossy { flag, value, why: "it takes a number from 0 to 1" });
+            }
+            if value > 0.0 && config.moe.is_none() {
+                let why = "this model has no experts, every token uses all of it; leave it out";
+                return Err(EngineError::Lossy { flag, value, why });
+            }
+        }
+        Ok(())
+    }
+
     /// Blocks of the KV cache for sessions of this length.
     pub(super) fn n_kv_blocks(&self, n_ctx: usize) -> usize {
         let one = n_ctx.div_ceil(KV_BLOCK);

@@ -4,7 +4,7 @@ use super::budget::needs;
 use super::{Budget, EngineError, EngineOptions, Memory};
 use crate::arch::{self, Config};
 use crate::cpu::Isa;
-use crate::gguf::{Gguf, Tensor};
+use crate::gguf::{Gguf, ModelFile, Tensor};
 use crate::moe::Part;
 use crate::moe::planner::Needs;
 use crate::ops::kv::{KV_BLOCK, KvPool};
@@ -29,6 +29,8 @@ pub struct Outline {
     pub used_expert_bytes: u64,
     /// Weight bytes that a token reads in each format, with all bytes of the model in it.
     pub active: Vec<Active>,
+    /// Bytes of one expert of each layer, and of the layer's other weights. (n_layer)
+    pub layer_bytes: Vec<(u64, u64)>,
     /// The largest matrix of an expert; `None` for a dense model.
     pub part: Option<Part>,
     /// Threads that compute.
@@ -71,6 +73,7 @@ impl Outline {
             n_moe_layer: n_layers as usize,
             used_expert_bytes: all / n * used,
             active: active(gguf, n, used),
+            layer_bytes: layer_bytes(gguf, model.config.n_layer, n as usize),
             part: experts.iter().max_by_key(|t| t.n_bytes).map(|t| part(t, n)),
             n_threads: o.n_threads_here(),
             config: model.config,
@@ -86,6 +89,13 @@ impl Outline {
     pub fn budget(&self, o: &EngineOptions, memory: Memory) -> Result<Budget, EngineError> {
         Budget::new(&self.needs, o, memory)
     }
+}
+
+/// The file with most of a model's experts, as far as they are there: the first of a split model's may hold metadata alone.
+pub fn experts_file(gguf: &Gguf) -> Option<&ModelFile> {
+    let experts = |i| gguf.tensors().iter().filter(|t| t.file == i && is_expert(t)).map(|t| t.n_bytes).sum::<u64>();
+    let there = |(i, file): &(usize, &ModelFile)| (experts(*i).min(file.n_bytes()), file.n_bytes());
+    gguf.files().iter().enumerate().max_by_key(there).map(|f| f.1)
 }
 
 fn is_expert(t: &Tensor) -> bool {

@@ -3,12 +3,10 @@
 use super::error::GgufError;
 use super::file::Gguf;
 use super::tensor::Tensor;
+use crate::cpu::direct::{self, BLOCK};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-
-/// Direct reads begin and end at multiples of this, in the file and in memory.
-const ALIGN: u64 = 4096;
 
 /// One of a model's files, opened for direct reads.
 #[derive(Debug)]
@@ -19,7 +17,7 @@ impl Gguf {
     /// another file has its name by now.
     pub fn open_direct(&self, file: usize) -> Option<DirectFile> {
         let file = self.file(file)?;
-        let direct = open(file.path())?;
+        let direct = direct::open(file.path()).ok()?;
         let same = file.identity().is_some() && file.identity() == super::file::identity(&direct);
         same.then_some(DirectFile(direct))
     }
@@ -38,8 +36,8 @@ impl Gguf {
         buf: &mut [u8],
     ) -> Result<usize, GgufError> {
         let from = self.place_of(tensor, offset, n_bytes)?;
-        let at = (from % ALIGN) as usize;
-        let buf = &mut buf[..(at + n_bytes).next_multiple_of(ALIGN as usize)];
+        let at = (from % BLOCK as u64) as usize;
+        let buf = &mut buf[..(at + n_bytes).next_multiple_of(BLOCK)];
         let read = |buf: &mut [u8], from| file.0.read_at(buf, from);
         let have = read_blocks(read, buf, from - at as u64, at + n_bytes)
             .map_err(|error| self.read_error(tensor, from, n_bytes, error))?;
@@ -65,7 +63,7 @@ pub(super) fn read_blocks(
     let mut done = 0;
     while done < needed {
         match read(&mut buf[done..], from + done as u64) {
-            Ok(n) if n > 0 && n.is_multiple_of(ALIGN as usize) => done += n,
+            Ok(n) if n > 0 && n.is_multiple_of(BLOCK) => done += n,
             // The last block may be cut by the file's end; what is needed may be there all the same.
             Ok(n) => return Ok(done + n),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -74,16 +72,4 @@ pub(super) fn read_blocks(
         }
     }
     Ok(done)
-}
-
-#[cfg(any(target_os = "linux", target_os = "android"))]
-fn open(path: &std::path::Path) -> Option<File> {
-    use rustix::fs::{Mode, OFlags};
-    let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, Mode::empty()).ok().map(File::from)
-}
-
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
-fn open(_: &std::path::Path) -> Option<File> {
-    None
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::error::{GgufError, HeaderError, KeyError};
-use super::header::{Header, MAX_HEADER_BYTES};
+use super::header::{self, Header, MAX_HEADER_BYTES};
 use super::metadata::Metadata;
 use super::read::{ReadError, read_full_at};
 use super::split::ShardName;
@@ -329,11 +329,11 @@ pub(super) fn read_header(
         let have = bytes.len();
         bytes.resize((have * 2).clamp(FIRST_READ.min(most), most), 0);
         read_full_at(&mut read, &mut bytes[have..], have as u64).map_err(HeaderReadError::Read)?;
-        match Header::measure(&bytes, len, data_len) {
-            Ok(n_bytes) => {
-                bytes.truncate(n_bytes);
+        match header::scan(&bytes, len, data_len) {
+            Ok(found) => {
+                bytes.truncate(found.n_bytes);
                 bytes.shrink_to_fit();
-                return Header::parse_for(Cow::Owned(bytes), len, data_len).map_err(HeaderReadError::Header);
+                return Ok(Header::new(Cow::Owned(bytes), found));
             }
             // It's longer than what is here.
             Err(HeaderError::TooLarge { .. }) if bytes.len() < most => {}

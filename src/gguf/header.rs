@@ -49,36 +49,33 @@ impl Header {
     /// `bytes` is the whole file or its first bytes; what follows the header isn't looked at.
     /// Everything that it returns refers to bytes that are there: tensors lie inside `file_len`.
     pub fn parse(bytes: Cow<'static, [u8]>, file_len: u64) -> Result<Self, HeaderError> {
-        Self::parse_for(bytes, file_len, file_len)
+        let found = scan(&bytes, file_len, file_len)?;
+        Ok(Self::new(bytes, found))
     }
 
-    /// The same for a file whose end may be missing: tensors lie inside `data_len`, not `file_len`.
-    pub(super) fn parse_for(bytes: Cow<'static, [u8]>, file_len: u64, data_len: u64) -> Result<Self, HeaderError> {
-        let found = scan(&bytes, file_len, data_len)?;
-        Ok(Self {
+    /// Of what was found in `bytes`, or in more that begin with them.
+    pub(super) fn new(bytes: Cow<'static, [u8]>, found: Found) -> Self {
+        Self {
             version: found.version,
             metadata: Metadata::new(bytes, found.entries, found.by_key),
             tensors: found.tensors,
             n_bytes: found.n_bytes,
-        })
-    }
-
-    /// The length of the header that `bytes` begin with, if it is a good one.
-    pub(super) fn measure(bytes: &[u8], file_len: u64, data_len: u64) -> Result<usize, HeaderError> {
-        Ok(scan(bytes, file_len, data_len)?.n_bytes)
+        }
     }
 }
 
 /// What a header says, without its bytes.
-struct Found {
+pub(super) struct Found {
     version: u32,
     entries: Vec<Entry>,
     by_key: Vec<u32>,
     tensors: Vec<Tensor>,
-    n_bytes: usize,
+    /// Of the header.
+    pub n_bytes: usize,
 }
 
-fn scan(bytes: &[u8], file_len: u64, data_len: u64) -> Result<Found, HeaderError> {
+/// Checks the header that `bytes` begin with, of a file of `file_len` bytes whose end may be missing: tensors lie inside `data_len`.
+pub(super) fn scan(bytes: &[u8], file_len: u64, data_len: u64) -> Result<Found, HeaderError> {
     if bytes.is_empty() {
         return Err(HeaderError::Empty);
     }

@@ -12,6 +12,9 @@ const HEADER: usize = 16 + 8 + 4 + 4;
 /// As in a model's file: more is damage.
 const MAX_EXPERTS: usize = 1 << 22;
 
+/// Tokens of a run that is worth as much as all before it.
+const LONG_RUN: f32 = 100.0;
+
 /// The experts' heats.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Heat {
@@ -88,13 +91,15 @@ impl Heat {
         file.commit()
     }
 
-    /// A run has ended that used experts so often, (n_layer x n_expert): each layer's uses as shares of the layer's, half and half
-    /// with what was known.
-    pub fn learn(&mut self, uses: &[u64]) {
+    /// A run has ended whose tokens used so many experts of a layer, each so often, (n_layer x n_expert): each layer's uses as shares of
+    /// the layer's, half and half with what was known if the run was long enough to know better.
+    pub fn learn(&mut self, uses: &[u64], n_expert_used: usize) {
         for (values, uses) in self.values.chunks_mut(self.n_expert.max(1)).zip(uses.chunks(self.n_expert.max(1))) {
             let all: u64 = uses.iter().sum();
+            let n_tokens = all as f32 / n_expert_used.max(1) as f32;
+            let weight = 0.5 * (n_tokens / LONG_RUN).min(1.0);
             if all > 0 {
-                values.iter_mut().zip(uses).for_each(|(v, &n)| *v = (*v + n as f32 / all as f32) / 2.0);
+                values.iter_mut().zip(uses).for_each(|(v, &n)| *v += (n as f32 / all as f32 - *v) * weight);
             }
         }
     }
@@ -206,10 +211,23 @@ mod tests {
     #[test]
     fn a_run_is_learned_as_shares_of_each_layer() {
         let mut heat = Heat::cold(7, 2, 3);
-        heat.learn(&[0, 30, 10, 0, 0, 0]);
+        heat.learn(&[0, 300, 100, 0, 0, 0], 2);
         assert_eq!(heat.hottest(), [(0, 1), (0, 2)]);
-        heat.learn(&[4, 0, 0, 1, 0, 0]);
+        heat.learn(&[400, 0, 0, 200, 0, 0], 2);
         assert_eq!(heat.values, [0.5, 0.1875, 0.0625, 0.5, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn a_few_tokens_don_t_outweigh_long_runs() {
+        let mut heat = Heat::cold(7, 1, 3);
+        (0..4).for_each(|_| heat.learn(&[0, 1500, 500], 2));
+        let before = heat.clone();
+        heat.learn(&[3, 0, 1], 2);
+        assert_eq!(heat.hottest()[..2], [(0, 1), (0, 2)]);
+        assert!(heat.values.iter().zip(&before.values).all(|(a, b)| (a - b).abs() < 0.02), "{heat:?}");
+        let mut first = Heat::cold(7, 1, 3);
+        first.learn(&[2, 0, 1], 1);
+        assert_eq!(first.hottest(), [(0, 0), (0, 2)], "better than nothing");
     }
 
     #[test]

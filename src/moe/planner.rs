@@ -79,6 +79,17 @@ impl Needs {
         self.fixed(self.chunk.max(1)).saturating_add(self.all_slots)
     }
 
+    /// The budget from which on `n_used` of every layer's `n` experts have slots at a moment as of [`Needs::slots_now`]: a token's.
+    pub fn one_cycle(&self, (n, n_used): (usize, usize), n_kv_blocks: u64) -> u64 {
+        let slots = (u128::from(self.all_slots) * n_used as u128).div_ceil(n.max(1) as u128) as u64;
+        self.now(n_kv_blocks).fixed(1).saturating_add(slots)
+    }
+
+    /// While the KV cache holds so many blocks.
+    fn now(&self, n_kv_blocks: u64) -> Needs {
+        Needs { kv: self.kv.min(self.kv_block.saturating_mul(n_kv_blocks)), ..*self }
+    }
+
     /// Divides a budget; `None` if it's too small. Where it's short, blocks of tokens are made shorter before slots are
     /// taken away.
     pub fn divide(&self, budget: u64) -> Option<Shares> {
@@ -97,8 +108,8 @@ impl Needs {
     /// Bytes of slots at a moment when the KV cache holds so many blocks and a pass has so many tokens: what these don't
     /// need yet is the slots'. `None` if the budget is too small for it.
     pub fn slots_now(&self, budget: u64, n_kv_blocks: u64, n_tokens: usize) -> Option<u64> {
-        let now = Needs { kv: self.kv.min(self.kv_block.saturating_mul(n_kv_blocks)), ..*self };
-        Some(budget.checked_sub(now.fixed(n_tokens))?.min(self.all_slots)).filter(|&slots| slots >= self.least_slots)
+        let fixed = self.now(n_kv_blocks).fixed(n_tokens);
+        Some(budget.checked_sub(fixed)?.min(self.all_slots)).filter(|&slots| slots >= self.least_slots)
     }
 
     /// The share of all experts that have a slot with this many bytes of slots.
@@ -327,6 +338,13 @@ mod tests {
         assert_eq!(NEEDS.divide(NEEDS.no_reads()), Some(Shares { chunk: 16, activations: 168, slots: 4000 }));
         assert!(NEEDS.divide(NEEDS.no_reads() - 1).unwrap().slots < 4000);
         assert_eq!(NEEDS.divide(u64::MAX).unwrap().slots, 4000);
+    }
+
+    #[test]
+    fn from_one_cycle_on_a_token_s_experts_have_slots() {
+        let cycle = NEEDS.one_cycle((8, 3), 2);
+        assert_eq!(cycle, 64 + 1000 + 2 * 30 + 18 + 4000 * 3 / 8);
+        assert_eq!(NEEDS.share(NEEDS.slots_now(cycle, 2, 1).unwrap()), 3.0 / 8.0);
     }
 
     #[test]

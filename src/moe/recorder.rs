@@ -114,6 +114,11 @@ impl Recorder {
         }
     }
 
+    /// Experts that a token uses in a layer.
+    pub fn n_expert_used(&self) -> usize {
+        self.n_expert_used
+    }
+
     /// Uses of each expert so far. (n_layer x n_expert)
     pub fn uses(&self) -> Vec<u64> {
         self.lock().uses.clone()

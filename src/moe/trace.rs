@@ -168,6 +168,11 @@ impl Trace {
     }
 }
 
+/// A name as a trace has it: one word.
+pub fn word(name: &str) -> String {
+    name.split_whitespace().collect::<Vec<_>>().join("_")
+}
+
 /// The beginning of a text, for a message.
 fn shorten(text: &str) -> String {
     text.chars().take(60).collect()
@@ -272,7 +277,6 @@ impl<W: Write> TraceWriter<W> {
     /// The writer's.
     pub fn new(mut out: W, header: &TraceHeader) -> std::io::Result<Self> {
         let h = header;
-        let word = |s: &str| s.split_whitespace().collect::<Vec<_>>().join("_");
         writeln!(out, "{MAGIC}")?;
         writeln!(
             out,

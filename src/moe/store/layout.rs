@@ -1,14 +1,13 @@
 //! The sizes of a store: what an expert is in the file, and what its slot is in memory. Pure arithmetic.
 
+use crate::cpu::Pages;
+use crate::cpu::direct::BLOCK;
 use crate::quant::Format;
 
-/// Direct reads begin and end at multiples of this, in the file and in memory, and slots in the arena: no disk has larger blocks, and
-/// it's a page.
-pub(super) const PAGE: usize = 4096;
 /// A slot's parts begin at multiples of this, a cache line.
 const LINE: usize = 64;
 /// What is read at once: a lane's buffer is one huge page with what surrounds the bytes, see [`super::lanes`]. Tests have small experts.
-const PIECE: usize = if cfg!(test) { 512 } else { (2 << 20) - 2 * PAGE };
+const PIECE: usize = if cfg!(test) { 512 } else { (2 << 20) - 2 * BLOCK };
 /// Rows of a piece are a multiple of this, whole groups of every instruction set.
 const PIECE_ROWS: usize = 16;
 
@@ -51,7 +50,7 @@ pub(super) const N_PARTS: usize = 3;
 
 /// Room for `n_bytes` that are read directly: the blocks of the file that they lie in, wherever they begin.
 pub fn room_for(n_bytes: usize) -> usize {
-    n_bytes.next_multiple_of(PAGE) + PAGE
+    n_bytes.next_multiple_of(BLOCK) + BLOCK
 }
 
 /// Slots of one size.
@@ -167,7 +166,8 @@ fn class_of(classes: &mut Vec<Class>, parts: &LayerParts, n_expert: usize) -> us
     let room = parts.map(|p| p.n_bytes.next_multiple_of(LINE));
     let starts = [0, room[0], room[0] + room[1], room[0] + room[1] + room[2]];
     let class = classes.iter().position(|c| c.starts == starts).unwrap_or_else(|| {
-        let slot_bytes = starts[N_PARTS].next_multiple_of(PAGE);
+        // Whole pages, of 16 or 64 KiB on some systems: a slot that is given up gives its memory back and no neighbour's.
+        let slot_bytes = starts[N_PARTS].next_multiple_of(Pages::page_bytes());
         classes.push(Class { slot_bytes, starts, n_experts: 0, first_slot: 0, base: 0 });
         classes.len() - 1
     });
