@@ -97,9 +97,9 @@ fn store(n_layer: usize, n_slots: usize, lanes: usize, disk: &Arc<Disk>) -> Expe
 fn fetch(store: &ExpertStore, disk: &Disk, layer: usize, wanted: &[u32]) -> Result<(), FetchError> {
     let with_tokens: Vec<(u32, u32)> = wanted.iter().map(|&e| (e, 1)).collect();
     let mut fetch = store.fetch(layer, &with_tokens);
-    let (mut ready, mut seen) = (Vec::new(), Vec::new());
-    while fetch.next(&mut ready)? {
-        assert_own_weights(&ready, disk, layer);
+    let mut seen = Vec::new();
+    while let Some(ready) = fetch.next()? {
+        assert_own_weights(ready, disk, layer);
         seen.extend(ready.iter().map(|r| r.expert));
     }
     seen.sort_unstable();
@@ -162,10 +162,9 @@ fn demand_comes_before_reading_ahead_and_warming_up() {
         let store = store(2, 6, 1, &disk);
         store.warm_up([(1, 1), (1, 2)]);
         let begun = {
-            let mut ready = Vec::new();
             let mut fetch = store.fetch(0, &[(0, 1)]);
             let begun = disk.reads().len();
-            while fetch.next(&mut ready).unwrap() {}
+            while fetch.next().unwrap().is_some() {}
             begun
         };
         let reads = disk.reads();
@@ -183,12 +182,12 @@ fn reading_ahead_takes_no_slot_that_is_wanted_or_held() {
     every_order(|| {
         let disk = Disk::new(0);
         let store = store(2, 2, 1, &disk);
-        let (mut fetch, mut ready) = (store.fetch(0, &[(0, 1), (1, 1)]), Vec::new());
+        let mut fetch = store.fetch(0, &[(0, 1), (1, 1)]);
         store.ahead(1, &[2]);
-        while fetch.next(&mut ready).unwrap() {
-            assert_own_weights(&ready, &disk, 0);
+        while let Some(ready) = fetch.next().unwrap() {
+            assert_own_weights(ready, &disk, 0);
         }
-        drop((fetch, ready));
+        drop(fetch);
         drop(store);
         let wanted = disk.reads().into_iter().filter(|r| r.0 < N_PARTS).collect();
         assert_each_once(wanted, 2 * N_PARTS);

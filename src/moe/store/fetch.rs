@@ -33,13 +33,15 @@ pub struct Ready<'a> {
     pub down: Packed<'a>,
 }
 
-/// Experts of one layer. Those it has handed out stay pinned until the next call.
+/// Experts of one layer. Those it has lent stay pinned until the next call.
 pub struct Fetch<'a> {
     store: &'a ExpertStore,
     layer: usize,
-    /// Not yet handed out.
+    /// Not yet lent.
     wanted: Vec<u32>,
-    /// Slots of those that were handed out last.
+    /// Those that were lent last. They don't live as long as `'a` says: nobody else may see that.
+    ready: Vec<Ready<'a>>,
+    /// Their slots.
     held: Vec<u32>,
 }
 
@@ -65,7 +67,8 @@ impl ExpertStore {
         }
         // The guesses were about this layer: what wasn't wanted may leave.
         s.slots.unguard();
-        let fetch = Fetch { store: self, layer, wanted: wanted.iter().map(|w| w.0).collect(), held: Vec::new() };
+        let wanted = wanted.iter().map(|w| w.0).collect();
+        let fetch = Fetch { store: self, layer, wanted, ready: Vec::new(), held: Vec::new() };
         fetch.order_missing(&mut s);
         drop(s);
         fetch
@@ -86,18 +89,27 @@ impl<'a> Fetch<'a> {
         self.wanted.iter().map(|&e| self.store.shared.layout.key(self.layer, e))
     }
 
-    /// The next experts that can be computed: first all that are resident, then others as they arrive, in any
-    /// order; `None` when all have been handed out. Unpins those of the call before.
+    /// The next experts that can be computed: first all that are resident, then others as they arrive, those of one call in the order of
+    /// their numbers; `None` when all have been lent. Unpins those of the call before, which end here:
+    ///
+    /// ```compile_fail,E0499
+    /// fn keep(mut fetch: oncall::moe::Fetch<'_>) -> usize {
+    ///     let first = fetch.next().unwrap().unwrap()[0];
+    ///     let _others = fetch.next();
+    ///     first.gate.n_rows()
+    /// }
+    /// ```
     ///
     /// # Errors
     /// When a read failed. The store stays usable.
-    pub fn next(&mut self, out: &mut Vec<Ready<'a>>) -> Result<bool, FetchError> {
-        out.clear();
-        let shared: &'a Shared = &self.store.shared;
+    #[allow(clippy::should_implement_trait)] // it can fail, and lends
+    pub fn next(&mut self) -> Result<Option<&[Ready<'_>]>, FetchError> {
+        self.ready.clear();
+        let shared = &*self.store.shared;
         let mut s = shared.lock();
         self.held.drain(..).for_each(|slot| s.slots.unpin(slot));
         loop {
-            self.collect(&mut s, out);
+            self.collect(&mut s);
             if self.keys().any(|key| s.failed.contains_key(&key)) {
                 return Err(self.give_up(s));
             }
@@ -106,24 +118,27 @@ impl<'a> Fetch<'a> {
                 // Slots that came free may be read ahead into.
                 shared.work.notify_one();
             }
-            if !out.is_empty() || self.wanted.is_empty() {
-                return Ok(!out.is_empty());
+            if !self.ready.is_empty() || self.wanted.is_empty() {
+                break;
             }
             let began = Instant::now();
             s = shared.arrived.wait(s).unwrap_or_else(|e| e.into_inner());
             s.stats.stall_ns += began.elapsed().as_nanos() as u64;
         }
+        drop(s);
+        self.ready.sort_unstable_by_key(|r| r.expert);
+        Ok(if self.ready.is_empty() { None } else { Some(&self.ready) })
     }
 
-    /// Pins what is resident and moves it to `out`.
-    fn collect(&mut self, s: &mut State, out: &mut Vec<Ready<'a>>) {
+    /// Pins what is resident and moves it to `ready`.
+    fn collect(&mut self, s: &mut State) {
         let shared: &'a Shared = &self.store.shared;
-        let (layer, held) = (self.layer, &mut self.held);
+        let (layer, ready, held) = (self.layer, &mut self.ready, &mut self.held);
         self.wanted.retain(|&expert| {
             let Place::Resident(slot) = s.slots.place(shared.layout.key(layer, expert)) else { return true };
             s.slots.pin(slot);
             held.push(slot);
-            out.extend(shared.ready(layer, expert, slot));
+            ready.extend(shared.ready(layer, expert, slot));
             false
         });
     }
@@ -170,7 +185,8 @@ impl Shared {
         let packed: [Packed<'_>; N_PARTS] = std::array::from_fn(|i| {
             let (p, at) = (&parts[i], self.layout.part_of_slot(slot, i).start);
             assert!(at + p.n_bytes <= self.arena.len());
-            // SAFETY: in bounds (asserted); the slot is resident and pinned, so nobody writes it.
+            // SAFETY: in bounds (asserted); the slot is resident and pinned, so nobody writes it until it's unpinned, and `Fetch` lends
+            // this for no longer than that.
             let data = unsafe { std::slice::from_raw_parts(self.arena.as_ptr().add(at), p.n_bytes) };
             Packed::new(p.format, self.isa, p.n_rows, p.n_cols, data)
         });

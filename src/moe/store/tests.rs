@@ -100,9 +100,10 @@ fn fetch(store: &ExpertStore, layer: usize, wanted: &[u32], ahead: Option<(usize
     if let Some((layer, likely)) = ahead {
         store.ahead(layer, likely);
     }
-    let (mut ready, mut seen) = (Vec::new(), Vec::new());
-    while fetch.next(&mut ready)? {
-        for r in &ready {
+    let mut seen = Vec::new();
+    while let Some(ready) = fetch.next()? {
+        assert!(ready.is_sorted_by_key(|r| r.expert));
+        for r in ready {
             for (i, p) in [r.gate, r.up, r.down].into_iter().enumerate() {
                 assert_eq!(first_weight(p), weight(3 * layer + i, r.expert));
             }
