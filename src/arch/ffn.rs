@@ -270,8 +270,9 @@ impl MoeFfn {
         let used = self.config.router.n_expert_used;
         let n_embd = self.router.n_cols;
         b.partial.resize(picks.len() * n_embd);
-        while let Some(mut rest) = fetch.next()? {
+        while let Some(mut rest) = fetch.next(m.stop)? {
             while !rest.is_empty() {
+                m.go_on()?;
                 let (now, later) = rest.split_at(groups.some_of(rest));
                 self.compute(m, b, groups, now);
                 rest = later;

@@ -197,7 +197,7 @@ impl Engine {
         let kv = KvPool::new(&model.kv_layers(), o.type_k, o.type_v, n_blocks)?;
         let done = std::sync::atomic::AtomicU64::new(0);
         let dense = loader
-            .read(&|n| progress(done.fetch_add(n, std::sync::atomic::Ordering::Relaxed) + n, total))
+            .read(o.stop.as_deref(), &|n| progress(done.fetch_add(n, std::sync::atomic::Ordering::Relaxed) + n, total))
             .map_err(of_model)?;
         let store = match model.store_layout() {
             None => None,
@@ -365,7 +365,8 @@ impl Engine {
     /// [`Session::logits`]. Tokens of all sessions together are one block: the caller bounds it.
     ///
     /// # Errors
-    /// When a context is full, a token doesn't exist or the file can't be read. No session is changed then.
+    /// When a context is full, a token doesn't exist, the file can't be read, or [`EngineOptions::stop`] is true. No session is changed
+    /// then.
     pub fn forward(&self, inputs: &mut [Input<'_>]) -> Result<Duration, EngineError> {
         let e = &*self.0;
         let n_vocab = e.model.config.n_vocab;
@@ -433,7 +434,7 @@ impl Engine {
             experts: e.store.as_ref(),
             lossy: e.options.lossy,
             recorder: e.recorder.as_ref(),
-            stop: e.options.stop.filter(|_| !is_decode),
+            stop: e.options.stop.as_deref(),
         };
         e.recorder.as_ref().inspect(|r| r.discard());
         e.model.forward(&machine, buffers, &e.gguf, &mut block)?;

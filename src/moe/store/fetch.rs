@@ -6,18 +6,28 @@ use super::slots::Place;
 use super::{ExpertStore, Shared, State};
 use crate::cpu::sync::MutexGuard;
 use crate::ops::matmul::Packed;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+/// How often a pass that waits for a read looks whether it is to stop.
+const TICK: Duration = Duration::from_millis(50);
 
 /// Why an expert couldn't be had.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("reading expert {expert} of layer {layer} failed: {why}")]
-pub struct FetchError {
-    /// The layer.
-    pub layer: usize,
-    /// The expert in it.
-    pub expert: u32,
-    /// What the reader said.
-    pub why: String,
+pub enum FetchError {
+    /// It was asked to stop.
+    #[error("stopped before all experts were read")]
+    Stopped,
+    /// A read failed.
+    #[error("reading expert {expert} of layer {layer} failed: {why}")]
+    Read {
+        /// The layer.
+        layer: usize,
+        /// The expert in it.
+        expert: u32,
+        /// What the reader said.
+        why: String,
+    },
 }
 
 /// An expert that is resident and pinned.
@@ -90,25 +100,29 @@ impl<'a> Fetch<'a> {
     }
 
     /// The next experts that can be computed: first all that are resident, then others as they arrive, those of one call in the order of
-    /// their numbers; `None` when all have been lent. Unpins those of the call before, which end here:
+    /// their numbers; `None` when all have been lent. Once `stop` is true it waits no longer. Unpins those of the call before, which end
+    /// here:
     ///
     /// ```compile_fail,E0499
     /// fn keep(mut fetch: oncall::moe::Fetch<'_>) -> usize {
-    ///     let first = fetch.next().unwrap().unwrap()[0];
-    ///     let _others = fetch.next();
+    ///     let first = fetch.next(None).unwrap().unwrap()[0];
+    ///     let _others = fetch.next(None);
     ///     first.gate.n_rows()
     /// }
     /// ```
     ///
     /// # Errors
-    /// When a read failed. The store stays usable.
+    /// When a read failed, or it was to stop. The store stays usable.
     #[allow(clippy::should_implement_trait)] // it can fail, and lends
-    pub fn next(&mut self) -> Result<Option<&[Ready<'_>]>, FetchError> {
+    pub fn next(&mut self, stop: Option<&AtomicBool>) -> Result<Option<&[Ready<'_>]>, FetchError> {
         self.ready.clear();
         let shared = &*self.store.shared;
         let mut s = shared.lock();
         self.held.drain(..).for_each(|slot| s.slots.unpin(slot));
         loop {
+            if stop.is_some_and(|stop| stop.load(Relaxed)) {
+                return Err(FetchError::Stopped);
+            }
             self.collect(&mut s);
             if self.keys().any(|key| s.failed.contains_key(&key)) {
                 return Err(self.give_up(s));
@@ -122,7 +136,7 @@ impl<'a> Fetch<'a> {
                 break;
             }
             let began = Instant::now();
-            s = shared.arrived.wait(s).unwrap_or_else(|e| e.into_inner());
+            s = shared.arrived.wait_timeout(s, TICK).unwrap_or_else(|e| e.into_inner()).0;
             s.stats.stall_ns += began.elapsed().as_nanos() as u64;
         }
         drop(s);
@@ -154,7 +168,21 @@ impl<'a> Fetch<'a> {
         self.keys().for_each(|key| drop(s.failed.remove(&key)));
         let (key, why) = found.unwrap_or_else(|| (shared.layout.key(self.layer, 0), "a read failed".into()));
         let (layer, expert) = shared.layout.layer_and_expert(key);
-        FetchError { layer, expert, why }
+        FetchError::Read { layer, expert, why }
+    }
+
+    /// Drops what nobody waits for any more and hasn't begun to be read: it would hold up whoever comes next.
+    fn cancel(&self, s: &mut State) {
+        s.likely.clear();
+        let jobs = std::mem::take(&mut s.demand);
+        for job in jobs {
+            if self.keys().any(|key| key == job.key) {
+                s.slots.end_part(job.slot, false);
+            } else {
+                s.demand.push_back(job);
+            }
+        }
+        self.store.shared.arrived.notify_all();
     }
 
     /// Gives slots to missing experts while there are any, and has them read: one whole expert after the other, so that
@@ -169,7 +197,6 @@ impl<'a> Fetch<'a> {
             s.count_evicted(&shared.layout, evicted);
             s.slots.begin(key, slot, false);
             s.unplaced -= 1;
-            s.stats.demand_bytes += shared.layout.expert_bytes(key);
             s.demand.extend(parts_of(key, slot));
         }
         if s.demand.len() > before {
@@ -201,5 +228,8 @@ impl Drop for Fetch<'_> {
         self.held.drain(..).for_each(|slot| s.slots.unpin(slot));
         self.keys().for_each(|key| s.slots.spare(key));
         s.unplaced = 0;
+        if !self.wanted.is_empty() {
+            self.cancel(&mut s);
+        }
     }
 }
