@@ -390,11 +390,12 @@ impl Engine {
         }
         let mut buffers: MutexGuard<'_, Buffers> = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
         let is_decode = inputs.iter().all(|i| i.written || i.tokens.is_empty());
+        let began = Instant::now();
         self.ledger().begin(self.store_stats());
         let result = self.pass(inputs, &mut buffers, &tokens, &wanted, is_decode);
-        let done = result.as_ref().ok().map(|&took| (is_decode, tokens.len(), took));
-        self.ledger().end(done, self.store_stats());
-        let took = result?;
+        let took = began.elapsed();
+        self.ledger().end(is_decode, result.as_ref().ok().map(|()| tokens.len()), took, self.store_stats());
+        result?;
         let mut logits = &buffers.logits[..wanted.len() * n_vocab];
         for i in inputs {
             let n = match i.want {
@@ -417,7 +418,7 @@ impl Engine {
         tokens: &[u32],
         wanted: &[u32],
         is_decode: bool,
-    ) -> Result<Duration, EngineError> {
+    ) -> Result<(), EngineError> {
         let e = &*self.0;
         let began = Instant::now();
         if let Some(store) = &e.store {
@@ -442,11 +443,10 @@ impl Engine {
             r.finish(if is_decode { trace::Phase::Decode } else { trace::Phase::Prefill })?;
         }
         block.kv.advance();
-        let took = began.elapsed();
         if let Some(store) = &e.store {
-            store.end_pass(tokens.len(), took);
+            store.end_pass(tokens.len(), began.elapsed());
         }
-        Ok(took)
+        Ok(())
     }
 
     fn store_stats(&self) -> StoreStats {
