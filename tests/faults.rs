@@ -12,6 +12,8 @@ use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tinymoe-stories-Q8_0.gguf");
@@ -110,6 +112,46 @@ fn a_disk_that_stalls_for_seconds_is_waited_for() {
     assert!(began.elapsed() >= stall, "it went on in {:?}", began.elapsed());
     assert_eq!(session.tokens(), want);
     assert!(engine.account().decode.store.stall_ns > 2_000_000_000, "the account says what was waited for");
+}
+
+/// A disk that doesn't answer holds up nobody who wants to stop, in a prompt or at a token, and the account says what was waited for.
+#[test]
+fn a_pass_can_be_stopped_while_the_disk_stalls() {
+    let dir = scratch();
+    let Some(disk) = disk(dir.path()) else { return };
+    let want = undisturbed(40);
+    let stop = Arc::new(AtomicBool::new(false));
+    let o = EngineOptions { stop: Some(stop.clone()), ..paged(IoMode::Direct) };
+    let engine = Engine::load(&disk.model(), &o, &|_, _| ()).unwrap();
+    let mut session = engine.session();
+    for n in [0, 20] {
+        if n > 0 {
+            go_on(&mut session, n).unwrap();
+        }
+        let rows = engine.gguf().tensor("token_embd.weight").unwrap();
+        disk.forget_all_but(rows.offset..rows.offset + rows.n_bytes);
+        if let Err(e) = disk.stall(true) {
+            return eprintln!("note: no stalled disk was tried, reads can't be held up here: {e}");
+        }
+        let next: &[u32] = if n == 0 { &PROMPT } else { &[300] };
+        let (before, began) = (engine.account(), Instant::now());
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                std::thread::sleep(Duration::from_millis(500));
+                stop.store(true, Relaxed);
+            });
+            session.feed(next, &mut |_| panic!("nothing was done")).unwrap();
+        });
+        let (took, spent) = (began.elapsed(), engine.account().since(&before));
+        disk.stall(false).unwrap();
+        stop.store(false, Relaxed);
+        assert!(took < Duration::from_secs(3), "it ended after {took:?}");
+        assert_eq!(session.tokens().len(), n, "a stopped pass leaves nothing behind");
+        let phase = if n == 0 { &spent.prefill } else { &spent.decode };
+        assert!(phase.stalled_s > 0.3 && phase.tokens == 0, "{phase:?}");
+    }
+    go_on(&mut session, 40).unwrap();
+    assert_eq!(session.tokens(), want);
 }
 
 /// The program, its answer cut off by the disk: what it wrote is the beginning of the right answer.

@@ -3,14 +3,15 @@
 mod common;
 
 use common::cgroup::MemoryGroup;
+use oncall::arch::ModelError;
 use oncall::engine::{Engine, EngineError, EngineOptions, Memory};
 use oncall::gguf::mixture;
 use oncall::moe::{IoMode, Lossy};
 use oncall::synth::{self, Preset};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
 
 const MIB: u64 = 1 << 20;
 
@@ -272,18 +273,24 @@ fn long_texts_stay_within_the_budget() {
     }
 }
 
-/// Ctrl-C needn't wait for the end of a long block.
+/// Ctrl-C needn't wait for the end of loading, of a long block, of a token.
 #[test]
-fn a_prompt_s_block_can_be_stopped() {
-    static STOP: AtomicBool = AtomicBool::new(true);
-    let o = EngineOptions { n_ctx: Some(64), stop: Some(&STOP), ..EngineOptions::default() };
+fn loading_and_every_pass_can_be_stopped() {
+    let stop = Arc::new(AtomicBool::new(false));
+    let o = EngineOptions { n_ctx: Some(64), stop: Some(stop.clone()), ..EngineOptions::default() };
+    let error = Engine::load(model(), &o, &|_, _| stop.store(true, SeqCst)).err().unwrap();
+    assert!(matches!(error, EngineError::Model { source: ModelError::Stopped, .. }), "{error}");
+    stop.store(false, SeqCst);
     let engine = Engine::load(model(), &o, &|_, _| ()).unwrap();
+    stop.store(true, SeqCst);
     let mut session = engine.session();
     session.feed(&[5, 6, 7], &mut |_| panic!("no block was done")).unwrap();
     assert_eq!(session.tokens().len(), 0);
-    session.feed(&[5], &mut |_| true).unwrap();
-    STOP.store(false, SeqCst);
-    session.feed(&[6, 7], &mut |_| true).unwrap();
+    session.feed(&[5], &mut |_| panic!("no token was done")).unwrap();
+    assert_eq!(session.tokens().len(), 0);
+    stop.store(false, SeqCst);
+    session.feed(&[5, 6], &mut |_| true).unwrap();
+    session.feed(&[7], &mut |_| true).unwrap();
     assert_eq!(session.tokens(), [5, 6, 7]);
 }
 

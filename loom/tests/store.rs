@@ -97,9 +97,9 @@ fn store(n_layer: usize, n_slots: usize, lanes: usize, disk: &Arc<Disk>) -> Expe
 fn fetch(store: &ExpertStore, disk: &Disk, layer: usize, wanted: &[u32]) -> Result<(), FetchError> {
     let with_tokens: Vec<(u32, u32)> = wanted.iter().map(|&e| (e, 1)).collect();
     let mut fetch = store.fetch(layer, &with_tokens);
-    let (mut ready, mut seen) = (Vec::new(), Vec::new());
-    while fetch.next(&mut ready)? {
-        assert_own_weights(&ready, disk, layer);
+    let mut seen = Vec::new();
+    while let Some(ready) = fetch.next(None)? {
+        assert_own_weights(ready, disk, layer);
         seen.extend(ready.iter().map(|r| r.expert));
     }
     seen.sort_unstable();
@@ -162,10 +162,9 @@ fn demand_comes_before_reading_ahead_and_warming_up() {
         let store = store(2, 6, 1, &disk);
         store.warm_up([(1, 1), (1, 2)]);
         let begun = {
-            let mut ready = Vec::new();
             let mut fetch = store.fetch(0, &[(0, 1)]);
             let begun = disk.reads().len();
-            while fetch.next(&mut ready).unwrap() {}
+            while fetch.next(None).unwrap().is_some() {}
             begun
         };
         let reads = disk.reads();
@@ -183,12 +182,12 @@ fn reading_ahead_takes_no_slot_that_is_wanted_or_held() {
     every_order(|| {
         let disk = Disk::new(0);
         let store = store(2, 2, 1, &disk);
-        let (mut fetch, mut ready) = (store.fetch(0, &[(0, 1), (1, 1)]), Vec::new());
+        let mut fetch = store.fetch(0, &[(0, 1), (1, 1)]);
         store.ahead(1, &[2]);
-        while fetch.next(&mut ready).unwrap() {
-            assert_own_weights(&ready, &disk, 0);
+        while let Some(ready) = fetch.next(None).unwrap() {
+            assert_own_weights(ready, &disk, 0);
         }
-        drop((fetch, ready));
+        drop(fetch);
         drop(store);
         let wanted = disk.reads().into_iter().filter(|r| r.0 < N_PARTS).collect();
         assert_each_once(wanted, 2 * N_PARTS);
@@ -201,7 +200,8 @@ fn a_failed_read_is_an_error_and_the_next_try_succeeds() {
         every_order(move || {
             let disk = Disk::new(failing);
             let store = store(1, 2, 2, &disk);
-            assert_eq!(fetch(&store, &disk, 0, wanted).unwrap_err().why, "the disk said no");
+            let error = fetch(&store, &disk, 0, wanted).unwrap_err();
+            assert!(matches!(&error, FetchError::Read { why, .. } if why == "the disk said no"), "{error}");
             fetch(&store, &disk, 0, wanted).unwrap();
         });
     }
@@ -216,7 +216,7 @@ fn what_failed_ahead_is_tried_again() {
         store.ahead(1, &[0]);
         let had_failed = disk.state.lock().unwrap().failing == 0 && !store.at_hand(1)[0];
         if let Err(e) = fetch(&store, &disk, 1, &[0]) {
-            assert!(!had_failed && (e.layer, e.expert) == (1, 0));
+            assert!(!had_failed && matches!(e, FetchError::Read { layer: 1, expert: 0, .. }));
             fetch(&store, &disk, 1, &[0]).unwrap();
         }
     });
@@ -230,6 +230,18 @@ fn a_slot_is_not_taken_while_it_is_read_into() {
         let store = store(2, 1, 2, &disk);
         drop(store.fetch(0, &[(0, 1)]));
         fetch(&store, &disk, 1, &[1]).unwrap();
+    });
+}
+
+/// A pass that stops drops what hasn't begun to be read, the next one reads it.
+#[test]
+fn what_a_stopped_pass_wanted_is_there_for_the_next() {
+    every_order(|| {
+        let disk = Disk::new(0);
+        let store = store(1, 2, 1, &disk);
+        let stop = std::sync::atomic::AtomicBool::new(true);
+        assert!(matches!(store.fetch(0, &[(0, 1), (1, 1)]).next(Some(&stop)), Err(FetchError::Stopped)));
+        fetch(&store, &disk, 0, &[0, 2]).unwrap();
     });
 }
 

@@ -14,7 +14,6 @@ use crate::moe::{LayerParts, StoreLayout};
 use crate::ops;
 use crate::ops::kv::KvLayer;
 use crate::ops::{Rope, RopeStyle, Yarn};
-use std::sync::atomic::Ordering::Relaxed;
 
 /// A model's passes and small weights. Large matrices are in [`super::weights::Dense`], experts in the store.
 pub struct Decoder {
@@ -141,9 +140,7 @@ impl Decoder {
         self.embed(b, gguf, block.tokens)?;
         let rope = self.rope.table(&block.kv.positions());
         for (il, layer) in self.layers.iter().enumerate() {
-            if m.stop.is_some_and(|stop| stop.load(Relaxed)) {
-                return Err(PassError::Stopped);
-            }
+            m.go_on()?;
             m.rms_norm(&b.x, &layer.attn_norm, c.rms_eps, &mut b.h);
             match &layer.attn {
                 Attention::Gqa(a) => a.forward(m, b, block, &rope, il),

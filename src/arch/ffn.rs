@@ -270,11 +270,9 @@ impl MoeFfn {
         let used = self.config.router.n_expert_used;
         let n_embd = self.router.n_cols;
         b.partial.resize(picks.len() * n_embd);
-        let mut ready = Vec::new();
-        while fetch.next(&mut ready)? {
-            ready.sort_unstable_by_key(|r| r.expert);
-            let mut rest = &ready[..];
+        while let Some(mut rest) = fetch.next(m.stop)? {
             while !rest.is_empty() {
+                m.go_on()?;
                 let (now, later) = rest.split_at(groups.some_of(rest));
                 self.compute(m, b, groups, now);
                 rest = later;

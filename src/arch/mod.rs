@@ -94,14 +94,23 @@ fn declare_with(
 #[derive(Debug, thiserror::Error)]
 pub enum PassError {
     /// It was asked to.
-    #[error("stopped in the middle of a prompt")]
+    #[error("stopped in the middle of a pass")]
     Stopped,
     /// An expert couldn't be read.
-    #[error(transparent)]
-    Fetch(#[from] crate::moe::FetchError),
+    #[error("{0}")]
+    Fetch(crate::moe::FetchError),
     /// An embedding couldn't be read.
     #[error(transparent)]
     Model(#[from] ModelError),
+}
+
+impl From<crate::moe::FetchError> for PassError {
+    fn from(e: crate::moe::FetchError) -> Self {
+        match e {
+            crate::moe::FetchError::Stopped => PassError::Stopped,
+            e => PassError::Fetch(e),
+        }
+    }
 }
 
 /// What is wrong with a model that its file's format allows.
@@ -167,6 +176,9 @@ pub enum ModelError {
         /// What the model uses.
         has: usize,
     },
+    /// It was asked to.
+    #[error("loading it was stopped")]
+    Stopped,
     /// No memory for the weights.
     #[error("no memory for {bytes} bytes of {what}: {source}")]
     Memory {

@@ -1,6 +1,7 @@
 //! What a forward pass works with: the token block, the buffers, and named operations that split their work over
 //! the thread team. An operation's result for a token depends on that token and its sequence alone.
 
+use super::PassError;
 use super::weights::{Dense, Matrix};
 use crate::cpu::{Scratch, Team};
 use crate::moe::recorder::Recorder;
@@ -9,7 +10,7 @@ use crate::ops;
 use crate::ops::attention::KvBatch;
 use crate::ops::matmul::{Acts, OutRows, Product, matmul};
 use crate::quant::ActKind;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// Tokens that go through the layers together: many of one sequence (prefill), one (decode), or some of each of
 /// many sequences (a batch).
@@ -34,7 +35,7 @@ pub struct Machine<'a> {
     pub lossy: Lossy,
     /// Who is told what the routers choose.
     pub recorder: Option<&'a Recorder>,
-    /// Once this is true the pass ends before the next layer.
+    /// Once this is true the pass ends before the next layer, or the next experts.
     pub stop: Option<&'a AtomicBool>,
 }
 
@@ -89,6 +90,12 @@ pub struct Guess {
 }
 
 impl Machine<'_> {
+    /// # Errors
+    /// When the pass is to stop.
+    pub fn go_on(&self) -> Result<(), PassError> {
+        if self.stop.is_some_and(|stop| stop.load(Relaxed)) { Err(PassError::Stopped) } else { Ok(()) }
+    }
+
     /// Calls `f` with each row of `out`, rows shared out among the threads.
     pub fn each_row(&self, out: &mut [f32], width: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
         // A row or two are done before another thread has woken.

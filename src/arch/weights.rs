@@ -11,6 +11,7 @@ use crate::ops::matmul::{self, Packed};
 use crate::quant::Format;
 use rayon::prelude::*;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// Rows are read and packed in pieces of about this many bytes: they stay in a core's second-level cache.
 const PIECE_BYTES: usize = 512 << 10;
@@ -158,14 +159,17 @@ impl<'a> Loader<'a> {
         Ok([part(&name("gate"), n_embd, n_ff, 1, 0)?, part(&name("up"), n_embd, n_ff, 1, 0)?, down])
     }
 
-    /// Reads and packs every declared matrix; `progress` is told bytes as they are done.
-    pub fn read(self, progress: &(dyn Fn(u64) + Sync)) -> Result<Dense, ModelError> {
+    /// Reads and packs every declared matrix, until `stop` is true; `progress` is told bytes as they are done.
+    pub fn read(self, stop: Option<&AtomicBool>, progress: &(dyn Fn(u64) + Sync)) -> Result<Dense, ModelError> {
         let bytes = self.n_bytes as u64;
         let memory = |source| ModelError::Memory { bytes, what: "dense weights".into(), source };
         let pages = Pages::new(self.n_bytes).map_err(memory)?;
         let base = Shared(pages.as_ptr());
         let pieces: Vec<(&Matrix, Range<usize>)> = self.matrices.iter().flat_map(pieces).collect();
         pieces.par_iter().try_for_each_init(Vec::new, |scratch: &mut Vec<u8>, (m, rows)| {
+            if stop.is_some_and(|stop| stop.load(Relaxed)) {
+                return Err(ModelError::Stopped);
+            }
             let row = row_bytes(m.format, m.n_cols);
             let (at, n_bytes) = (m.at + rows.start * row, rows.len() * row);
             assert!(at + n_bytes <= pages.len());
@@ -176,7 +180,7 @@ impl<'a> Loader<'a> {
             self.gguf.read_at(tensor, m.offset + (rows.start * row) as u64, scratch)?;
             matmul::pack(m.format, self.isa, rows.len(), m.n_cols, scratch, data);
             progress(n_bytes as u64);
-            Ok::<_, ModelError>(())
+            Ok(())
         })?;
         Ok(Dense { pages, isa: self.isa })
     }

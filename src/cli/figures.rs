@@ -187,7 +187,9 @@ impl Figures {
                 row("lossy: dropped", &|p, _| p.store.dropped.to_string());
                 row("lossy: replaced", &|p, _| p.store.replaced.to_string());
             }
-            row("read for each token", &|p, _| output::size(p.bytes_per_token() as u64));
+            row("read for each token", &|p, _| {
+                if p.tokens > 0 { output::size(p.bytes_per_token() as u64) } else { "-".into() }
+            });
             let between = output::size(self.account.between.bytes_read());
             let _ = writeln!(t, "{:<28}{between:>12}", "read to warm up");
         }

@@ -5,6 +5,7 @@ use crate::gguf::printable;
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 /// A code that no command ends with: stdout was closed.
@@ -84,7 +85,7 @@ pub(super) fn bar(what: &str, unit: &str) -> ProgressBar {
 }
 
 static CAUGHT: AtomicBool = AtomicBool::new(false);
-static STOPPED: AtomicBool = AtomicBool::new(false);
+static STOPPED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 
 /// Makes Ctrl-C end the program, without the files that aren't finished.
 pub(super) fn handle_ctrl_c() -> Result<(), Failure> {
@@ -130,8 +131,8 @@ pub(super) fn catch_ctrl_c() {
 }
 
 /// What is true after Ctrl-C.
-pub(super) fn stop() -> &'static AtomicBool {
-    &STOPPED
+pub(super) fn stop() -> Arc<AtomicBool> {
+    STOPPED.clone()
 }
 
 /// Whether Ctrl-C came since the last [`start_over`].

@@ -3,7 +3,8 @@
 use super::args::{ModelArgs, SamplingArgs};
 use super::figures::Figures;
 use super::{Failure, output};
-use crate::engine::{Account, Generation, GenerationParams, Piece, Session};
+use crate::arch::PassError;
+use crate::engine::{Account, EngineError, Generation, GenerationParams, Piece, Session};
 use crate::session::template::Message;
 use clap::Args;
 use serde::Serialize;
@@ -165,8 +166,12 @@ fn write(
     let mut spent = Duration::ZERO;
     while !output::stopped() {
         let began = Instant::now();
-        let piece = g.next()?;
+        let piece = g.next();
         spent += began.elapsed();
+        let piece = match piece {
+            Err(EngineError::Pass(PassError::Stopped)) => break,
+            piece => piece?,
+        };
         figures.seed = Some(g.seed());
         let Some(piece) = piece else { break };
         each(&piece)?;

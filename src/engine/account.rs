@@ -17,11 +17,11 @@ pub struct Account {
 /// Passes of one kind.
 #[derive(Clone, Debug, Default)]
 pub struct Phase {
-    /// Passes of the model.
+    /// Passes of the model, without those that were given up.
     pub passes: u64,
     /// Tokens in them.
     pub tokens: u64,
-    /// Seconds of the passes less those of waiting.
+    /// Seconds of the passes, also of those that failed or were stopped, less those of waiting.
     pub compute_s: f64,
     /// Seconds in which computing waited for reads.
     pub stalled_s: f64,
@@ -68,14 +68,17 @@ impl serde::Serialize for Phase {
 }
 
 impl Phase {
-    fn add(&mut self, n_tokens: usize, took: Duration, store: &StoreStats) {
+    /// A pass of so many tokens; of one that was given up only its time and its reads count.
+    fn add(&mut self, n_tokens: Option<usize>, took: Duration, store: &StoreStats) {
         let stall = Duration::from_nanos(store.stall_ns).min(took);
-        self.passes += 1;
-        self.tokens += n_tokens as u64;
         self.compute_s += (took - stall).as_secs_f64();
         self.stalled_s += stall.as_secs_f64();
         self.store = self.store.and(store);
-        self.stalls.add(stall);
+        if let Some(n_tokens) = n_tokens {
+            self.passes += 1;
+            self.tokens += n_tokens as u64;
+            self.stalls.add(stall);
+        }
     }
 
     fn since(&self, before: &Phase) -> Phase {
@@ -133,14 +136,12 @@ impl Ledger {
         self.in_pass = true;
     }
 
-    /// The pass has ended well, or it failed and isn't one: what it read was for nothing then, and is between passes.
-    pub fn end(&mut self, done: Option<(bool, usize, Duration)>, store: StoreStats) {
+    /// The pass has ended, with so many tokens; `None` if it was given up.
+    pub fn end(&mut self, is_decode: bool, n_tokens: Option<usize>, took: Duration, store: StoreStats) {
         self.in_pass = false;
-        if let Some((is_decode, n_tokens, took)) = done {
-            let phase = if is_decode { &mut self.account.decode } else { &mut self.account.prefill };
-            phase.add(n_tokens, took, &store.since(&self.seen));
-            self.seen = store;
-        }
+        let phase = if is_decode { &mut self.account.decode } else { &mut self.account.prefill };
+        phase.add(n_tokens, took, &store.since(&self.seen));
+        self.seen = store;
     }
 
     /// The account up to now, without a pass that still runs.
@@ -237,24 +238,39 @@ mod tests {
         let mut ledger = Ledger::default();
         ledger.begin(read(100));
         assert_eq!(ledger.account(read(150)).store(), read(100), "what a pass does is its own");
-        ledger.end(Some((true, 1, took)), read(200));
+        ledger.end(true, Some(1), took, read(200));
         let before = ledger.account(read(230));
         assert_eq!((before.between, before.decode.store), (read(130), read(100)));
         ledger.begin(read(230));
-        ledger.end(None, read(300));
-        ledger.begin(read(330));
-        ledger.end(Some((false, 4, took)), read(340));
-        let since = ledger.account(read(341)).since(&before);
-        assert_eq!((since.between, since.prefill.store, since.store()), (read(101), read(10), read(111)));
+        ledger.end(false, Some(4), took, read(240));
+        let since = ledger.account(read(241)).since(&before);
+        assert_eq!((since.between, since.prefill.store, since.store()), (read(1), read(10), read(11)));
+    }
+
+    /// "Waiting for the disk 0.0 ms, everything else 12.42 s, 265 MB to warm up" after Ctrl-C in a prompt.
+    #[test]
+    fn a_pass_that_was_given_up_is_of_its_phase() {
+        let read =
+            |bytes, ms: u64| StoreStats { demand_bytes: bytes, stall_ns: ms * 1_000_000, ..StoreStats::default() };
+        let mut ledger = Ledger::default();
+        ledger.begin(read(0, 0));
+        ledger.end(false, None, Duration::from_millis(100), read(70, 90));
+        let mut a = ledger.account(read(70, 90));
+        a.prefill.took(0.1);
+        assert_eq!((a.prefill.passes, a.prefill.tokens, a.prefill.stalls.quantile(0.5)), (0, 0, None));
+        assert_eq!((a.between.bytes_read(), a.prefill.store.bytes_read()), (0, 70));
+        let near = |a: f64, b: f64| (a - b).abs() < 1e-9;
+        assert!(near(a.prefill.stalled_s, 0.09) && near(a.prefill.compute_s, 0.01), "{:?}", a.prefill);
+        assert!(near(a.prefill.other_s.unwrap(), 0.0));
     }
 
     #[test]
     fn a_phase_adds_up() {
         let store = StoreStats { uses: 8, hits: 6, stall_ns: 2_000_000, demand_bytes: 100, ..StoreStats::default() };
         let mut phase = Phase::default();
-        phase.add(1, Duration::from_millis(10), &store);
+        phase.add(Some(1), Duration::from_millis(10), &store);
         let before = phase.clone();
-        phase.add(1, Duration::from_millis(10), &store);
+        phase.add(Some(1), Duration::from_millis(10), &store);
         assert_eq!((phase.passes, phase.tokens, phase.store.uses), (2, 2, 16));
         assert!((phase.compute_s - 0.016).abs() < 1e-9 && (phase.stalled_s - 0.004).abs() < 1e-9);
         assert_eq!(phase.since(&before).store.hits, 6);

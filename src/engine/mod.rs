@@ -198,7 +198,7 @@ impl Engine {
         let kv = KvPool::new(&model.kv_layers(), o.type_k, o.type_v, n_blocks)?;
         let done = std::sync::atomic::AtomicU64::new(0);
         let dense = loader
-            .read(&|n| progress(done.fetch_add(n, std::sync::atomic::Ordering::Relaxed) + n, total))
+            .read(o.stop.as_deref(), &|n| progress(done.fetch_add(n, std::sync::atomic::Ordering::Relaxed) + n, total))
             .map_err(of_model)?;
         let store = match model.store_layout() {
             None => None,
@@ -379,7 +379,8 @@ impl Engine {
     /// [`Session::logits`]. Tokens of all sessions together are one block: the caller bounds it.
     ///
     /// # Errors
-    /// When a context is full, a token doesn't exist, a session is another engine's or the file can't be read. No session is changed then.
+/// When a context is full, a token doesn't exist, a session is another engine's, the file can't be read, or
+    /// [`EngineOptions::stop`] is true. No session is changed then.
     pub fn forward(&self, inputs: &mut [Input<'_>]) -> Result<Duration, EngineError> {
         let e = &*self.0;
         let n_vocab = e.model.config.n_vocab;
@@ -406,11 +407,12 @@ impl Engine {
         }
         let mut buffers: MutexGuard<'_, Buffers> = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
         let is_decode = inputs.iter().all(|i| i.written || i.tokens.is_empty());
+        let began = Instant::now();
         self.ledger().begin(self.store_stats());
         let result = self.pass(inputs, &mut buffers, &tokens, &wanted, is_decode);
-        let done = result.as_ref().ok().map(|&took| (is_decode, tokens.len(), took));
-        self.ledger().end(done, self.store_stats());
-        let took = result?;
+        let took = began.elapsed();
+        self.ledger().end(is_decode, result.as_ref().ok().map(|()| tokens.len()), took, self.store_stats());
+        result?;
         let mut logits = &buffers.logits[..wanted.len() * n_vocab];
         for i in inputs {
             let n = match i.want {
@@ -433,7 +435,7 @@ impl Engine {
         tokens: &[u32],
         wanted: &[u32],
         is_decode: bool,
-    ) -> Result<Duration, EngineError> {
+    ) -> Result<(), EngineError> {
         let e = &*self.0;
         let began = Instant::now();
         if let Some(store) = &e.store {
@@ -450,7 +452,7 @@ impl Engine {
             experts: e.store.as_ref(),
             lossy: e.options.lossy,
             recorder: e.recorder.as_ref(),
-            stop: e.options.stop.filter(|_| !is_decode),
+            stop: e.options.stop.as_deref(),
         };
         e.recorder.as_ref().inspect(|r| r.discard());
         e.model.forward(&machine, buffers, &e.gguf, &mut block)?;
@@ -458,11 +460,10 @@ impl Engine {
             r.finish(if is_decode { trace::Phase::Decode } else { trace::Phase::Prefill })?;
         }
         block.kv.advance();
-        let took = began.elapsed();
         if let Some(store) = &e.store {
-            store.end_pass(tokens.len(), took);
+            store.end_pass(tokens.len(), began.elapsed());
         }
-        Ok(took)
+        Ok(())
     }
 
     fn store_stats(&self) -> StoreStats {

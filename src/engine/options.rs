@@ -7,6 +7,7 @@ use crate::moe::policy::{self, MakePolicy};
 use crate::moe::{IoMode, Lossy};
 use crate::ops::kv::{KV_BLOCK, KvType};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 /// The context when none is asked for: the model's own, but not more than this.
@@ -50,8 +51,9 @@ pub struct EngineOptions {
     pub heat: bool,
     /// A file for the routers' choices, see [`crate::moe::trace`].
     pub record: Option<PathBuf>,
-    /// Once this is true, a pass that reads a prompt ends at the next layer, with [`crate::arch::PassError::Stopped`].
-    pub stop: Option<&'static AtomicBool>,
+    /// Once this is true, loading ends with [`crate::arch::ModelError::Stopped`], and a pass, which otherwise waits for the disk
+    /// however long it takes, with [`crate::arch::PassError::Stopped`]; its session is as it was before.
+    pub stop: Option<Arc<AtomicBool>>,
 }
 
 impl Default for EngineOptions {

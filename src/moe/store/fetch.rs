@@ -6,18 +6,28 @@ use super::slots::Place;
 use super::{ExpertStore, Shared, State};
 use crate::cpu::sync::MutexGuard;
 use crate::ops::matmul::Packed;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+/// How often a pass that waits for a read looks whether it is to stop.
+const TICK: Duration = Duration::from_millis(50);
 
 /// Why an expert couldn't be had.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("reading expert {expert} of layer {layer} failed: {why}")]
-pub struct FetchError {
-    /// The layer.
-    pub layer: usize,
-    /// The expert in it.
-    pub expert: u32,
-    /// What the reader said.
-    pub why: String,
+pub enum FetchError {
+    /// It was asked to stop.
+    #[error("stopped before all experts were read")]
+    Stopped,
+    /// A read failed.
+    #[error("reading expert {expert} of layer {layer} failed: {why}")]
+    Read {
+        /// The layer.
+        layer: usize,
+        /// The expert in it.
+        expert: u32,
+        /// What the reader said.
+        why: String,
+    },
 }
 
 /// An expert that is resident and pinned.
@@ -33,13 +43,15 @@ pub struct Ready<'a> {
     pub down: Packed<'a>,
 }
 
-/// Experts of one layer. Those it has handed out stay pinned until the next call.
+/// Experts of one layer. Those it has lent stay pinned until the next call.
 pub struct Fetch<'a> {
     store: &'a ExpertStore,
     layer: usize,
-    /// Not yet handed out.
+    /// Not yet lent.
     wanted: Vec<u32>,
-    /// Slots of those that were handed out last.
+    /// Those that were lent last. They don't live as long as `'a` says: nobody else may see that.
+    ready: Vec<Ready<'a>>,
+    /// Their slots.
     held: Vec<u32>,
 }
 
@@ -65,7 +77,8 @@ impl ExpertStore {
         }
         // The guesses were about this layer: what wasn't wanted may leave.
         s.slots.unguard();
-        let fetch = Fetch { store: self, layer, wanted: wanted.iter().map(|w| w.0).collect(), held: Vec::new() };
+        let wanted = wanted.iter().map(|w| w.0).collect();
+        let fetch = Fetch { store: self, layer, wanted, ready: Vec::new(), held: Vec::new() };
         fetch.order_missing(&mut s);
         drop(s);
         fetch
@@ -86,18 +99,31 @@ impl<'a> Fetch<'a> {
         self.wanted.iter().map(|&e| self.store.shared.layout.key(self.layer, e))
     }
 
-    /// The next experts that can be computed: first all that are resident, then others as they arrive, in any
-    /// order; `None` when all have been handed out. Unpins those of the call before.
+    /// The next experts that can be computed: first all that are resident, then others as they arrive, those of one call in the order of
+    /// their numbers; `None` when all have been lent. Once `stop` is true it waits no longer. Unpins those of the call before, which end
+    /// here:
+    ///
+    /// ```compile_fail,E0499
+    /// fn keep(mut fetch: oncall::moe::Fetch<'_>) -> usize {
+    ///     let first = fetch.next(None).unwrap().unwrap()[0];
+    ///     let _others = fetch.next(None);
+    ///     first.gate.n_rows()
+    /// }
+    /// ```
     ///
     /// # Errors
-    /// When a read failed. The store stays usable.
-    pub fn next(&mut self, out: &mut Vec<Ready<'a>>) -> Result<bool, FetchError> {
-        out.clear();
-        let shared: &'a Shared = &self.store.shared;
+    /// When a read failed, or it was to stop. The store stays usable.
+    #[allow(clippy::should_implement_trait)] // it can fail, and lends
+    pub fn next(&mut self, stop: Option<&AtomicBool>) -> Result<Option<&[Ready<'_>]>, FetchError> {
+        self.ready.clear();
+        let shared = &*self.store.shared;
         let mut s = shared.lock();
         self.held.drain(..).for_each(|slot| s.slots.unpin(slot));
         loop {
-            self.collect(&mut s, out);
+            if stop.is_some_and(|stop| stop.load(Relaxed)) {
+                return Err(FetchError::Stopped);
+            }
+            self.collect(&mut s);
             if self.keys().any(|key| s.failed.contains_key(&key)) {
                 return Err(self.give_up(s));
             }
@@ -106,24 +132,27 @@ impl<'a> Fetch<'a> {
                 // Slots that came free may be read ahead into.
                 shared.work.notify_one();
             }
-            if !out.is_empty() || self.wanted.is_empty() {
-                return Ok(!out.is_empty());
+            if !self.ready.is_empty() || self.wanted.is_empty() {
+                break;
             }
             let began = Instant::now();
-            s = shared.arrived.wait(s).unwrap_or_else(|e| e.into_inner());
+            s = shared.arrived.wait_timeout(s, TICK).unwrap_or_else(|e| e.into_inner()).0;
             s.stats.stall_ns += began.elapsed().as_nanos() as u64;
         }
+        drop(s);
+        self.ready.sort_unstable_by_key(|r| r.expert);
+        Ok(if self.ready.is_empty() { None } else { Some(&self.ready) })
     }
 
-    /// Pins what is resident and moves it to `out`.
-    fn collect(&mut self, s: &mut State, out: &mut Vec<Ready<'a>>) {
+    /// Pins what is resident and moves it to `ready`.
+    fn collect(&mut self, s: &mut State) {
         let shared: &'a Shared = &self.store.shared;
-        let (layer, held) = (self.layer, &mut self.held);
+        let (layer, ready, held) = (self.layer, &mut self.ready, &mut self.held);
         self.wanted.retain(|&expert| {
             let Place::Resident(slot) = s.slots.place(shared.layout.key(layer, expert)) else { return true };
             s.slots.pin(slot);
             held.push(slot);
-            out.extend(shared.ready(layer, expert, slot));
+            ready.extend(shared.ready(layer, expert, slot));
             false
         });
     }
@@ -139,7 +168,21 @@ impl<'a> Fetch<'a> {
         self.keys().for_each(|key| drop(s.failed.remove(&key)));
         let (key, why) = found.unwrap_or_else(|| (shared.layout.key(self.layer, 0), "a read failed".into()));
         let (layer, expert) = shared.layout.layer_and_expert(key);
-        FetchError { layer, expert, why }
+        FetchError::Read { layer, expert, why }
+    }
+
+    /// Drops what nobody waits for any more and hasn't begun to be read: it would hold up whoever comes next.
+    fn cancel(&self, s: &mut State) {
+        s.likely.clear();
+        let jobs = std::mem::take(&mut s.demand);
+        for job in jobs {
+            if self.keys().any(|key| key == job.key) {
+                s.slots.end_part(job.slot, false);
+            } else {
+                s.demand.push_back(job);
+            }
+        }
+        self.store.shared.arrived.notify_all();
     }
 
     /// Gives slots to missing experts while there are any, and has them read: one whole expert after the other, so that
@@ -154,7 +197,6 @@ impl<'a> Fetch<'a> {
             s.count_evicted(&shared.layout, evicted);
             s.slots.begin(key, slot, false);
             s.unplaced -= 1;
-            s.stats.demand_bytes += shared.layout.expert_bytes(key);
             s.demand.extend(parts_of(key, slot));
         }
         if s.demand.len() > before {
@@ -170,7 +212,8 @@ impl Shared {
         let packed: [Packed<'_>; N_PARTS] = std::array::from_fn(|i| {
             let (p, at) = (&parts[i], self.layout.part_of_slot(slot, i).start);
             assert!(at + p.n_bytes <= self.arena.len());
-            // SAFETY: in bounds (asserted); the slot is resident and pinned, so nobody writes it.
+            // SAFETY: in bounds (asserted); the slot is resident and pinned, so nobody writes it until it's unpinned, and `Fetch` lends
+            // this for no longer than that.
             let data = unsafe { std::slice::from_raw_parts(self.arena.as_ptr().add(at), p.n_bytes) };
             Packed::new(p.format, self.isa, p.n_rows, p.n_cols, data)
         });
@@ -185,5 +228,8 @@ impl Drop for Fetch<'_> {
         self.held.drain(..).for_each(|slot| s.slots.unpin(slot));
         self.keys().for_each(|key| s.slots.spare(key));
         s.unplaced = 0;
+        if !self.wanted.is_empty() {
+            self.cancel(&mut s);
+        }
     }
 }

@@ -98,9 +98,20 @@ fn serve(shared: &Shared, mut buffer: Buffer) {
 
 impl State {
     fn next_job(&mut self, shared: &Shared) -> Option<PartJob> {
-        if let Some(job) = self.demand.pop_front().or_else(|| self.ahead.pop_front()) {
+        if let Some(job) = self.demand.pop_front() {
+            self.stats.demand_bytes += shared.layout.part_bytes(job.key, job.part);
             return Some(job);
         }
+        if self.ahead.is_empty() {
+            self.order_ahead(shared)?;
+        }
+        let job = self.ahead.pop_front()?;
+        self.stats.ahead_bytes += shared.layout.part_bytes(job.key, job.part);
+        Some(job)
+    }
+
+    /// Has one more expert read ahead, if there's one to read and a slot for it.
+    fn order_ahead(&mut self, shared: &Shared) -> Option<()> {
         // A slot that comes free belongs to who is waited for: read ahead into it, an expert would have to leave again at once.
         while self.unplaced == 0
             && let Some(&key) = self.likely.front()
@@ -109,14 +120,16 @@ impl State {
             self.likely.pop_front();
             if let Some((slot, evicted)) = slot {
                 self.count_evicted(&shared.layout, evicted);
-                return self.begin_ahead(shared, key, slot);
+                self.begin_ahead(shared, key, slot);
+                return Some(());
             }
         }
         let key = self.next_warm()?;
         let slot = self.slots.take_free(key)?;
         // Once: what can't be read isn't tried for ever.
         self.warm[shared.layout.class_of_key(key)].pop_front();
-        self.begin_ahead(shared, key, slot)
+        self.begin_ahead(shared, key, slot);
+        Some(())
     }
 
     /// The hottest absent expert for which a slot is free. Those for which there is none wait until there is.
@@ -131,14 +144,12 @@ impl State {
         free.filter_map(|(_, of_class)| of_class.front()).min().map(|w| w.1)
     }
 
-    fn begin_ahead(&mut self, shared: &Shared, key: u32, slot: u32) -> Option<PartJob> {
+    fn begin_ahead(&mut self, shared: &Shared, key: u32, slot: u32) {
         // What failed before is tried again.
         self.failed.remove(&key);
         self.slots.begin(key, slot, true);
-        self.stats.ahead_bytes += shared.layout.expert_bytes(key);
         self.ahead.extend(parts_of(key, slot));
         shared.work.notify_all();
-        self.ahead.pop_front()
     }
 }
 
@@ -155,7 +166,11 @@ impl Shared {
         let row_bytes = p.row_bytes();
         let pieces = data.chunks_mut((p.piece_rows() * row_bytes).max(1));
         let mut offset = p.offset + u64::from(expert) * p.stride;
-        for piece in pieces {
+        for (i, piece) in pieces.enumerate() {
+            // A large part of a slow disk takes seconds.
+            if i > 0 && self.lock().stop {
+                return Err("the model is being closed".into());
+            }
             let buffer = &mut buffer[..room_for(piece.len())];
             let at = self.source.read(p.tensor, offset, piece.len(), buffer)?;
             pack(p.format, self.isa, piece.len() / row_bytes, p.n_cols, &buffer[at..at + piece.len()], piece);

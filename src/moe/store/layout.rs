@@ -141,6 +141,12 @@ impl StoreLayout {
         parts.map_or(0, |l| l.0.iter().map(|p| p.n_bytes as u64).sum())
     }
 
+    /// Bytes of a part of an expert in the file.
+    pub(super) fn part_bytes(&self, key: u32, part: usize) -> u64 {
+        let parts = self.layers[key as usize / self.n_expert].as_ref();
+        parts.map_or(0, |l| l.0[part].n_bytes as u64)
+    }
+
     /// Room for the largest piece of an expert that is read at once.
     pub(super) fn room_for_piece(&self) -> usize {
         let parts = self.layers.iter().flatten().flat_map(|l| &l.0);

@@ -100,9 +100,10 @@ fn fetch(store: &ExpertStore, layer: usize, wanted: &[u32], ahead: Option<(usize
     if let Some((layer, likely)) = ahead {
         store.ahead(layer, likely);
     }
-    let (mut ready, mut seen) = (Vec::new(), Vec::new());
-    while fetch.next(&mut ready)? {
-        for r in &ready {
+    let mut seen = Vec::new();
+    while let Some(ready) = fetch.next(None)? {
+        assert!(ready.is_sorted_by_key(|r| r.expert));
+        for r in ready {
             for (i, p) in [r.gate, r.up, r.down].into_iter().enumerate() {
                 assert_eq!(first_weight(p), weight(3 * layer + i, r.expert));
             }
@@ -184,7 +185,8 @@ proptest! {
         for (layer, want, guess, resize) in steps {
             store.begin_pass(1);
             if let Err(e) = fetch(&store, layer, &want, Some((1 - layer, &guess))) {
-                prop_assert!(e.layer == layer && want.contains(&e.expert) && e.why == "the disk said no", "{}", e);
+                let FetchError::Read { layer: of, expert, why } = &e else { return Err(TestCaseError::fail(e.to_string())) };
+                prop_assert!(*of == layer && want.contains(expert) && why == "the disk said no", "{}", e);
             }
             if let Some(n) = resize {
                 store.resize(bytes(2, n));
@@ -281,7 +283,8 @@ fn a_failed_read_is_an_error_and_the_next_try_succeeds() {
         fetch(&store, 0, &[1, 2], None).unwrap();
         source.failing.store(n_failures, Relaxed);
         let error = fetch(&store, 1, &[0, 3, 5, 4], None).unwrap_err();
-        assert_eq!((error.layer, error.why.as_str()), (1, "the disk said no"));
+        let FetchError::Read { layer, why, .. } = error else { panic!("{error}") };
+        assert_eq!((layer, why.as_str()), (1, "the disk said no"));
         source.failing.store(0, Relaxed);
         for layer in [1, 0, 1] {
             fetch(&store, layer, &[0, 1, 2, 3, 4, 5], None).unwrap();
@@ -306,6 +309,34 @@ fn a_stalled_disk_is_waited_for() {
         pass.join().unwrap().unwrap();
     });
     assert!(store.stats().stall_ns - before > stall.as_nanos() as u64 / 2);
+}
+
+/// The disk doesn't answer: the pass ends all the same, and what it hadn't begun to read isn't read.
+#[test]
+fn a_pass_that_is_to_stop_waits_for_no_read_and_leaves_none_behind() {
+    let source = Fake::new(4);
+    let store = store(2, 6, 1, source.clone());
+    let gate = source.gate.lock().unwrap();
+    let stop = AtomicBool::new(false);
+    let mut pass = store.fetch(0, &[(0, 1), (1, 1), (2, 1), (3, 1)]);
+    let error = std::thread::scope(|s| {
+        s.spawn(|| {
+            std::thread::sleep(Duration::from_millis(200));
+            stop.store(true, Relaxed);
+        });
+        pass.next(Some(&stop)).map(drop).unwrap_err()
+    });
+    assert!(matches!(error, FetchError::Stopped), "{error}");
+    assert!(store.stats().stall_ns > 50_000_000, "it waited until then");
+    drop(pass);
+    store.shared.lock().slots.check();
+    drop(gate);
+    while store.shared.lock().slots.n_absent() < 12 {
+        std::thread::yield_now();
+    }
+    let part = layout(2).expert_bytes(0) / 3;
+    assert_eq!(store.stats().demand_bytes, part, "one part had begun");
+    fetch(&store, 0, &[0, 1, 2, 3], None).unwrap();
 }
 
 #[test]
@@ -350,7 +381,7 @@ fn a_panic_in_a_reading_thread_is_an_error() {
     let source = Fake::new(2);
     let store = store(1, 3, 1, source.clone());
     source.panics.store(true, Relaxed);
-    assert!(fetch(&store, 0, &[0], None).unwrap_err().why.contains("bug"));
+    assert!(fetch(&store, 0, &[0], None).unwrap_err().to_string().contains("bug"));
     fetch(&store, 0, &[0, 1], None).unwrap();
 }
 
