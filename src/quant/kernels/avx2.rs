@@ -143,8 +143,8 @@ impl<const VNNI: bool> Avx2<VNNI> {
     }
 }
 
-/// How many sums of two products fit into 16 bits: with b bits they are at most `2 * 127 * (2^b - 1)` in size. Then they have to be
-/// widened, which costs as much as two products.
+/// How many sums of two products fit into 16 bits: with b bits they are at most `2 * 127 * (2^b - 1)` in size, and with 8, which are signed,
+/// `2 * 127 * 128`. Then they have to be widened, which costs as much as two products.
 const fn narrow(bits: u32) -> usize {
     match bits {
         0..=4 => 8,
@@ -153,6 +153,15 @@ const fn narrow(bits: u32) -> usize {
         _ => 1,
     }
 }
+
+const _: () = {
+    let mut bits = 0;
+    while bits <= 8 {
+        let largest = if bits == 8 { 128 } else { (1 << bits) - 1 };
+        assert!(narrow(bits) * 2 * 127 * largest <= i16::MAX as usize);
+        bits += 1;
+    }
+};
 
 /// Columns that a round of [`Avx2::columns`] multiplies.
 const fn at_once(bits: u32) -> usize {

@@ -59,12 +59,17 @@ fn isas() -> Vec<Isa> {
     if forced { vec![Isa::get().expect("ONCALL_ISA names one")] } else { Isa::available() }
 }
 
-/// One shape: all tokens at once (gemm), one to four at a time (gemv), with the groups in two calls.
+/// One shape with random weights and activations.
 fn check(format: &'static Format, isa: Isa, n_rows: usize, n_blocks: usize, n_tokens: usize, rng: &mut Rng) {
     let n_cols = n_blocks * format.block_len;
     let rows = random_rows(format, n_rows, n_cols, rng);
-    let acts = random_acts(format, n_tokens, n_cols, rng);
-    let row_bytes = rows.len() / n_rows;
+    compare(format, isa, n_cols, &rows, &random_acts(format, n_tokens, n_cols, rng));
+}
+
+/// All tokens at once (gemm), one to four at a time (gemv), with the groups in two calls.
+fn compare(format: &'static Format, isa: Isa, n_cols: usize, rows: &[u8], acts: &Acts) {
+    let row_bytes = format.row_bytes(n_cols as u64).unwrap() as usize;
+    let (n_rows, n_tokens) = (rows.len() / row_bytes, acts.n_tokens());
     let dots =
         |t: usize| rows.chunks(row_bytes).map(|row| (format.vec_dot)(row, acts.row(format, t))).collect::<Vec<_>>();
     let expected: Vec<Vec<f32>> = (0..n_tokens).map(dots).collect();
@@ -72,7 +77,7 @@ fn check(format: &'static Format, isa: Isa, n_rows: usize, n_blocks: usize, n_to
     // A file's tensors are aligned to 32 bytes, a slot's experts to nothing.
     let mut memory = vec![0xaa; rows.len() + 3];
     let packed = &mut memory[3..];
-    pack(format, isa, n_rows, n_cols, &rows, packed);
+    pack(format, isa, n_rows, n_cols, rows, packed);
     let w = Packed::new(format, isa, n_rows, n_cols, packed);
 
     let (before, after) = (2, 3);
@@ -84,7 +89,7 @@ fn check(format: &'static Format, isa: Isa, n_rows: usize, n_blocks: usize, n_to
         for (tokens, out) in tokens.chunks(at_once).zip(out.chunks_mut(at_once * stride)) {
             let out = OutRows::new(out, stride).columns(before..before + n_rows);
             let middle = w.n_groups() / 2;
-            let mut product = Product::new(w, &acts, tokens, out);
+            let mut product = Product::new(w, acts, tokens, out);
             for groups in [0..middle, middle..w.n_groups()] {
                 product.groups = groups;
                 matmul_here(&mut product);
@@ -127,6 +132,29 @@ fn every_format_gives_the_scalar_bits_on_every_instruction_set() {
             for n_tokens in [37, 29] {
                 check(format, isa, 80, if format.block_len == 32 { 35 } else { 3 }, n_tokens, &mut rng);
             }
+        }
+    }
+}
+
+/// Sums that are kept in 16 bits for a while have room for the largest codes and activations, which random ones stay far from.
+#[test]
+fn extreme_codes_and_activations_do_not_overflow() {
+    // Formats whose zero is in the middle have one code more on one side, which the first of each sixteen weights takes.
+    let (n_rows, n_tokens, n_cols) = (35, 7, 512);
+    let weight = |k: usize| if k.is_multiple_of(16) { -1.0 } else { 1.0 };
+    for format in FORMATS {
+        let rows: Vec<f32> = (0..n_rows)
+            .flat_map(|r| (0..n_cols).map(move |k| if r % 2 == 0 { weight(k) } else { -weight(k) }))
+            .collect();
+        let mut quantised = vec![0; rows.len() / format.block_len * format.block_bytes];
+        (format.quantize_row.unwrap())(&rows, &mut quantised);
+        let mut acts = Acts::new();
+        acts.reset(n_tokens, n_cols, &[format.act]);
+        for t in 0..n_tokens {
+            acts.put(t, &vec![if t % 2 == 0 { 1.0 } else { -1.0 }; n_cols]);
+        }
+        for isa in isas() {
+            compare(format, isa, n_cols, &quantised, &acts);
         }
     }
 }
