@@ -147,7 +147,7 @@ fn extreme_codes_and_activations_do_not_overflow() {
             .flat_map(|r| (0..n_cols).map(move |k| if r % 2 == 0 { weight(k) } else { -weight(k) }))
             .collect();
         let mut quantised = vec![0; rows.len() / format.block_len * format.block_bytes];
-        (format.quantize_row.unwrap())(&rows, &mut quantised);
+        (format.quantize_row)(&rows, &mut quantised);
         let mut acts = Acts::new();
         acts.reset(n_tokens, n_cols, &[format.act]);
         for t in 0..n_tokens {
