@@ -81,24 +81,4 @@ impl Superblock for Q4K {
         }
         codes
     }
-
-    #[inline(always)]
-    fn d<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
-        head.d
-    }
-
-    #[inline(always)]
-    fn dmin<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
-        head.dmin
-    }
-
-    #[inline(always)]
-    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
-        head.scale(v, j)
-    }
-
-    #[inline(always)]
-    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
-        head.min(v, j)
-    }
 }

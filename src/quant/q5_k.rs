@@ -91,24 +91,4 @@ impl Superblock for Q5K {
         }
         codes
     }
-
-    #[inline(always)]
-    fn d<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
-        head.d
-    }
-
-    #[inline(always)]
-    fn dmin<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
-        head.dmin
-    }
-
-    #[inline(always)]
-    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
-        head.scale(v, j)
-    }
-
-    #[inline(always)]
-    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
-        head.min(v, j)
-    }
 }

@@ -52,7 +52,7 @@ pub(crate) use layout::{Block, Field, Layout};
 pub(crate) use number::Number;
 pub use rate::multiply_rate;
 pub use run::{Chosen, OutRows, Packed, Product, matmul, matmul_here, pack};
-pub(crate) use superblock::Superblock;
+pub(crate) use superblock::{Scales, Superblock};
 pub(crate) use vector::Vector;
 
 /// Stands where a kind of format has no scale or offset and the value is never used.
