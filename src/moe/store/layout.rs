@@ -1,5 +1,6 @@
 //! The sizes of a store: what an expert is in the file, and what its slot is in memory. Pure arithmetic.
 
+use crate::ops::matmul::MAX_LANES;
 use crate::quant::Format;
 
 /// Direct reads begin and end at multiples of this, in the file and in memory, and slots in the arena: no disk has larger blocks, and
@@ -9,8 +10,8 @@ pub(super) const PAGE: usize = 4096;
 const LINE: usize = 64;
 /// What is read at once: a lane's buffer is one huge page with what surrounds the bytes, see [`super::lanes`]. Tests have small experts.
 const PIECE: usize = if cfg!(test) { 512 } else { (2 << 20) - 2 * PAGE };
-/// Rows of a piece are a multiple of this, whole groups of every instruction set.
-const PIECE_ROWS: usize = 16;
+/// Rows of a piece are a multiple of this.
+const PIECE_ROWS: usize = MAX_LANES;
 
 /// One matrix of every expert of a layer: expert e is `n_bytes` at `offset + e * stride`.
 #[derive(Clone, Copy, Debug)]

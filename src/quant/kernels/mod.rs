@@ -58,6 +58,9 @@ pub(crate) use vector::Vector;
 /// Stands where a kind of format has no scale or offset and the value is never used.
 const NO_SCALE: f32 = 0.0;
 
+/// Rows that are a multiple of this are whole groups on every instruction set.
+pub const MAX_LANES: usize = 16;
+
 /// The most tokens of `gemv`.
 const MAX_GEMV: usize = 4;
 
@@ -131,6 +134,8 @@ macro_rules! instruction_set {
     ($name:ident, $vector:ty, $features:literal, $tokens:literal x $groups:literal, $few:expr) => {
         mod $name {
             use super::*;
+
+            const _: () = assert!(MAX_LANES.is_multiple_of(<$vector>::LANES));
 
             #[target_feature(enable = $features)]
             unsafe fn gemv<K: Kernel, const T: usize>(job: &Job<'_>) {
