@@ -1,16 +1,9 @@
 //! The vector operations on AVX2 with FMA and F16C, with or without VNNI: eight lanes.
 
+use super::op;
 use super::vector::Vector;
 use core::arch::x86_64::*;
 use core::hint::black_box;
-
-/// Intrinsics in a method of [`Avx2`].
-macro_rules! op {
-    ($e:expr) => {{
-        // SAFETY: `self` proves that the processor has the instruction set; an address is the caller's promise.
-        unsafe { $e }
-    }};
-}
 
 /// Proof of AVX2, FMA and F16C, and with `VNNI` of AVX-VNNI, which is VNNI for vectors of 256 bits without AVX-512.
 #[derive(Clone, Copy)]
@@ -378,13 +371,6 @@ impl<const VNNI: bool> Vector for Avx2<VNNI> {
     #[inline(always)]
     fn to_f32(self, a: Self::I) -> Self::F {
         op!(_mm256_cvtepi32_ps(a))
-    }
-    #[inline(always)]
-    fn e8m0_half(self, e: Self::I) -> Self::F {
-        let one = self.splat(1);
-        let normal = op!(_mm256_slli_epi32::<23>(_mm256_sub_epi32(e, one)));
-        let subnormal = op!(_mm256_sllv_epi32(_mm256_set1_epi32(1 << 21), e));
-        self.as_f32(op!(_mm256_blendv_epi8(subnormal, normal, _mm256_cmpgt_epi32(e, one))))
     }
     #[inline(always)]
     fn as_f32(self, a: Self::I) -> Self::F {

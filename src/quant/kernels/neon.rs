@@ -1,16 +1,9 @@
 //! The vector operations on NEON: four lanes, at three levels, which share all but their products of bytes.
 
+use super::op;
 use super::vector::Vector;
 use core::arch::aarch64::*;
 use core::arch::asm;
-
-/// Intrinsics in a method of [`Neon`].
-macro_rules! op {
-    ($e:expr) => {{
-        // SAFETY: `self` proves that the processor has the instruction set; an address is the caller's promise.
-        unsafe { $e }
-    }};
-}
 
 /// `sdot` of four lanes of weights and four activations, which are lane `$i` of `$q`: not an intrinsic on stable Rust yet.
 macro_rules! sdot {
@@ -493,13 +486,6 @@ impl<const LEVEL: u32> Vector for Neon<LEVEL> {
     #[inline(always)]
     fn to_f32(self, a: Self::I) -> Self::F {
         op!(vcvtq_f32_s32(vreinterpretq_s32_u32(a)))
-    }
-    #[inline(always)]
-    fn e8m0_half(self, e: Self::I) -> Self::F {
-        let one = self.splat(1);
-        let normal = op!(vshlq_n_u32::<23>(vsubq_u32(e, one)));
-        let subnormal = op!(vshlq_u32(self.splat(1 << 21), vreinterpretq_s32_u32(e)));
-        self.as_f32(op!(vbslq_u32(vcgtq_u32(e, one), normal, subnormal)))
     }
     #[inline(always)]
     fn as_f32(self, a: Self::I) -> Self::F {

@@ -1,6 +1,6 @@
 //! Every format on every instruction set that this machine has, against the scalar dot product, bit for bit.
 
-use super::{Acts, OutRows, Packed, Product, matmul_here, pack};
+use super::{Acts, MAX_LANES, OutRows, Packed, Product, matmul_here, pack};
 use crate::cpu::Isa;
 use crate::quant::{FORMATS, Format};
 
@@ -194,19 +194,42 @@ fn an_activation_that_is_not_finite_shows_in_every_product() {
     }
 }
 
-/// Interleaving moves bits and loses none: the packed bytes of distinct rows are distinct.
+/// Every bit of the packed group is another bit of the rows. Which one is found out one bit of its number at a time: rows in which all
+/// bits are set whose number has that bit.
 #[test]
 fn packing_is_a_permutation_of_bits() {
-    let mut rng = Rng(2);
     for format in FORMATS {
         for isa in isas() {
-            let (n_rows, n_cols) = (16, 2 * format.block_len);
-            let rows = random_rows(format, n_rows, n_cols, &mut rng);
-            let mut packed = vec![0; rows.len()];
-            pack(format, isa, n_rows, n_cols, &rows, &mut packed);
-            let ones = |bytes: &[u8]| bytes.iter().map(|b| b.count_ones()).sum::<u32>();
-            assert_eq!(ones(&rows), ones(&packed), "{format:?} on {isa}");
+            let (n_rows, n_cols) = (MAX_LANES, 2 * format.block_len);
+            let n_bytes = n_rows * 2 * format.block_bytes;
+            let (mut from, mut packed) = (vec![0; 8 * n_bytes], vec![0; n_bytes]);
+            for k in 0..from.len().next_power_of_two().trailing_zeros() {
+                let set = |number: usize| (number >> k & 1) as u8;
+                let rows: Vec<u8> = (0..n_bytes).map(|i| (0..8).map(|j| set(8 * i + j) << j).sum()).collect();
+                pack(format, isa, n_rows, n_cols, &rows, &mut packed);
+                for (i, from) in from.iter_mut().enumerate() {
+                    *from |= usize::from(packed[i / 8] >> (i % 8) & 1) << k;
+                }
+            }
+            from.sort_unstable();
+            assert!(from.into_iter().eq(0..8 * n_bytes), "{format:?} on {isa}");
         }
+    }
+}
+
+/// MXFP4's scales below f32's normal range and at its end, too, which random rows don't have.
+#[test]
+fn every_exponent_gives_the_scalar_bits() {
+    let format = crate::quant::by_name("mxfp4").unwrap();
+    let mut rows = vec![0; 256 * format.block_bytes];
+    for (e, block) in rows.chunks_mut(format.block_bytes).enumerate() {
+        (block[0], block[1]) = (e as u8, 1);
+    }
+    let mut acts = Acts::new();
+    acts.reset(7, format.block_len, &[format.act]);
+    (0..7).for_each(|t| acts.put(t, &vec![1.0; format.block_len]));
+    for isa in isas() {
+        compare(format, isa, format.block_len, &rows, &acts);
     }
 }
 
