@@ -12,6 +12,9 @@ pub mod ops {
     pub mod matmul {
         use crate::{cpu::Isa, quant::Format};
 
+        /// Rows of a group.
+        pub const MAX_LANES: usize = 16;
+
         /// A matrix.
         #[derive(Clone, Copy)]
         pub struct Packed<'a>(pub &'a [u8]);

@@ -7,7 +7,7 @@ use super::ModelError;
 use crate::cpu::{Isa, Pages};
 use crate::gguf::{Gguf, Metadata, Tensor};
 use crate::moe::{LayerParts, Part};
-use crate::ops::matmul::{self, Packed};
+use crate::ops::matmul::{self, MAX_LANES, Packed};
 use crate::quant::Format;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -201,8 +201,8 @@ fn row_bytes(format: &Format, n_cols: usize) -> usize {
     n_cols / format.block_len * format.block_bytes
 }
 
-/// Splits a matrix into ranges of whole row groups (of any instruction set: at most 16 rows).
+/// Splits a matrix into ranges of whole row groups, of any instruction set.
 fn pieces(m: &Matrix) -> impl Iterator<Item = (&Matrix, Range<usize>)> {
-    let rows = (PIECE_BYTES / row_bytes(m.format, m.n_cols).max(1)).next_multiple_of(64).max(64);
+    let rows = (PIECE_BYTES / row_bytes(m.format, m.n_cols).max(1)).next_multiple_of(MAX_LANES).max(MAX_LANES);
     (0..m.n_rows.div_ceil(rows)).map(move |i| (m, i * rows..((i + 1) * rows).min(m.n_rows)))
 }

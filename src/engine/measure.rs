@@ -5,7 +5,7 @@ use super::{EngineError, READ_LANES};
 use crate::cpu::probe::{DiskProbe, Rate, UNCACHED};
 use crate::cpu::{Isa, Pages, Team, memory};
 use crate::moe::planner::Reading;
-use crate::ops::matmul::{Acts, OutRows, Packed, Product, matmul, pack};
+use crate::ops::matmul::{Acts, MAX_LANES, OutRows, Packed, Product, matmul, pack};
 use std::io;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -165,7 +165,7 @@ impl Made {
     fn new(a: &Active, isa: Isa, step_bytes: usize, most: u64) -> io::Result<Self> {
         let n_cols = a.n_cols.clamp(a.format.block_len, MAX_COLUMNS);
         let row_bytes = n_cols / a.format.block_len * a.format.block_bytes;
-        let n_rows = (a.all.min(most) as usize / row_bytes).next_multiple_of(64).max(64);
+        let n_rows = (a.all.min(most) as usize / row_bytes).next_multiple_of(MAX_LANES).max(MAX_LANES);
         let mut pages = Pages::new(n_rows * row_bytes)?;
         pages.chunks_mut(4096).for_each(|p| p[0] = 0);
         let mut acts = Acts::default();

@@ -379,7 +379,7 @@ impl Engine {
     /// [`Session::logits`]. Tokens of all sessions together are one block: the caller bounds it.
     ///
     /// # Errors
-/// When a context is full, a token doesn't exist, a session is another engine's, the file can't be read, or
+    /// When a context is full, a token doesn't exist, a session is another engine's, the file can't be read, or
     /// [`EngineOptions::stop`] is true. No session is changed then.
     pub fn forward(&self, inputs: &mut [Input<'_>]) -> Result<Duration, EngineError> {
         let e = &*self.0;

@@ -17,14 +17,6 @@ pub enum RequantizeError {
     /// The model's metadata doesn't say what the rules need.
     #[error(transparent)]
     Key(#[from] KeyError),
-    /// A format that can be read only.
-    #[error("tensor {tensor:?} would be {format}, and there is no quantiser for that: choose another mixture")]
-    NoQuantiser {
-        /// The tensor.
-        tensor: String,
-        /// Its format in the mixture.
-        format: &'static str,
-    },
     /// The model couldn't be read.
     #[error(transparent)]
     Read(#[from] GgufError),
@@ -48,14 +40,8 @@ impl<'a> Plan<'a> {
     /// Chooses the formats. Reads no tensor.
     pub fn new(source: &'a Gguf, mixture: &'static Mixture) -> Result<Self, RequantizeError> {
         let facts = facts(source)?;
-        let formats = source.tensors().iter().map(|tensor| {
-            let format = mixture.format(&facts, &tensor.name, tensor.shape()).unwrap_or(tensor.format);
-            if format.id != tensor.format.id && format.quantize_row.is_none() {
-                return Err(RequantizeError::NoQuantiser { tensor: tensor.name.to_string(), format: format.name });
-            }
-            Ok(format)
-        });
-        let formats = formats.collect::<Result<_, _>>()?;
+        let format = |tensor: &Tensor| mixture.format(&facts, &tensor.name, tensor.shape()).unwrap_or(tensor.format);
+        let formats = source.tensors().iter().map(format).collect();
         Ok(Self { source, mixture, formats })
     }
 
@@ -145,22 +131,21 @@ fn convert(
         let rows = rows_at_once.min(tensor.n_rows() - first) as usize;
         input.resize(rows * from_bytes, 0);
         source.read_at(tensor, first * tensor.row_bytes(), &mut input)?;
-        match format.quantize_row {
-            Some(quantize_row) if format.id != tensor.format.id => {
-                output.resize(rows * to_bytes, 0);
-                let n_cols = tensor.n_cols() as usize;
-                let pairs = input.par_chunks(from_bytes).zip(output.par_chunks_mut(to_bytes));
-                pairs.for_each_init(
-                    || vec![0f32; n_cols],
-                    |row, (from, to)| {
-                        (tensor.format.dequantize_row)(from, row);
-                        quantize_row(row, to);
-                    },
-                );
-                sink(&output)?;
-            }
-            _ => sink(&input)?,
+        if format.id == tensor.format.id {
+            sink(&input)?;
+            continue;
         }
+        output.resize(rows * to_bytes, 0);
+        let n_cols = tensor.n_cols() as usize;
+        let pairs = input.par_chunks(from_bytes).zip(output.par_chunks_mut(to_bytes));
+        pairs.for_each_init(
+            || vec![0f32; n_cols],
+            |row, (from, to)| {
+                (tensor.format.dequantize_row)(from, row);
+                (format.quantize_row)(row, to);
+            },
+        );
+        sink(&output)?;
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: 2,
     act: ActKind::F32,
     dequantize_row: |src, dst| block1::dequantize(src, dst, value),
-    quantize_row: Some(|src, dst| block1::quantize(src, dst, bytes)),
+    quantize_row: |src, dst| block1::quantize(src, dst, bytes),
     vec_dot: |row, x| block1::dot(row, x, value),
     kernels: kernels::number::<Bf16>,
 };

@@ -14,7 +14,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: 2,
     act: ActKind::F32,
     dequantize_row,
-    quantize_row: Some(quantize_row),
+    quantize_row,
     vec_dot: |row, x| block1::dot(row, x, |w| f16::from_le_bytes(w).to_f32()),
     kernels: kernels::number::<F16>,
 };

@@ -11,7 +11,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: 4,
     act: ActKind::F32,
     dequantize_row: |src, dst| block1::dequantize(src, dst, f32::from_le_bytes),
-    quantize_row: Some(|src, dst| block1::quantize(src, dst, f32::to_le_bytes)),
+    quantize_row: |src, dst| block1::quantize(src, dst, f32::to_le_bytes),
     vec_dot: |row, x| block1::dot(row, x, f32::from_le_bytes),
     kernels: kernels::number::<F32>,
 };

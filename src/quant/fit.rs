@@ -9,6 +9,8 @@
 //! Such a sum is a chain that waits for itself. The groups of a superblock don't wait for each other, so they are fitted
 //! side by side, a lane each: `w[k][l]` is weight k of group l.
 
+use half::f16;
+
 use super::act::nearest;
 use super::superblock::LEN;
 
@@ -19,7 +21,7 @@ pub(super) const NOTHING: f32 = 1e-15;
 pub(super) type Groups<const N: usize, const L: usize> = [[f32; L]; N];
 
 /// Puts the groups of a superblock side by side.
-pub(super) fn side_by_side<const N: usize, const L: usize>(w: &[f32; LEN]) -> Groups<N, L> {
+fn side_by_side<const N: usize, const L: usize>(w: &[f32; LEN]) -> Groups<N, L> {
     std::array::from_fn(|k| std::array::from_fn(|l| w[l * N + k]))
 }
 
@@ -29,10 +31,10 @@ fn in_order<const N: usize, const L: usize>(codes: &Groups<N, L>) -> [u8; LEN] {
 }
 
 /// Grids fitted to groups of weights: a weight is about `scale * code - offset` of its group.
-pub(super) struct AffineFit<const L: usize> {
-    pub scale: [f32; L],
-    pub offset: [f32; L],
-    pub codes: [u8; LEN],
+struct AffineFit<const L: usize> {
+    scale: [f32; L],
+    offset: [f32; L],
+    codes: [u8; LEN],
 }
 
 /// The candidates of [`affine`]: grids of `n_max + first`, `n_max + first + 0.1`, … steps over the range.
@@ -51,7 +53,7 @@ pub(super) struct AffineSearch {
 ///
 /// A group whose weights are all the same has a range of zero, an infinite reciprocal scale, hence the scale zero, and
 /// errors that aren't numbers, so that no candidate beats it.
-pub(super) fn affine<const N: usize, const L: usize>(
+fn affine<const N: usize, const L: usize>(
     w: &Groups<N, L>,
     importance: &Groups<N, L>,
     search: &AffineSearch,
@@ -80,6 +82,42 @@ pub(super) fn affine<const N: usize, const L: usize>(
     }
     let codes = in_order(&affine_codes(w, &best_inverse, &best_base, n_max));
     AffineFit { scale, offset: min.map(|min| -min), codes }
+}
+
+/// What a superblock's [`affine`] fit is stored as: scales are `d * sc`, offsets `dmin * m`.
+pub(super) struct Stored<const L: usize> {
+    pub d: f16,
+    pub sc: [u8; L],
+    pub dmin: f16,
+    pub m: [u8; L],
+    pub codes: [u8; LEN],
+}
+
+/// Fits each group by itself. Then scales and offsets are rounded to 0..=`most`, the largest becoming `most`, and the codes chosen anew
+/// for what they became.
+pub(super) fn stored<const N: usize, const L: usize>(
+    w: &[f32; LEN],
+    importance: impl Fn(&Groups<N, L>) -> Groups<N, L>,
+    search: &AffineSearch,
+    most: u8,
+) -> Stored<L> {
+    let groups = side_by_side(w);
+    let AffineFit { scale, offset, mut codes } = affine(&groups, &importance(&groups), search);
+    let (d, sc) = to_integers(&scale, most);
+    let (dmin, m) = to_integers(&offset, most);
+    for (j, (w, codes)) in w.as_chunks::<N>().0.iter().zip(codes.as_chunks_mut::<N>().0).enumerate() {
+        let (d, offset) = (d.to_f32() * f32::from(sc[j]), dmin.to_f32() * f32::from(m[j]));
+        recode_affine(w, d, offset, search.n_max, codes);
+    }
+    Stored { d, sc, dmin, m, codes }
+}
+
+/// Numbers of at least zero as a scale times 0..=`most`.
+fn to_integers<const L: usize>(numbers: &[f32; L], most: u8) -> (f16, [u8; L]) {
+    let max = numbers.iter().fold(0.0, |max, x| if *x > max { *x } else { max });
+    let inverse = if max > 0.0 { f32::from(most) / max } else { 0.0 };
+    let integers = numbers.map(|x| nearest(inverse * x).clamp(0, i32::from(most)) as u8);
+    (f16::from_f32(max / f32::from(most)), integers)
 }
 
 /// The least weight of each group, or zero if that's less, and the greatest.
@@ -304,7 +342,7 @@ pub(super) fn recode_signed(w: &[f32], d: f32, zero: i32, codes: &mut [u8]) {
 
 /// Codes 0..=n_max nearest to `(w + offset) / d`, unless `d` is zero: then any code means the
 /// same and those of the fit stay.
-pub(super) fn recode_affine(w: &[f32], d: f32, offset: f32, n_max: u8, codes: &mut [u8]) {
+fn recode_affine(w: &[f32], d: f32, offset: f32, n_max: u8, codes: &mut [u8]) {
     if d != 0.0 {
         for (code, x) in codes.iter_mut().zip(w) {
             *code = nearest((x + offset) / d).clamp(0, i32::from(n_max)) as u8;

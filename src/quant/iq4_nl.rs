@@ -22,7 +22,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8_0,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
-    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
+    quantize_row: |src, dst| quantize(src, dst, pack),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
     kernels: kernels::block32::<Iq4Nl>,
 };

@@ -13,7 +13,7 @@
 use super::act::{largest, nearest};
 use super::block32::{f16_at, f16_bytes, join, nibbles, pack_nibbles, quantize};
 use super::iq4_nl::{CODEBOOK, codes, fit};
-use super::kernels::{Block, Field, Layout, Superblock, Vector, unpack};
+use super::kernels::{Block, Field, Layout, Scales, Superblock, Vector, unpack};
 use super::superblock::{LEN, Scaled, dequantize_scaled, dot_scaled};
 use super::{ActKind, Format, kernels};
 
@@ -25,7 +25,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
-    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
+    quantize_row: |src, dst| quantize(src, dst, pack),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
     kernels: kernels::superblock::<Iq4Xs>,
 };
@@ -90,12 +90,11 @@ impl Superblock for Iq4Xs {
     const BITS: u32 = 8;
     const ZERO: i32 = 0;
     const SUB: usize = 32;
-    /// d, and the scales' high and low bits.
-    type Head<V: Vector> = (V::F, V::I, V::I);
+    type Head<V: Vector> = ScalesIq4Xs<V>;
 
     #[inline(always)]
     fn head<V: Vector>(_: V, b: Block<V, Self>) -> Self::Head<V> {
-        (b.f16(0), b.u16(2), b.word(4))
+        ScalesIq4Xs { d: b.f16(0), high: b.u16(2), low: b.word(4) }
     }
 
     #[inline(always)]
@@ -108,17 +107,26 @@ impl Superblock for Iq4Xs {
         }
         codes
     }
+}
 
+#[derive(Clone, Copy)]
+struct ScalesIq4Xs<V: Vector> {
+    d: V::F,
+    /// Two bits a scale, and four.
+    high: V::I,
+    low: V::I,
+}
+
+impl<V: Vector> Scales<V> for ScalesIq4Xs<V> {
     #[inline(always)]
-    fn d<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
-        head.0
+    fn d(&self) -> V::F {
+        self.d
     }
 
     #[inline(always)]
-    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
-        let (_, high, low) = *head;
-        let low = v.and(v.shr(low, 4 * j as u32), v.splat(15));
-        let high = v.and(v.shr(high, 2 * j as u32), v.splat(3));
+    fn scale(&self, v: V, j: usize) -> V::I {
+        let low = v.and(v.shr(self.low, 4 * j as u32), v.splat(15));
+        let high = v.and(v.shr(self.high, 2 * j as u32), v.splat(3));
         v.add_i32(v.or(low, v.shl(high, 4)), v.splat((-32i32).cast_unsigned()))
     }
 }

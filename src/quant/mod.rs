@@ -43,9 +43,6 @@ pub enum ActKind {
     Q8K,
 }
 
-/// Whole blocks of f32 to whole blocks of a format; panics if the lengths don't match.
-pub type QuantizeRow = fn(src: &[f32], dst: &mut [u8]);
-
 impl ActKind {
     /// Activations in a block.
     pub const fn block_len(self) -> usize {
@@ -71,8 +68,8 @@ pub struct Format {
     pub act: ActKind,
     /// Whole blocks to f32: `src.len() / block_bytes * block_len == dst.len()`, else it panics.
     pub dequantize_row: fn(src: &[u8], dst: &mut [f32]),
-    /// f32 to whole blocks, as ggml's reference quantiser does; `None` where there is none.
-    pub quantize_row: Option<QuantizeRow>,
+    /// f32 to whole blocks, as ggml's reference quantiser does. Panics if the lengths don't match.
+    pub quantize_row: fn(src: &[f32], dst: &mut [u8]),
     /// The dot product with as many activations of kind `act`, in scalar code. It defines the result: the order of its
     /// operations is the order of every kernel. Panics if the lengths don't match.
     pub vec_dot: fn(row: &[u8], x: ActRow<'_>) -> f32,

@@ -23,7 +23,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8_0,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
-    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
+    quantize_row: |src, dst| quantize(src, dst, pack),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
     kernels: kernels::block32::<Mxfp4>,
 };
@@ -107,6 +107,14 @@ impl Block32 for Mxfp4 {
 
     #[inline(always)]
     fn scale<V: Vector>(v: V, b: Block<V, Self>) -> V::F {
-        v.e8m0_half(b.byte(0))
+        half_scales(v, b.byte(0))
     }
+}
+
+/// [`half_scale`] of integers e of 0..=255: the product of two powers of two in f32's normal range, which is exact.
+#[inline(always)]
+fn half_scales<V: Vector>(v: V, e: V::I) -> V::F {
+    let (half, odd) = (v.shr(e, 1), v.and(e, v.splat(1)));
+    let power = |e: V::I| v.as_f32(v.shl(v.add_i32(e, v.splat(63)), 23));
+    v.mul(power(half), power(v.add_i32(half, odd)))
 }

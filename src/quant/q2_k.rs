@@ -10,12 +10,9 @@
 //! A weight is scale * code - offset. The four codes of a byte are 32 weights apart: a shift and a mask of 32
 //! bytes give 32 weights in order.
 
-use half::f16;
-
-use super::act::nearest;
 use super::block32::{f16_at, join, quantize};
-use super::fit::{AffineFit, AffineSearch, affine, recode_affine, side_by_side};
-use super::kernels::{Block, Field, Layout, Superblock, Vector, unpack};
+use super::fit::{AffineSearch, Groups, Stored, stored};
+use super::kernels::{Block, Field, Layout, Scales, Superblock, Vector, unpack};
 use super::superblock::{Affine, LEN, dequantize_affine, dot_affine, pack_two_bits, two_bits};
 use super::{ActKind, Format, kernels};
 
@@ -27,7 +24,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
-    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
+    quantize_row: |src, dst| quantize(src, dst, pack),
     vec_dot: |row, x| dot_affine(row, x, unpack),
     kernels: kernels::superblock::<Q2K>,
 };
@@ -45,28 +42,12 @@ pub(super) fn unpack(block: &[u8; BYTES]) -> Affine<16> {
 
 const SEARCH: AffineSearch = AffineSearch { n_max: 3, first: -0.5, more: 15, absolute: true };
 
-/// Each sub-block is fitted by itself, a weight counting as much as its size. Then scales and offsets are rounded to four
-/// bits of the largest, and the codes chosen anew for what they became.
+/// A weight counts as much as its size.
 fn pack(w: &[f32; LEN]) -> [u8; BYTES] {
-    let groups = side_by_side::<16, 16>(w);
-    let importance = groups.map(|x| x.map(f32::abs));
-    let AffineFit { scale, offset, mut codes } = affine(&groups, &importance, &SEARCH);
-    let (d, sc) = to_4_bits(&scale);
-    let (dmin, m) = to_4_bits(&offset);
-    for (j, (w, codes)) in w.as_chunks::<16>().0.iter().zip(codes.as_chunks_mut::<16>().0).enumerate() {
-        let (d, offset) = (d.to_f32() * f32::from(sc[j]), dmin.to_f32() * f32::from(m[j]));
-        recode_affine(w, d, offset, SEARCH.n_max, codes);
-    }
+    let importance = |w: &Groups<16, 16>| w.map(|x| x.map(f32::abs));
+    let Stored { d, sc, dmin, m, codes } = stored(w, importance, &SEARCH, 15);
     let packed: [u8; 16] = std::array::from_fn(|j| sc[j] | m[j] << 4);
     join(&[&packed, &pack_two_bits(&codes), &d.to_le_bytes(), &dmin.to_le_bytes()])
-}
-
-/// Numbers of at least zero as `d` times four bits.
-fn to_4_bits(numbers: &[f32; 16]) -> (f16, [u8; 16]) {
-    let max = numbers.iter().fold(0.0, |max, x| if *x > max { *x } else { max });
-    let inverse = if max > 0.0 { 15.0 / max } else { 0.0 };
-    let bits = numbers.map(|x| nearest(inverse * x).clamp(0, 15) as u8);
-    (f16::from_f32(max / 15.0), bits)
 }
 
 /// The layout for the kernels.
@@ -82,12 +63,11 @@ impl Superblock for Q2K {
     const ZERO: i32 = 0;
     const SUB: usize = 16;
     const MIN: bool = true;
-    /// d, dmin, and the scales and offsets of four sub-blocks a word.
-    type Head<V: Vector> = ([V::F; 2], [V::I; 4]);
+    type Head<V: Vector> = ScalesQ2K<V>;
 
     #[inline(always)]
     fn head<V: Vector>(_: V, b: Block<V, Self>) -> Self::Head<V> {
-        ([b.f16(0), b.f16(2)], b.words(4))
+        ScalesQ2K { d: b.f16(0), dmin: b.f16(2), nibbles: b.words(4) }
     }
 
     #[inline(always)]
@@ -101,24 +81,34 @@ impl Superblock for Q2K {
         }
         codes
     }
+}
 
+#[derive(Clone, Copy)]
+struct ScalesQ2K<V: Vector> {
+    d: V::F,
+    dmin: V::F,
+    /// The scales and offsets of four sub-blocks a word.
+    nibbles: [V::I; 4],
+}
+
+impl<V: Vector> Scales<V> for ScalesQ2K<V> {
     #[inline(always)]
-    fn d<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
-        head.0[0]
+    fn d(&self) -> V::F {
+        self.d
     }
 
     #[inline(always)]
-    fn dmin<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
-        head.0[1]
+    fn dmin(&self, _: V) -> V::F {
+        self.dmin
     }
 
     #[inline(always)]
-    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
-        unpack::byte(v, unpack::low(v, head.1[j / 4]), j % 4)
+    fn scale(&self, v: V, j: usize) -> V::I {
+        unpack::byte(v, unpack::low(v, self.nibbles[j / 4]), j % 4)
     }
 
     #[inline(always)]
-    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
-        unpack::byte(v, unpack::high(v, head.1[j / 4]), j % 4)
+    fn min(&self, v: V, j: usize) -> V::I {
+        unpack::byte(v, unpack::high(v, self.nibbles[j / 4]), j % 4)
     }
 }

@@ -15,7 +15,7 @@ use half::f16;
 use super::act::{largest, nearest};
 use super::block32::{f16_at, join, quantize};
 use super::fit::{recode_signed, signed_3_bits};
-use super::kernels::{Block, Field, Layout, Superblock, Vector, unpack};
+use super::kernels::{Block, Field, Layout, Scales, Superblock, Vector, unpack};
 use super::superblock::{LEN, Scaled, dequantize_scaled, dot_scaled, pack_bit_plane, pack_two_bits, two_bits};
 use super::{ActKind, Format, kernels};
 
@@ -27,7 +27,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
-    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
+    quantize_row: |src, dst| quantize(src, dst, pack),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
     kernels: kernels::superblock::<Q3K>,
 };
@@ -106,8 +106,7 @@ impl Superblock for Q3K {
     const BITS: u32 = 3;
     const ZERO: i32 = 4;
     const SUB: usize = 16;
-    /// d and the scales plus 32, four a word.
-    type Head<V: Vector> = (V::F, [V::I; 4]);
+    type Head<V: Vector> = ScalesQ3K<V>;
 
     #[inline(always)]
     fn head<V: Vector>(v: V, b: Block<V, Self>) -> Self::Head<V> {
@@ -119,7 +118,7 @@ impl Superblock for Q3K {
             scales[i] = v.or(scales[i], v.shl(unpack::pair(v, top, i), 4));
             i += 1;
         }
-        (b.f16(0), scales)
+        ScalesQ3K { d: b.f16(0), scales }
     }
 
     #[inline(always)]
@@ -133,14 +132,23 @@ impl Superblock for Q3K {
         }
         codes
     }
+}
 
+#[derive(Clone, Copy)]
+struct ScalesQ3K<V: Vector> {
+    d: V::F,
+    /// Plus 32, four a word.
+    scales: [V::I; 4],
+}
+
+impl<V: Vector> Scales<V> for ScalesQ3K<V> {
     #[inline(always)]
-    fn d<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
-        head.0
+    fn d(&self) -> V::F {
+        self.d
     }
 
     #[inline(always)]
-    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
-        v.add_i32(unpack::byte(v, head.1[j / 4], j % 4), v.splat((-32i32).cast_unsigned()))
+    fn scale(&self, v: V, j: usize) -> V::I {
+        v.add_i32(unpack::byte(v, self.scales[j / 4], j % 4), v.splat((-32i32).cast_unsigned()))
     }
 }

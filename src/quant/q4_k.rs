@@ -26,7 +26,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_affine(src, dst, unpack),
-    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
+    quantize_row: |src, dst| quantize(src, dst, pack),
     vec_dot: |row, x| dot_affine(row, x, unpack),
     kernels: kernels::superblock::<Q4K>,
 };
@@ -80,25 +80,5 @@ impl Superblock for Q4K {
             codes[2 * c + 1] = unpack::high(v, pairs[c]);
         }
         codes
-    }
-
-    #[inline(always)]
-    fn d<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
-        head.d
-    }
-
-    #[inline(always)]
-    fn dmin<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
-        head.dmin
-    }
-
-    #[inline(always)]
-    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
-        head.scale(v, j)
-    }
-
-    #[inline(always)]
-    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
-        head.min(v, j)
     }
 }

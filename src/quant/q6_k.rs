@@ -15,7 +15,7 @@ use half::f16;
 use super::act::{largest, nearest};
 use super::block32::{f16_at, join, quantize};
 use super::fit::{NOTHING, recode_signed, signed_6_bits};
-use super::kernels::{Block, Field, Layout, Superblock, Vector, unpack};
+use super::kernels::{Block, Field, Layout, Scales, Superblock, Vector, unpack};
 use super::superblock::{LEN, Scaled, dequantize_scaled, dot_scaled, pack_two_bits, two_bits};
 use super::{ActKind, Format, kernels};
 
@@ -27,7 +27,7 @@ pub(super) static FORMAT: Format = Format {
     block_bytes: BYTES,
     act: ActKind::Q8K,
     dequantize_row: |src, dst| dequantize_scaled(src, dst, unpack),
-    quantize_row: Some(|src, dst| quantize(src, dst, pack)),
+    quantize_row: |src, dst| quantize(src, dst, pack),
     vec_dot: |row, x| dot_scaled(row, x, unpack),
     kernels: kernels::superblock::<Q6K>,
 };
@@ -93,12 +93,11 @@ impl Superblock for Q6K {
     const BITS: u32 = 6;
     const ZERO: i32 = 32;
     const SUB: usize = 16;
-    /// d and the scales, four a word.
-    type Head<V: Vector> = (V::F, [V::I; 4]);
+    type Head<V: Vector> = ScalesQ6K<V>;
 
     #[inline(always)]
     fn head<V: Vector>(_: V, b: Block<V, Self>) -> Self::Head<V> {
-        (b.f16(0), b.words(2))
+        ScalesQ6K { d: b.f16(0), scales: b.words(2) }
     }
 
     #[inline(always)]
@@ -114,14 +113,23 @@ impl Superblock for Q6K {
         }
         codes
     }
+}
 
+#[derive(Clone, Copy)]
+struct ScalesQ6K<V: Vector> {
+    d: V::F,
+    /// Four a word.
+    scales: [V::I; 4],
+}
+
+impl<V: Vector> Scales<V> for ScalesQ6K<V> {
     #[inline(always)]
-    fn d<V: Vector>(_: V, head: &Self::Head<V>) -> V::F {
-        head.0
+    fn d(&self) -> V::F {
+        self.d
     }
 
     #[inline(always)]
-    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I {
-        unpack::signed_byte(v, head.1[j / 4], j % 4)
+    fn scale(&self, v: V, j: usize) -> V::I {
+        unpack::signed_byte(v, self.scales[j / 4], j % 4)
     }
 }

@@ -45,28 +45,25 @@ impl<'a> Filler<'a> {
     pub(super) fn fill(&mut self, spec: &Spec, sink: &mut Sink<'_>) -> Result<(), SynthError> {
         let rng = Rng::new(self.seed, &spec.name);
         let n: u64 = spec.shape.iter().product();
-        let quantize = quantizer(spec.format)?;
         match &spec.fill {
-            Fill::Values(values) => sink(&quantised(spec.format, quantize, values)),
+            Fill::Values(values) => sink(&quantised(spec.format, values)),
             Fill::Router { layer } => {
                 let values = router::weights(self.preset, *layer, self.router_skew, rng);
-                sink(&quantised(spec.format, quantize, &values))
+                sink(&quantised(spec.format, &values))
             }
-            &Fill::Normal { mean, std } if n <= FRESH => {
-                sink(&normal(spec.format, quantize, mean, std, n as usize, &rng))
-            }
-            &Fill::Normal { std, .. } => self.draw(spec.format, quantize, std, n, rng, sink),
-            &Fill::Headed { std, head } => self.headed(spec, quantize, std, head, rng, sink),
+            &Fill::Normal { mean, std } if n <= FRESH => sink(&normal(spec.format, mean, std, n as usize, &rng)),
+            &Fill::Normal { std, .. } => self.draw(spec.format, std, n, rng, sink),
+            &Fill::Headed { std, head } => self.headed(spec, std, head, rng, sink),
         }
     }
 
     /// The pool of weights with this spread.
-    fn pool(&mut self, format: &'static Format, quantize: Quantize, std: f32) -> &[u8] {
+    fn pool(&mut self, format: &'static Format, std: f32) -> &[u8] {
         let blocks = (POOL_BYTES / format.block_bytes).min(POOL_WEIGHTS / format.block_len);
         let seed = self.seed;
         self.pools.entry((format.id, std.to_bits())).or_insert_with(|| {
             let rng = Rng::new(seed, &format!("pool {} {std}", format.name));
-            normal(format, quantize, 0.0, std, blocks * format.block_len, &rng)
+            normal(format, 0.0, std, blocks * format.block_len, &rng)
         })
     }
 
@@ -74,13 +71,12 @@ impl<'a> Filler<'a> {
     fn draw(
         &mut self,
         format: &'static Format,
-        quantize: Quantize,
         std: f32,
         n: u64,
         mut rng: Rng,
         sink: &mut Sink<'_>,
     ) -> Result<(), SynthError> {
-        let pool = self.pool(format, quantize, std);
+        let pool = self.pool(format, std);
         let mut left = n / format.block_len as u64;
         let piece = (pool.len() / format.block_bytes / 8) as u64;
         while left > 0 {
@@ -95,7 +91,6 @@ impl<'a> Filler<'a> {
     fn headed(
         &mut self,
         spec: &Spec,
-        quantize: Quantize,
         std: f32,
         head: fn(&Preset, u64) -> f32,
         rng: Rng,
@@ -111,11 +106,11 @@ impl<'a> Filler<'a> {
             let mut rng = rng.part(which);
             let mut values: Vec<f32> = (0..head_len).map(|_| rng.normal() * std).collect();
             values[..router::N_CONSTANT].fill(value);
-            quantised(format, quantize, &values)
+            quantised(format, &values)
         };
         let mut heads_of: HashMap<u32, Vec<Vec<u8>>> = HashMap::new();
         let mut pick = rng.part(u64::MAX);
-        let pool = self.pool(format, quantize, std);
+        let pool = self.pool(format, std);
         let mut rows = Vec::new();
         for row in 0..n_rows {
             let value = head(preset, row);
@@ -140,29 +135,22 @@ fn slice<'p>(pool: &'p [u8], format: &Format, blocks: u64, rng: &mut Rng) -> &'p
     &pool[at..][..blocks as usize * format.block_bytes]
 }
 
-pub(super) type Quantize = fn(&[f32], &mut [u8]);
-
-/// The format's quantiser.
-pub(super) fn quantizer(format: &'static Format) -> Result<Quantize, SynthError> {
-    format.quantize_row.ok_or(SynthError::NoQuantiser(format.name))
-}
-
 /// Values as whole blocks.
-pub(super) fn quantised(format: &Format, quantize: Quantize, values: &[f32]) -> Vec<u8> {
+pub(super) fn quantised(format: &Format, values: &[f32]) -> Vec<u8> {
     let mut out = vec![0; values.len() / format.block_len * format.block_bytes];
-    quantize(values, &mut out);
+    (format.quantize_row)(values, &mut out);
     out
 }
 
 /// `n` normal weights, the same for any number of threads: each task draws from its own stream.
-fn normal(format: &Format, quantize: Quantize, mean: f32, std: f32, n: usize, rng: &Rng) -> Vec<u8> {
+fn normal(format: &Format, mean: f32, std: f32, n: usize, rng: &Rng) -> Vec<u8> {
     let mut out = vec![0; n / format.block_len * format.block_bytes];
     let task_bytes = TASK / format.block_len * format.block_bytes;
     out.par_chunks_mut(task_bytes).enumerate().for_each(|(i, out)| {
         let mut rng = rng.part(i as u64);
         let n = out.len() / format.block_bytes * format.block_len;
         let values: Vec<f32> = (0..n).map(|_| mean + std * rng.normal()).collect();
-        quantize(&values, out);
+        (format.quantize_row)(&values, out);
     });
     out
 }

@@ -62,9 +62,6 @@ pub enum SynthError {
     /// The options contradict the preset or themselves.
     #[error("{0}")]
     Options(String),
-    /// There is no way to make such blocks.
-    #[error("weights can't be quantised to {0}: choose another mixture")]
-    NoQuantiser(&'static str),
     /// Reading the dense model failed.
     #[error(transparent)]
     Read(#[from] GgufError),

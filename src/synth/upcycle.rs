@@ -125,7 +125,6 @@ fn parts<'a>(dense: &'a Gguf, options: &Options) -> Result<Vec<Part<'a>>, SynthE
         let name = format!("{layer}.{matrix}_exps.weight");
         let shape = vec![tensor.dim(0), tensor.dim(1), options.n_expert.into()];
         let format = options.mixture.format(&facts, &name, &shape).unwrap_or(f32);
-        fill::quantizer(format)?;
         if matrix == "ffn_gate" {
             let (name, shape) = (format!("{layer}.ffn_gate_inp.weight"), vec![n_embd.into(), options.n_expert.into()]);
             parts.push(Part { name, shape, format: f32, origin: Origin::Router });
@@ -154,7 +153,7 @@ impl Part<'_> {
                 let mut rng = rng;
                 let n: u64 = self.shape.iter().product();
                 let weights: Vec<f32> = (0..n).map(|_| rng.normal() * options.router_std).collect();
-                sink(&fill::quantised(self.format, fill::quantizer(self.format)?, &weights))
+                sink(&fill::quantised(self.format, &weights))
             }
             Origin::Experts(tensor) => {
                 let noise = options.noise * rms(dense, tensor)?;
@@ -172,7 +171,6 @@ impl Part<'_> {
         rng: &Rng,
         sink: &mut Sink<'_>,
     ) -> Result<(), SynthError> {
-        let quantize = fill::quantizer(self.format)?;
         let (n_cols, from_bytes) = (tensor.n_cols() as usize, tensor.row_bytes() as usize);
         let to_bytes = n_cols / self.format.block_len * self.format.block_bytes;
         let mut out = Vec::new();
@@ -184,7 +182,7 @@ impl Part<'_> {
                 let mut row = vec![0f32; n_cols];
                 (tensor.format.dequantize_row)(from, &mut row);
                 row.iter_mut().for_each(|w| *w += noise * rng.normal());
-                quantize(&row, to);
+                (self.format.quantize_row)(&row, to);
             });
             sink(&out)
         })

@@ -2,6 +2,7 @@
 
 use crate::cpu::Pages;
 use crate::cpu::direct::BLOCK;
+use crate::ops::matmul::MAX_LANES;
 use crate::quant::Format;
 
 /// A slot's parts begin at multiples of this, a cache line.
@@ -9,7 +10,7 @@ const LINE: usize = 64;
 /// What is read at once: a lane's buffer is one huge page with what surrounds the bytes, see [`super::lanes`]. Tests have small experts.
 const PIECE: usize = if cfg!(test) { 512 } else { (2 << 20) - 2 * BLOCK };
 /// Rows of a piece are a multiple of this, whole groups of every instruction set.
-const PIECE_ROWS: usize = 16;
+const PIECE_ROWS: usize = MAX_LANES;
 
 /// One matrix of every expert of a layer: expert e is `n_bytes` at `offset + e * stride`.
 #[derive(Clone, Copy, Debug)]

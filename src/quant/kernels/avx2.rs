@@ -1,16 +1,9 @@
 //! The vector operations on AVX2 with FMA and F16C, with or without VNNI: eight lanes.
 
+use super::op;
 use super::vector::Vector;
 use core::arch::x86_64::*;
 use core::hint::black_box;
-
-/// Intrinsics in a method of [`Avx2`].
-macro_rules! op {
-    ($e:expr) => {{
-        // SAFETY: `self` proves that the processor has the instruction set; an address is the caller's promise.
-        unsafe { $e }
-    }};
-}
 
 /// Proof of AVX2, FMA and F16C, and with `VNNI` of AVX-VNNI, which is VNNI for vectors of 256 bits without AVX-512.
 #[derive(Clone, Copy)]
@@ -143,8 +136,8 @@ impl<const VNNI: bool> Avx2<VNNI> {
     }
 }
 
-/// How many sums of two products fit into 16 bits: with b bits they are at most `2 * 127 * (2^b - 1)` in size. Then they have to be
-/// widened, which costs as much as two products.
+/// How many sums of two products fit into 16 bits: with b bits they are at most `2 * 127 * (2^b - 1)` in size, and with 8, which are signed,
+/// `2 * 127 * 128`. Then they have to be widened, which costs as much as two products.
 const fn narrow(bits: u32) -> usize {
     match bits {
         0..=4 => 8,
@@ -153,6 +146,15 @@ const fn narrow(bits: u32) -> usize {
         _ => 1,
     }
 }
+
+const _: () = {
+    let mut bits = 0;
+    while bits <= 8 {
+        let largest = if bits == 8 { 128 } else { (1 << bits) - 1 };
+        assert!(narrow(bits) * 2 * 127 * largest <= i16::MAX as usize);
+        bits += 1;
+    }
+};
 
 /// Columns that a round of [`Avx2::columns`] multiplies.
 const fn at_once(bits: u32) -> usize {
@@ -369,13 +371,6 @@ impl<const VNNI: bool> Vector for Avx2<VNNI> {
     #[inline(always)]
     fn to_f32(self, a: Self::I) -> Self::F {
         op!(_mm256_cvtepi32_ps(a))
-    }
-    #[inline(always)]
-    fn e8m0_half(self, e: Self::I) -> Self::F {
-        let one = self.splat(1);
-        let normal = op!(_mm256_slli_epi32::<23>(_mm256_sub_epi32(e, one)));
-        let subnormal = op!(_mm256_sllv_epi32(_mm256_set1_epi32(1 << 21), e));
-        self.as_f32(op!(_mm256_blendv_epi8(subnormal, normal, _mm256_cmpgt_epi32(e, one))))
     }
     #[inline(always)]
     fn as_f32(self, a: Self::I) -> Self::F {

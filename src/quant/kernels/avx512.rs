@@ -1,5 +1,6 @@
 //! The vector operations on AVX-512 with VNNI: sixteen lanes.
 
+use super::op;
 use super::vector::Vector;
 use core::arch::x86_64::*;
 
@@ -14,14 +15,6 @@ impl Avx512 {
     pub(super) unsafe fn new() -> Self {
         Self(())
     }
-}
-
-/// Intrinsics in a method of [`Avx512`].
-macro_rules! op {
-    ($e:expr) => {{
-        // SAFETY: `self` proves that the processor has the instruction set; an address is the caller's promise.
-        unsafe { $e }
-    }};
 }
 
 impl Avx512 {
@@ -203,13 +196,6 @@ impl Vector for Avx512 {
     #[inline(always)]
     fn to_f32(self, a: Self::I) -> Self::F {
         op!(_mm512_cvtepi32_ps(a))
-    }
-    #[inline(always)]
-    fn e8m0_half(self, e: Self::I) -> Self::F {
-        let normal = op!(_mm512_slli_epi32::<23>(_mm512_sub_epi32(e, _mm512_set1_epi32(1))));
-        let subnormal = op!(_mm512_sllv_epi32(_mm512_set1_epi32(1 << 21), e));
-        let is_normal = op!(_mm512_cmpgt_epi32_mask(e, _mm512_set1_epi32(1)));
-        self.as_f32(op!(_mm512_mask_blend_epi32(is_normal, subnormal, normal)))
     }
     #[inline(always)]
     fn as_f32(self, a: Self::I) -> Self::F {

@@ -165,15 +165,14 @@ impl<const R: usize> Ahead<R> {
 /// cache made that 13 for Q4_K, but then computing had to fetch from memory what was just packed, and a paged run gained nothing.
 ///
 /// # Panics
-/// If these aren't `LANES` rows of whole blocks, `V`'s, or the group isn't as long.
+/// If these aren't `V::LANES` rows of whole blocks, or the group isn't as long.
 #[inline(always)]
-pub(super) fn pack<V: Vector, L: Layout, const LANES: usize>(v: V, rows: &[u8], group: &mut [u8]) {
-    const { assert!(LANES == V::LANES && L::FIELDS.len() <= 3 && fields_fill_the_block(L::FIELDS, L::BYTES)) };
-    let stride = rows.len() / LANES;
-    assert!(stride.is_multiple_of(L::BYTES) && rows.len() == LANES * stride && group.len() == rows.len());
-    for (b, group) in group.chunks_exact_mut(LANES * L::BYTES).enumerate() {
-        let mut out =
-            Interleaved::<V, LANES> { v, rows: rows[b * L::BYTES..].as_ptr(), stride, to: group.as_mut_ptr() };
+pub(super) fn pack<V: Vector, L: Layout>(v: V, rows: &[u8], group: &mut [u8]) {
+    const { assert!(L::FIELDS.len() <= 3 && fields_fill_the_block(L::FIELDS, L::BYTES)) };
+    let stride = rows.len() / V::LANES;
+    assert!(stride.is_multiple_of(L::BYTES) && rows.len() == V::LANES * stride && group.len() == rows.len());
+    for (b, group) in group.chunks_exact_mut(V::LANES * L::BYTES).enumerate() {
+        let mut out = Interleaved { v, rows: rows[b * L::BYTES..].as_ptr(), stride, to: group.as_mut_ptr() };
         // SAFETY: all rows have a block here (asserted), whose bytes the fields are, each once (asserted at compile time).
         unsafe {
             out.field::<L, 0>();
@@ -209,7 +208,7 @@ const fn fields_fill_the_block(fields: &[Field], n_bytes: usize) -> bool {
 }
 
 /// The blocks of as many rows at one position, and where their next field goes, side by side.
-struct Interleaved<V, const LANES: usize> {
+struct Interleaved<V> {
     v: V,
     /// The first row's block. The next row's is `stride` bytes after it, and so on.
     rows: *const u8,
@@ -217,7 +216,7 @@ struct Interleaved<V, const LANES: usize> {
     to: *mut u8,
 }
 
-impl<V: Vector, const LANES: usize> Interleaved<V, LANES> {
+impl<V: Vector> Interleaved<V> {
     /// Puts down field `I`, if there is one. One function a field, which the compiler knows: a loop over them it doesn't take apart,
     /// and asks for each block what its fields are (Q4_0: 6.6 for 23.6 GiB/s).
     ///
@@ -245,14 +244,14 @@ impl<V: Vector, const LANES: usize> Interleaved<V, LANES> {
     #[inline(always)]
     unsafe fn put<const N: usize>(&mut self, from: usize, n: usize) {
         for i in 0..n {
-            for lane in 0..LANES {
+            for lane in 0..V::LANES {
                 // SAFETY: the caller's promise.
                 unsafe {
                     let bytes = self.rows.add(lane * self.stride + from + N * i).cast::<[u8; N]>().read();
                     self.to.cast::<[u8; N]>().add(lane).write(bytes);
                 }
             }
-            self.to = self.to.wrapping_add(N * LANES);
+            self.to = self.to.wrapping_add(N * V::LANES);
         }
     }
 
@@ -269,11 +268,11 @@ impl<V: Vector, const LANES: usize> Interleaved<V, LANES> {
                 unsafe {
                     let words = self.v.load_columns(self.rows.add(from + 4 * j), self.stride);
                     for (k, word) in words.into_iter().enumerate() {
-                        self.v.store(self.to.add(4 * (k * planes.len() + p) * LANES), word);
+                        self.v.store(self.to.add(4 * (k * planes.len() + p) * V::LANES), word);
                     }
                 }
             }
-            self.to = self.to.wrapping_add(16 * planes.len() * LANES);
+            self.to = self.to.wrapping_add(16 * planes.len() * V::LANES);
         }
         for j in whole..n {
             for from in planes {
@@ -302,6 +301,6 @@ impl<V: Vector, const LANES: usize> Interleaved<V, LANES> {
         }
         // SAFETY: the caller's promise.
         unsafe { v.store(self.to, transposed) };
-        self.to = self.to.wrapping_add(4 * LANES);
+        self.to = self.to.wrapping_add(4 * V::LANES);
     }
 }

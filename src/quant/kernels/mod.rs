@@ -52,11 +52,14 @@ pub(crate) use layout::{Block, Field, Layout};
 pub(crate) use number::Number;
 pub use rate::multiply_rate;
 pub use run::{Chosen, OutRows, Packed, Product, matmul, matmul_here, pack};
-pub(crate) use superblock::Superblock;
+pub(crate) use superblock::{Scales, Superblock};
 pub(crate) use vector::Vector;
 
 /// Stands where a kind of format has no scale or offset and the value is never used.
 const NO_SCALE: f32 = 0.0;
+
+/// Rows that are a multiple of this are whole groups on every instruction set.
+pub const MAX_LANES: usize = 16;
 
 /// The most tokens of `gemv`.
 const MAX_GEMV: usize = 4;
@@ -101,6 +104,9 @@ pub(crate) struct Kernels {
     /// [`Kernel::FEW`].
     pub few: usize,
     /// Interleaves a group: `(rows, group)`, of the same size.
+    ///
+    /// # Safety
+    /// Of all three: the processor has the instruction set. Of the kernels besides: the job's promise.
     pub pack: unsafe fn(&[u8], &mut [u8]),
     /// For 1 to 4 tokens.
     pub gemv: [unsafe fn(&Job<'_>); MAX_GEMV],
@@ -126,18 +132,35 @@ unsafe fn start<V: Vector>(v: V, x: &Act, i: usize, zero: i32) -> V::I {
     unsafe { v.splat_sum(x.negated_sum.add(i), zero.trailing_zeros()) }
 }
 
+/// Intrinsics in a method of a [`Vector`].
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! op {
+    ($e:expr) => {{
+        // SAFETY: `self` proves that the processor has the instruction set; an address is the caller's promise.
+        unsafe { $e }
+    }};
+}
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use op;
+
 /// Compiles the kernels for an instruction set: a module of functions with its features.
 macro_rules! instruction_set {
     ($name:ident, $vector:ty, $features:literal, $tokens:literal x $groups:literal, $few:expr) => {
         mod $name {
             use super::*;
 
+            const _: () = assert!(MAX_LANES.is_multiple_of(<$vector>::LANES));
+
+            /// # Safety
+            /// As for [`Kernel::gemv`].
             #[target_feature(enable = $features)]
             unsafe fn gemv<K: Kernel, const T: usize>(job: &Job<'_>) {
                 // SAFETY: the function has the features that the vector stands for; the rest is the caller's promise.
                 unsafe { K::gemv::<$vector, T>(<$vector>::new(), job) }
             }
 
+            /// # Safety
+            /// As for [`Kernel::gemm`].
             #[target_feature(enable = $features)]
             unsafe fn gemm<K: Kernel>(job: &Job<'_>) {
                 // SAFETY: as above.
@@ -145,16 +168,15 @@ macro_rules! instruction_set {
             }
 
             #[target_feature(enable = $features)]
-            unsafe fn pack<K: Kernel>(rows: &[u8], group: &mut [u8]) {
-                // SAFETY: as above.
-                let v = unsafe { <$vector>::new() };
-                layout::pack::<_, K::Layout, { <$vector as Vector>::LANES }>(v, rows, group);
+            fn pack<K: Kernel>(rows: &[u8], group: &mut [u8]) {
+                // SAFETY: the function has the features that the vector stands for.
+                layout::pack::<_, K::Layout>(unsafe { <$vector>::new() }, rows, group);
             }
 
             #[target_feature(enable = $features)]
-            unsafe fn multiply(n: usize) -> u64 {
+            fn multiply(n: usize) -> u64 {
                 // SAFETY: as above.
-                unsafe { rate::multiply(<$vector>::new(), n) }
+                rate::multiply(unsafe { <$vector>::new() }, n)
             }
 
             pub(super) const MULTIPLY: unsafe fn(usize) -> u64 = multiply;
@@ -191,26 +213,24 @@ mod on_amx {
     /// `gemv` on.
     const FEW: usize = 2 * MAX_GEMV;
 
+    /// # Safety
+    /// As for [`tiled32::gemm`].
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     unsafe fn gemm32<L: Block32>(job: &Job<'_>) {
         // SAFETY: the function has the features, and the processor AMX besides; the rest is the caller's promise.
         unsafe { tiled32::gemm::<L>(avx512::Avx512::new(), job) }
     }
 
+    /// # Safety
+    /// As for [`tiled256::gemm`].
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     unsafe fn gemm256<L: Superblock>(job: &Job<'_>) {
         // SAFETY: as above.
         unsafe { tiled256::gemm::<L>(avx512::Avx512::new(), job) }
     }
 
-    /// # Safety
-    /// The processor has [`Isa::Avx512Amx`].
-    unsafe fn multiply(n: usize) -> u64 {
-        // SAFETY: the caller's promise; a thread has tiles only while a kernel runs.
-        unsafe { amx::multiply_rate(n) }
-    }
-
-    pub(super) const MULTIPLY: unsafe fn(usize) -> u64 = multiply;
+    /// A thread has tiles only while a kernel runs.
+    pub(super) const MULTIPLY: unsafe fn(usize) -> u64 = amx::multiply_rate;
 
     pub(super) const fn block32<L: Block32>() -> Kernels {
         Kernels { tile: (amx::TOKENS, 1), few: FEW, gemm: gemm32::<L>, ..on_avx512::kernels::<block32::Blocks<L>>() }
@@ -236,12 +256,16 @@ mod on_gathered {
     use super::neon::{DOT, I8MM, Neon};
     use super::*;
 
+    /// # Safety
+    /// As for [`gemm`].
     #[target_feature(enable = "neon,dotprod")]
     unsafe fn dot<L: Block32>(job: &Job<'_>) {
         // SAFETY: the function has the features that the vector stands for; the rest is the caller's promise.
         unsafe { gemm::<L, DOT>(Neon::new(), job) }
     }
 
+    /// # Safety
+    /// As for [`gemm`].
     #[target_feature(enable = "neon,dotprod,i8mm")]
     unsafe fn i8mm<L: Block32>(job: &Job<'_>) {
         // SAFETY: as above.
@@ -265,25 +289,24 @@ mod on_gathered {
 mod on_scalar {
     use super::*;
 
+    /// # Safety
+    /// The job's promise.
     unsafe fn each_token<K: Kernel>(job: &Job<'_>) {
         for (t, x) in job.x.iter().enumerate() {
             // SAFETY: the job's promise: it has a token `t`, and this is its part of the job.
             unsafe {
                 let x = std::slice::from_ref(x);
-                K::gemv::<_, 1>(scalar::Scalar::new(), &Job { x, out: job.out(t, 0), ..*job });
+                K::gemv::<_, 1>(scalar::Scalar, &Job { x, out: job.out(t, 0), ..*job });
             }
         }
     }
 
-    unsafe fn pack<K: Kernel>(rows: &[u8], group: &mut [u8]) {
-        // SAFETY: nothing is asked for.
-        let v = unsafe { scalar::Scalar::new() };
-        layout::pack::<_, K::Layout, { scalar::Scalar::LANES }>(v, rows, group);
+    fn pack<K: Kernel>(rows: &[u8], group: &mut [u8]) {
+        layout::pack::<_, K::Layout>(scalar::Scalar, rows, group);
     }
 
-    unsafe fn multiply(n: usize) -> u64 {
-        // SAFETY: nothing is asked for.
-        unsafe { rate::multiply(scalar::Scalar::new(), n) }
+    fn multiply(n: usize) -> u64 {
+        rate::multiply(scalar::Scalar, n)
     }
 
     pub(super) const MULTIPLY: unsafe fn(usize) -> u64 = multiply;

@@ -1,16 +1,9 @@
 //! The vector operations on NEON: four lanes, at three levels, which share all but their products of bytes.
 
+use super::op;
 use super::vector::Vector;
 use core::arch::aarch64::*;
 use core::arch::asm;
-
-/// Intrinsics in a method of [`Neon`].
-macro_rules! op {
-    ($e:expr) => {{
-        // SAFETY: `self` proves that the processor has the instruction set; an address is the caller's promise.
-        unsafe { $e }
-    }};
-}
 
 /// `sdot` of four lanes of weights and four activations, which are lane `$i` of `$q`: not an intrinsic on stable Rust yet.
 macro_rules! sdot {
@@ -207,6 +200,26 @@ impl<const LEVEL: u32> Neon<LEVEL> {
     }
 }
 
+/// How many products of a row's even columns fit into 16 bits, and as many of its odd ones apart or, if the second is true, added to them:
+/// with b bits a product is at most `127 * (2^b - 1)` in size, and with 8, which are signed, `127 * 128`.
+const fn narrow(bits: u32) -> (usize, bool) {
+    match bits {
+        0..=5 => (128 >> bits, true),
+        6 => (4, false),
+        _ => (2, false),
+    }
+}
+
+const _: () = {
+    let mut bits = 0;
+    while bits <= 8 {
+        let (narrow, together) = narrow(bits);
+        let largest = if bits == 8 { 128 } else { (1 << bits) - 1 };
+        assert!((if together { 2 * narrow } else { narrow }) * 127 * largest <= i16::MAX as usize);
+        bits += 1;
+    }
+};
+
 impl<const LEVEL: u32> Vector for Neon<LEVEL> {
     const LANES: usize = 4;
     const MANY_REGISTERS: bool = true;
@@ -345,8 +358,7 @@ impl<const LEVEL: u32> Vector for Neon<LEVEL> {
             }
             return sum;
         }
-        // So many products of 127 and 2^bits fit into 16 bits: those of a row's even and odd columns apart, or added up.
-        let (narrow, together) = if bits <= 5 { (128 >> bits, true) } else { (256 >> bits.min(7), false) };
+        let (narrow, together) = narrow(bits);
         let (mut low, mut high) = op!((vdupq_n_s16(0), vdupq_n_s16(0)));
         let (mut wide_low, mut wide_high) = op!((vreinterpretq_s32_u32(start), vdupq_n_s32(0)));
         let mut j = 0;
@@ -474,13 +486,6 @@ impl<const LEVEL: u32> Vector for Neon<LEVEL> {
     #[inline(always)]
     fn to_f32(self, a: Self::I) -> Self::F {
         op!(vcvtq_f32_s32(vreinterpretq_s32_u32(a)))
-    }
-    #[inline(always)]
-    fn e8m0_half(self, e: Self::I) -> Self::F {
-        let one = self.splat(1);
-        let normal = op!(vshlq_n_u32::<23>(vsubq_u32(e, one)));
-        let subnormal = op!(vshlq_u32(self.splat(1 << 21), vreinterpretq_s32_u32(e)));
-        self.as_f32(op!(vbslq_u32(vcgtq_u32(e, one), normal, subnormal)))
     }
     #[inline(always)]
     fn as_f32(self, a: Self::I) -> Self::F {

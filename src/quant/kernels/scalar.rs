@@ -5,16 +5,7 @@ use half::f16;
 
 /// Four lanes of plain Rust.
 #[derive(Clone, Copy)]
-pub(super) struct Scalar(());
-
-impl Scalar {
-    /// # Safety
-    /// None is needed: every processor has it. `unsafe` as its siblings are, for the macro that calls them.
-    #[inline(always)]
-    pub(super) unsafe fn new() -> Self {
-        Self(())
-    }
-}
+pub(super) struct Scalar;
 
 const N: usize = 4;
 
@@ -163,10 +154,6 @@ impl Vector for Scalar {
     #[inline(always)]
     fn to_f32(self, a: Self::I) -> Self::F {
         lanes!(l => a[l].cast_signed() as f32)
-    }
-    #[inline(always)]
-    fn e8m0_half(self, e: Self::I) -> Self::F {
-        lanes!(l => f32::from_bits(if e[l] < 2 { 1 << (21 + e[l]) } else { (e[l] - 1) << 23 }))
     }
     #[inline(always)]
     fn as_f32(self, a: Self::I) -> Self::F {

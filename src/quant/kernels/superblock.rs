@@ -19,9 +19,9 @@ pub(crate) trait Superblock: Layout {
     const SUB: usize;
     /// Whether sub-blocks have an offset.
     const MIN: bool = false;
-    /// What the scales of all sub-blocks need.
-    type Head<V: Vector>: Copy;
-    /// Loads it.
+    /// The scales of all sub-blocks.
+    type Head<V: Vector>: Scales<V>;
+    /// Loads them.
     fn head<V: Vector>(v: V, b: Block<V, Self>) -> Self::Head<V>
     where
         Self: Sized;
@@ -32,28 +32,23 @@ pub(crate) trait Superblock: Layout {
     fn column<V: Vector>(v: V, b: Block<V, Self>, half: usize, j: usize) -> [V::I; 8]
     where
         Self: Sized;
+}
+
+/// The scales and offsets of a superblock in registers.
+pub(crate) trait Scales<V: Vector>: Copy {
     /// What the scales are multiplied by.
-    fn d<V: Vector>(v: V, head: &Self::Head<V>) -> V::F
-    where
-        Self: Sized;
+    fn d(&self) -> V::F;
     /// What the offsets are multiplied by.
-    fn dmin<V: Vector>(v: V, head: &Self::Head<V>) -> V::F
-    where
-        Self: Sized,
-    {
-        let _ = head;
+    #[inline(always)]
+    fn dmin(&self, v: V) -> V::F {
         v.splat_f32(NO_SCALE)
     }
     /// The scale of sub-block `j`, -128..=127.
-    fn scale<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I
-    where
-        Self: Sized;
+    fn scale(&self, v: V, j: usize) -> V::I;
     /// The offset of sub-block `j`, at most 255.
-    fn min<V: Vector>(v: V, head: &Self::Head<V>, j: usize) -> V::I
-    where
-        Self: Sized,
-    {
-        let _ = (head, j);
+    #[inline(always)]
+    fn min(&self, v: V, j: usize) -> V::I {
+        let _ = j;
         v.splat(0)
     }
 }
@@ -127,7 +122,7 @@ impl<L: Superblock> Superblocks<L> {
     /// zero is a code, the scales.
     #[inline(always)]
     pub(super) fn pair<V: Vector>(v: V, head: &L::Head<V>, j: usize) -> V::I {
-        let of = |j| if L::MIN { L::min(v, head, j) } else { L::scale(v, head, j) };
+        let of = |j| if L::MIN { head.min(v, j) } else { head.scale(v, j) };
         v.pair(of(j), of(j + 1))
     }
 
@@ -144,7 +139,7 @@ impl<L: Superblock> Superblocks<L> {
             }
         }
         for j in 0..8 * Self::SUBS {
-            panel.factors[j] = v.factor(L::scale(v, &head, j));
+            panel.factors[j] = v.factor(head.scale(v, j));
         }
         if V::PANEL_SIGNED {
             for codes in &mut panel.codes {
@@ -156,7 +151,7 @@ impl<L: Superblock> Superblocks<L> {
                 panel.pairs[j] = Self::pair(v, &head, 2 * j);
             }
         }
-        (panel.d, panel.dmin) = (L::d(v, &head), L::dmin(v, &head));
+        (panel.d, panel.dmin) = (head.d(), head.dmin(v));
     }
 
     /// `sums` and the products of weights `16 * half` and on, sixteen, of each 32 of superblock `i` with some tokens.
@@ -234,7 +229,7 @@ impl<L: Superblock> Superblocks<L> {
         let head = L::head(v, b);
         let (mut sums, mut offsets) = ([v.splat(0); N], [v.splat(0); N]);
         for j in 0..8 * Self::SUBS {
-            let scale = L::scale(v, &head, j);
+            let scale = head.scale(v, j);
             for t in 0..N {
                 sums[t] = v.mul_add_i32(dots[j % Self::SUBS][j / Self::SUBS][t], scale, sums[t]);
             }
@@ -249,7 +244,7 @@ impl<L: Superblock> Superblocks<L> {
                 }
             }
         }
-        let (d, dmin) = (L::d(v, &head), L::dmin(v, &head));
+        let (d, dmin) = (head.d(), head.dmin(v));
         for t in 0..N {
             // SAFETY: the token has this superblock, by the caller's promise.
             let da = unsafe { *x[t].d.add(i) };

@@ -1,6 +1,6 @@
 //! Every format on every instruction set that this machine has, against the scalar dot product, bit for bit.
 
-use super::{Acts, OutRows, Packed, Product, matmul_here, pack};
+use super::{Acts, MAX_LANES, OutRows, Packed, Product, matmul_here, pack};
 use crate::cpu::Isa;
 use crate::quant::{FORMATS, Format};
 
@@ -59,12 +59,17 @@ fn isas() -> Vec<Isa> {
     if forced { vec![Isa::get().expect("ONCALL_ISA names one")] } else { Isa::available() }
 }
 
-/// One shape: all tokens at once (gemm), one to four at a time (gemv), with the groups in two calls.
+/// One shape with random weights and activations.
 fn check(format: &'static Format, isa: Isa, n_rows: usize, n_blocks: usize, n_tokens: usize, rng: &mut Rng) {
     let n_cols = n_blocks * format.block_len;
     let rows = random_rows(format, n_rows, n_cols, rng);
-    let acts = random_acts(format, n_tokens, n_cols, rng);
-    let row_bytes = rows.len() / n_rows;
+    compare(format, isa, n_cols, &rows, &random_acts(format, n_tokens, n_cols, rng));
+}
+
+/// All tokens at once (gemm), one to four at a time (gemv), with the groups in two calls.
+fn compare(format: &'static Format, isa: Isa, n_cols: usize, rows: &[u8], acts: &Acts) {
+    let row_bytes = format.row_bytes(n_cols as u64).unwrap() as usize;
+    let (n_rows, n_tokens) = (rows.len() / row_bytes, acts.n_tokens());
     let dots =
         |t: usize| rows.chunks(row_bytes).map(|row| (format.vec_dot)(row, acts.row(format, t))).collect::<Vec<_>>();
     let expected: Vec<Vec<f32>> = (0..n_tokens).map(dots).collect();
@@ -72,7 +77,7 @@ fn check(format: &'static Format, isa: Isa, n_rows: usize, n_blocks: usize, n_to
     // A file's tensors are aligned to 32 bytes, a slot's experts to nothing.
     let mut memory = vec![0xaa; rows.len() + 3];
     let packed = &mut memory[3..];
-    pack(format, isa, n_rows, n_cols, &rows, packed);
+    pack(format, isa, n_rows, n_cols, rows, packed);
     let w = Packed::new(format, isa, n_rows, n_cols, packed);
 
     let (before, after) = (2, 3);
@@ -84,7 +89,7 @@ fn check(format: &'static Format, isa: Isa, n_rows: usize, n_blocks: usize, n_to
         for (tokens, out) in tokens.chunks(at_once).zip(out.chunks_mut(at_once * stride)) {
             let out = OutRows::new(out, stride).columns(before..before + n_rows);
             let middle = w.n_groups() / 2;
-            let mut product = Product::new(w, &acts, tokens, out);
+            let mut product = Product::new(w, acts, tokens, out);
             for groups in [0..middle, middle..w.n_groups()] {
                 product.groups = groups;
                 matmul_here(&mut product);
@@ -131,6 +136,29 @@ fn every_format_gives_the_scalar_bits_on_every_instruction_set() {
     }
 }
 
+/// Sums that are kept in 16 bits for a while have room for the largest codes and activations, which random ones stay far from.
+#[test]
+fn extreme_codes_and_activations_do_not_overflow() {
+    // Formats whose zero is in the middle have one code more on one side, which the first of each sixteen weights takes.
+    let (n_rows, n_tokens, n_cols) = (35, 7, 512);
+    let weight = |k: usize| if k.is_multiple_of(16) { -1.0 } else { 1.0 };
+    for format in FORMATS {
+        let rows: Vec<f32> = (0..n_rows)
+            .flat_map(|r| (0..n_cols).map(move |k| if r % 2 == 0 { weight(k) } else { -weight(k) }))
+            .collect();
+        let mut quantised = vec![0; rows.len() / format.block_len * format.block_bytes];
+        (format.quantize_row)(&rows, &mut quantised);
+        let mut acts = Acts::new();
+        acts.reset(n_tokens, n_cols, &[format.act]);
+        for t in 0..n_tokens {
+            acts.put(t, &vec![if t % 2 == 0 { 1.0 } else { -1.0 }; n_cols]);
+        }
+        for isa in isas() {
+            compare(format, isa, n_cols, &quantised, &acts);
+        }
+    }
+}
+
 /// A token whose activations aren't all numbers has no product that is one, and its neighbours have theirs.
 #[test]
 fn an_activation_that_is_not_finite_shows_in_every_product() {
@@ -166,19 +194,42 @@ fn an_activation_that_is_not_finite_shows_in_every_product() {
     }
 }
 
-/// Interleaving moves bits and loses none: the packed bytes of distinct rows are distinct.
+/// Every bit of the packed group is another bit of the rows. Which one is found out one bit of its number at a time: rows in which all
+/// bits are set whose number has that bit.
 #[test]
 fn packing_is_a_permutation_of_bits() {
-    let mut rng = Rng(2);
     for format in FORMATS {
         for isa in isas() {
-            let (n_rows, n_cols) = (16, 2 * format.block_len);
-            let rows = random_rows(format, n_rows, n_cols, &mut rng);
-            let mut packed = vec![0; rows.len()];
-            pack(format, isa, n_rows, n_cols, &rows, &mut packed);
-            let ones = |bytes: &[u8]| bytes.iter().map(|b| b.count_ones()).sum::<u32>();
-            assert_eq!(ones(&rows), ones(&packed), "{format:?} on {isa}");
+            let (n_rows, n_cols) = (MAX_LANES, 2 * format.block_len);
+            let n_bytes = n_rows * 2 * format.block_bytes;
+            let (mut from, mut packed) = (vec![0; 8 * n_bytes], vec![0; n_bytes]);
+            for k in 0..from.len().next_power_of_two().trailing_zeros() {
+                let set = |number: usize| (number >> k & 1) as u8;
+                let rows: Vec<u8> = (0..n_bytes).map(|i| (0..8).map(|j| set(8 * i + j) << j).sum()).collect();
+                pack(format, isa, n_rows, n_cols, &rows, &mut packed);
+                for (i, from) in from.iter_mut().enumerate() {
+                    *from |= usize::from(packed[i / 8] >> (i % 8) & 1) << k;
+                }
+            }
+            from.sort_unstable();
+            assert!(from.into_iter().eq(0..8 * n_bytes), "{format:?} on {isa}");
         }
+    }
+}
+
+/// MXFP4's scales below f32's normal range and at its end, too, which random rows don't have.
+#[test]
+fn every_exponent_gives_the_scalar_bits() {
+    let format = crate::quant::by_name("mxfp4").unwrap();
+    let mut rows = vec![0; 256 * format.block_bytes];
+    for (e, block) in rows.chunks_mut(format.block_bytes).enumerate() {
+        (block[0], block[1]) = (e as u8, 1);
+    }
+    let mut acts = Acts::new();
+    acts.reset(7, format.block_len, &[format.act]);
+    (0..7).for_each(|t| acts.put(t, &vec![1.0; format.block_len]));
+    for isa in isas() {
+        compare(format, isa, format.block_len, &rows, &acts);
     }
 }
 

@@ -13,7 +13,7 @@ use super::amx::{self, Sums, TOKENS, Tiles};
 use super::avx512::Avx512;
 use super::job::{Act, Job, MAX_TOKENS};
 use super::layout::{Ahead, Block};
-use super::superblock::{Superblock, Superblocks, four};
+use super::superblock::{Scales, Superblock, Superblocks, four};
 use super::vector::Vector;
 use core::arch::x86_64::*;
 
@@ -145,7 +145,7 @@ fn open<L: Superblock>(v: Avx512, b: Block<Avx512, L>, columns: usize, panel: &m
     let head = L::head(v, b);
     let mut scales = [v.splat(0); 16];
     for j in 0..8 * subs {
-        scales[j] = L::scale(v, &head, j);
+        scales[j] = head.scale(v, j);
     }
     for half in 0..2 {
         for j in 0..columns {
@@ -164,5 +164,5 @@ fn open<L: Superblock>(v: Avx512, b: Block<Avx512, L>, columns: usize, panel: &m
             panel.pairs[j] = Superblocks::<L>::pair(v, &head, 2 * j);
         }
     }
-    (panel.d, panel.dmin) = (L::d(v, &head), L::dmin(v, &head));
+    (panel.d, panel.dmin) = (head.d(), head.dmin(v));
 }

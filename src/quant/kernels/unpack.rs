@@ -1,6 +1,7 @@
 //! Steps of unpacking that several formats share.
 
 use super::layout::{Block, Layout};
+use super::superblock::Scales;
 use super::vector::Vector;
 
 /// The low nibbles of each byte.
@@ -106,10 +107,8 @@ fn top_pair<V: Vector>(v: V, a: V::I) -> V::I {
 /// Scales and offsets of Q4_K and Q5_K: four sub-blocks a word.
 #[derive(Clone, Copy)]
 pub(crate) struct ScalesK4<V: Vector> {
-    /// What scales are multiplied by.
-    pub d: V::F,
-    /// What offsets are multiplied by.
-    pub dmin: V::F,
+    d: V::F,
+    dmin: V::F,
     scales: [V::I; 2],
     mins: [V::I; 2],
 }
@@ -127,16 +126,26 @@ impl<V: Vector> ScalesK4<V> {
             mins: [v.and(m, six), v.or(high(v, h), top_pair(v, m))],
         }
     }
+}
 
-    /// The scale of sub-block `j`.
+impl<V: Vector> Scales<V> for ScalesK4<V> {
     #[inline(always)]
-    pub(crate) fn scale(&self, v: V, j: usize) -> V::I {
+    fn d(&self) -> V::F {
+        self.d
+    }
+
+    #[inline(always)]
+    fn dmin(&self, _: V) -> V::F {
+        self.dmin
+    }
+
+    #[inline(always)]
+    fn scale(&self, v: V, j: usize) -> V::I {
         byte(v, self.scales[j / 4], j % 4)
     }
 
-    /// The offset of sub-block `j`.
     #[inline(always)]
-    pub(crate) fn min(&self, v: V, j: usize) -> V::I {
+    fn min(&self, v: V, j: usize) -> V::I {
         byte(v, self.mins[j / 4], j % 4)
     }
 }

@@ -215,8 +215,6 @@ pub(crate) trait Vector: Copy + 'static {
 
     /// Signed integers as f32.
     fn to_f32(self, a: Self::I) -> Self::F;
-    /// `2^(e - 128)` for integers e of 0..=255: MXFP4's scale, halved.
-    fn e8m0_half(self, e: Self::I) -> Self::F;
     /// Bits as f32.
     fn as_f32(self, a: Self::I) -> Self::F;
     /// `x` in every lane.
