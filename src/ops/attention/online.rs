@@ -4,7 +4,7 @@
 //! What a row's result is made of, in this order, however rows are grouped: for each range of [`RANGE`] positions, for
 //! each tile of it that the row sees, scores, new maximum, rescaling, sum. The ranges' parts are merged in order. Within a
 //! tile a row goes through the same operations whichever rows are beside it; positions that it doesn't see have weight
-//! zero, which changes no sum (but perhaps the sign of a zero, which the end removes).
+//! zero, which changes no sum, stored values being finite (but perhaps the sign of a zero, which the end removes).
 
 use super::gemm::Gemm;
 use super::scratch::{Buf, Part};
@@ -111,12 +111,13 @@ impl Kernel for Merge<'_> {
 #[inline(always)]
 fn merge<V: Lanes>(total: &mut Part, later: &Part) {
     for r in 0..total.max.len() {
-        if later.max[r] == f32::NEG_INFINITY {
+        // Nothing was seen. The maximum wouldn't tell: it is passed over by scores that aren't numbers.
+        if later.sum[r] == 0.0 {
             continue;
         }
         let dv_pad = total.dv_pad;
         let (out, more) = (&mut total.out[r * dv_pad..][..dv_pad], &later.out[r * dv_pad..][..dv_pad]);
-        if total.max[r] == f32::NEG_INFINITY {
+        if total.sum[r] == 0.0 {
             (total.max[r], total.sum[r]) = (later.max[r], later.sum[r]);
             out.copy_from_slice(more);
             continue;
