@@ -14,11 +14,19 @@ const F16_MAX: f32 = 65504.0;
 
 /// Writes row `t` of `k` and `v` to the tile's position `lane + t`, for all `t` below `n`.
 pub struct Write<'a> {
-    pub tile: Tile<'a>,
-    pub lane: usize,
-    pub n: usize,
-    pub k: Rows<'a>,
-    pub v: Rows<'a>,
+    tile: Tile<'a>,
+    lane: usize,
+    n: usize,
+    k: Rows<'a>,
+    v: Rows<'a>,
+}
+
+impl<'a> Write<'a> {
+    /// # Safety
+    /// Until it has run, nobody else uses these positions of the tile, whose parts are as its layout says.
+    pub unsafe fn new(tile: Tile<'a>, lane: usize, n: usize, k: Rows<'a>, v: Rows<'a>) -> Self {
+        Write { tile, lane, n, k, v }
+    }
 }
 
 impl Kernel for Write<'_> {
