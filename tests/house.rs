@@ -7,10 +7,9 @@ const ROOMS: &[&str] = &["cpu", "quant", "gguf", "synth", "ops", "moe", "arch", 
 
 /// Where `#![allow(unsafe_code)]` may stand: a file, or a folder with everything in it. Each says why it needs to.
 const UNSAFE_ROOMS: &[(&str, &str)] = &[
-    ("src/cpu/", "threads that borrow, pages from the kernel"),
+    ("src/cpu/", "SIMD, threads that borrow, pages from the kernel"),
     ("src/ops/attention/", "SIMD, heads written by several threads"),
     ("src/ops/kv/", "cache blocks written by several threads"),
-    ("src/ops/simd/", "SIMD"),
     ("src/quant/kernels/", "SIMD"),
     ("src/moe/store/", "slots of an arena that reading threads fill"),
     ("src/arch/weights.rs", "matrices that many threads read into one arena"),

@@ -8,6 +8,7 @@ pub mod memory;
 mod pages;
 pub mod probe;
 mod scratch;
+pub(crate) mod simd;
 pub mod sync;
 mod team;
 

@@ -1,6 +1,6 @@
 //! Element-wise operations and softmax over rows.
 
-use super::simd::{self, Kernel, LANES, Lanes, exp, load, load_part, store};
+use crate::cpu::simd::{self, Kernel, LANES, Lanes, exp, load, load_part, store};
 
 /// `x += y`, of equal length: the residual.
 pub fn add(x: &mut [f32], y: &[f32]) {
@@ -138,21 +138,9 @@ impl Kernel for Softmax<'_> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::*;
-
-    /// Repeatable values between -2 and 2.
-    pub fn noise(n: usize, seed: u64) -> Vec<f32> {
-        let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        (0..n)
-            .map(|_| {
-                s ^= s << 13;
-                s ^= s >> 7;
-                s ^= s << 17;
-                (s >> 40) as f32 / (1u64 << 22) as f32 - 2.0
-            })
-            .collect()
-    }
+    use crate::cpu::simd::tests::noise;
 
     fn close(a: f32, b: f64, tolerance: f64) {
         assert!((f64::from(a) - b).abs() <= tolerance * b.abs().max(1e-6), "{a} {b}");

@@ -2,7 +2,7 @@
 //!
 //! Where the squares overflow, the results aren't numbers: as zeros they would look like an answer.
 
-use super::simd::{self, Kernel, LANES, Lanes, load, load_part};
+use crate::cpu::simd::{self, Kernel, LANES, Lanes, load, load_part};
 
 /// Normalises the row `x` into `out`, both of `weight`'s length.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
@@ -75,7 +75,7 @@ fn sum_of_squares<V: Lanes>(x: &[f32]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::elementwise::tests::noise;
+    use crate::cpu::simd::tests::noise;
 
     fn reference(x: &[f32], w: &[f32], eps: f32) -> Vec<f64> {
         let mean = x.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / x.len() as f64;

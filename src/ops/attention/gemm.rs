@@ -1,7 +1,7 @@
 //! The small matrix product inside attention: a few rows against a tile.
 
 use super::source::Source;
-use crate::ops::simd::{Kernel, LANES, Lanes};
+use crate::cpu::simd::{Kernel, LANES, Lanes};
 
 /// Rows that are multiplied together, at most: what the registers hold of sums.
 const MAX_ROWS: usize = 6;

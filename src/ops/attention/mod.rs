@@ -8,8 +8,7 @@ mod scratch;
 mod source;
 
 use super::kv::{KV_BLOCK, KvError, Rows, SeqKv};
-use super::simd;
-use crate::cpu::Team;
+use crate::cpu::{Team, simd};
 use online::{Attend, Finish, Merge, Place, Scratch};
 use scratch::{Buf, Part};
 use std::cell::RefCell;

@@ -10,8 +10,8 @@ use super::gemm::{Gemm, Operands};
 use super::scratch::{Buf, Part};
 use super::source::{self, Convert, Source, Use};
 use super::{AttnParams, RANGE};
+use crate::cpu::simd::{self, Kernel, LANES, Lanes, exp, load, store};
 use crate::ops::kv::{KV_BLOCK, Rows, SeqKv, Tile};
-use crate::ops::simd::{self, Kernel, LANES, Lanes, exp, load, store};
 use std::ops::Range;
 
 /// A work item's place: some tokens of a sequence, one head of keys and values.

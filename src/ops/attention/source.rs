@@ -4,8 +4,8 @@
 
 use super::gemm::Operands;
 use super::scratch::Buf;
+use crate::cpu::simd::{Kernel, LANES, Lanes, store};
 use crate::ops::kv::{GROUP, KV_BLOCK, KvType, Tile};
-use crate::ops::simd::{Kernel, LANES, Lanes, store};
 
 /// A matrix in memory.
 pub trait Source: Copy {

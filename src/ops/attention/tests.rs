@@ -1,5 +1,5 @@
 use super::*;
-use crate::ops::elementwise::tests::noise;
+use crate::cpu::simd::tests::noise;
 use crate::ops::kv::{KvLayer, KvPool, KvType};
 use std::sync::Arc;
 

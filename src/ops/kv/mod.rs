@@ -16,8 +16,7 @@ pub use held::HeldBlock;
 use layout::Layout;
 pub(super) use layout::{GROUP, LayerLayout, Tile};
 
-use crate::cpu::Pages;
-use crate::ops::simd;
+use crate::cpu::{Pages, simd};
 use std::io::{Read, Write as _};
 use std::sync::{Arc, Mutex, MutexGuard};
 

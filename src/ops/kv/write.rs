@@ -7,7 +7,7 @@
 
 use super::layout::{GROUP, Tile};
 use super::{KV_BLOCK, KvType, Rows};
-use crate::ops::simd::{Kernel, LANES, Lanes, load, store};
+use crate::cpu::simd::{Kernel, LANES, Lanes, ROUND, load, store};
 
 /// The largest half-precision number: larger numbers are stored as this one, so that they stay numbers.
 const F16_MAX: f32 = 65504.0;
@@ -164,8 +164,6 @@ impl Encoder for AsQ8 {
     type Element = i8;
     #[inline(always)]
     unsafe fn encode<V: Lanes>(x: &[f32; GROUP], scale: *mut u16) -> [i8; GROUP] {
-        /// 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
-        const ROUND: f32 = 12582912.0;
         let (mut max, mut zero) = (V::splat(0.0), V::splat(0.0));
         for x in x.as_chunks().0 {
             let x: V = load(x);
