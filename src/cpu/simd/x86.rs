@@ -329,6 +329,7 @@ impl Lanes for Avx2 {
 }
 
 /// The lower and the upper eight lanes.
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn halves(x: __m512) -> (__m256, __m256) {
     let hi = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x));
@@ -336,6 +337,7 @@ fn halves(x: __m512) -> (__m256, __m256) {
 }
 
 /// The sum of eight lanes as [`Lanes::sum`] orders it.
+#[inline]
 #[target_feature(enable = "avx2")]
 fn sum8(x: __m256) -> f32 {
     let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
@@ -344,6 +346,7 @@ fn sum8(x: __m256) -> f32 {
 }
 
 /// The greatest of eight lanes.
+#[inline]
 #[target_feature(enable = "avx2")]
 fn max8(x: __m256) -> f32 {
     let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
@@ -352,6 +355,7 @@ fn max8(x: __m256) -> f32 {
 }
 
 /// [`Lanes::larger_size`] of eight lanes.
+#[inline]
 #[target_feature(enable = "avx2")]
 fn larger_size8(a: __m256, b: __m256) -> __m256 {
     let size = _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(i32::MAX));
@@ -359,6 +363,7 @@ fn larger_size8(a: __m256, b: __m256) -> __m256 {
 }
 
 /// Eight lanes times `id`, rounded and held within -127..=127.
+#[inline]
 #[target_feature(enable = "avx2")]
 fn nearest8(x: __m256, id: f32) -> __m256i {
     let x = _mm256_add_ps(_mm256_mul_ps(x, _mm256_set1_ps(id)), _mm256_set1_ps(ROUND));
