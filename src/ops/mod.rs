@@ -12,7 +12,7 @@ pub mod norm;
 pub mod rope;
 
 pub use attention::{AttnParams, KvBatch};
-pub use elementwise::{add, scale, sigmoid, softmax, swiglu, swiglu_oai};
+pub use elementwise::{add, add_scaled, dot, scale, sigmoid, softmax, swiglu, swiglu_oai};
 pub use kv::{KV_BLOCK, KvError, KvLayer, KvPool, KvType, SeqKv};
 pub use norm::{rms_norm, rms_norm_heads, rms_norm_in_place};
 pub use rope::{Rope, RopeConfig, RopeStyle, RopeTable, Yarn};
