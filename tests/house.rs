@@ -7,10 +7,9 @@ const ROOMS: &[&str] = &["cpu", "quant", "gguf", "synth", "ops", "moe", "arch", 
 
 /// Where `#![allow(unsafe_code)]` may stand: a file, or a folder with everything in it. Each says why it needs to.
 const UNSAFE_ROOMS: &[(&str, &str)] = &[
-    ("src/cpu/", "threads that borrow, pages from the kernel"),
+    ("src/cpu/", "SIMD, threads that borrow, pages from the kernel"),
     ("src/ops/attention/", "SIMD, heads written by several threads"),
     ("src/ops/kv/", "cache blocks written by several threads"),
-    ("src/ops/simd/", "SIMD"),
     ("src/quant/kernels/", "SIMD"),
     ("src/moe/store/", "slots of an arena that reading threads fill"),
     ("src/arch/weights.rs", "matrices that many threads read into one arena"),
@@ -254,6 +253,44 @@ fn silent_unsafe(source: &str) -> Vec<usize> {
     silent
 }
 
+/// An unsafe function says what its caller must see to. A trait's functions say it in the trait.
+#[test]
+fn unsafe_functions_say_what_they_ask() {
+    let mut wrong = Vec::new();
+    for folder in ["src", "tests", "examples", "benches"] {
+        for path in rust_files(folder) {
+            for line in silent_unsafe_fns(&read(&path)) {
+                wrong.push(format!("{}:{line}", path.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "unsafe functions without a # Safety section:\n{}", wrong.join("\n"));
+}
+
+/// The line numbers of unsafe functions, those of `impl Trait for` apart, with no safety section in the comment above.
+fn silent_unsafe_fns(source: &str) -> Vec<usize> {
+    let lines: Vec<&str> = source.lines().collect();
+    let indent = |line: &str| line.len() - line.trim_start().len();
+    let mut silent = Vec::new();
+    for (i, line) in lines.iter().enumerate() {
+        let code = line.split("//").next().unwrap_or("");
+        if code.find("unsafe fn ").is_none_or(|at| code[..at].contains('"')) {
+            continue;
+        }
+        let above = lines[..i].iter().rev();
+        let mut comment =
+            above.clone().take_while(|l| ["//", "#["].iter().any(|start| l.trim_start().starts_with(start)));
+        let outer = above
+            .clone()
+            .find(|l| !l.trim().is_empty() && indent(l) < indent(line) && !l.trim_start().starts_with("where"));
+        let of_trait = outer.is_some_and(|l| l.contains("impl") && l.contains(" for "));
+        if !of_trait && !comment.any(|l| l.contains("# Safety") || l.contains("SAFETY")) {
+            silent.push(i + 1);
+        }
+    }
+    silent
+}
+
 /// The rules can fail.
 #[test]
 fn rules_see_what_breaks_them() {
@@ -265,4 +302,7 @@ fn rules_see_what_breaks_them() {
     assert_eq!(code_only("a/*b/*c*/d*/e'\\''f<'x>r#\"g\"#h\"\\\"i\"j"), "aef<'x>hj");
     assert_eq!(silent_unsafe("unsafe { x() }"), [1]);
     assert_eq!(silent_unsafe("// SAFETY: y\nunsafe { x() }"), [0; 0]);
+    assert_eq!(silent_unsafe_fns("/// x\n#[inline]\nunsafe fn a() {}\nimpl A {\n    unsafe fn b() {}\n}"), [3, 5]);
+    assert_eq!(silent_unsafe_fns("/// # Safety\n/// x\n#[inline]\npub unsafe fn a() {}"), [0; 0]);
+    assert_eq!(silent_unsafe_fns("unsafe impl A for B {\n    unsafe fn b() {}\n}"), [0; 0]);
 }

@@ -188,8 +188,7 @@ impl MoeFfn {
                 if let Some(gate) = &s.gate {
                     let h = &b.h;
                     m.each_row(&mut b.o, n_embd, &|t, row| {
-                        let score: f32 = h[t * n_embd..(t + 1) * n_embd].iter().zip(gate).map(|(h, g)| h * g).sum();
-                        let mut weight = [score];
+                        let mut weight = [ops::dot(&h[t * n_embd..(t + 1) * n_embd], gate)];
                         ops::sigmoid(&mut weight);
                         ops::scale(row, weight[0]);
                     });

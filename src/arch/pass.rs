@@ -139,7 +139,7 @@ impl Machine<'_> {
             if scale == 1.0 {
                 ops::add(row, y);
             } else {
-                row.iter_mut().zip(y).for_each(|(x, y)| *x += scale * y);
+                ops::add_scaled(row, y, scale);
             }
         });
     }

@@ -9,6 +9,7 @@ pub mod memory;
 mod pages;
 pub mod probe;
 mod scratch;
+pub(crate) mod simd;
 pub mod sync;
 mod team;
 

@@ -1,20 +1,25 @@
-//! Element-wise operations and softmax over rows.
+//! Element-wise operations, dot products and softmax over rows.
 
-use super::simd::{self, Kernel, LANES, Lanes, exp, load, load_part, store};
+use crate::cpu::simd::{self, Kernel, LANES, Lanes, exp, load, load_part, store};
 
 /// `x += y`, of equal length: the residual.
 pub fn add(x: &mut [f32], y: &[f32]) {
-    assert_eq!(x.len(), y.len());
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += y;
-    }
+    simd::run(ZipMap(x, y, Add));
+}
+
+/// `x += factor * y`, of equal length, each product rounded.
+pub fn add_scaled(x: &mut [f32], y: &[f32], factor: f32) {
+    simd::run(ZipMap(x, y, AddScaled(factor)));
 }
 
 /// `x *= factor`
 pub fn scale(x: &mut [f32], factor: f32) {
-    for x in x {
-        *x *= factor;
-    }
+    simd::run(Map(x, Scale(factor)));
+}
+
+/// The dot product of two rows of equal length.
+pub fn dot(x: &[f32], y: &[f32]) -> f32 {
+    simd::run(Dot(x, y))
 }
 
 /// Sigmoid of each value, in place.
@@ -75,6 +80,30 @@ impl<F: Binary> Kernel for ZipMap<'_, F> {
     }
 }
 
+struct Scale(f32);
+impl Unary for Scale {
+    #[inline(always)]
+    fn apply<V: Lanes>(&self, x: V) -> V {
+        x.mul(V::splat(self.0))
+    }
+}
+
+struct Add;
+impl Binary for Add {
+    #[inline(always)]
+    fn apply<V: Lanes>(&self, x: V, y: V) -> V {
+        x.add(y)
+    }
+}
+
+struct AddScaled(f32);
+impl Binary for AddScaled {
+    #[inline(always)]
+    fn apply<V: Lanes>(&self, x: V, y: V) -> V {
+        x.add(y.mul(V::splat(self.0)))
+    }
+}
+
 struct Sigmoid;
 impl Unary for Sigmoid {
     #[inline(always)]
@@ -107,6 +136,36 @@ impl Binary for SwigluOai {
     }
 }
 
+struct Dot<'a>(&'a [f32], &'a [f32]);
+impl Kernel for Dot<'_> {
+    type Out = f32;
+    #[inline(always)]
+    fn run<V: Lanes>(self) -> f32 {
+        dot_lanes::<V>(self.0, self.1)
+    }
+}
+
+/// Four accumulators of 16 lanes taken in turn (the latency of one would be the limit), then summed as a tree.
+#[inline(always)]
+pub(super) fn dot_lanes<V: Lanes>(x: &[f32], y: &[f32]) -> f32 {
+    assert_eq!(x.len(), y.len());
+    let mut acc = [V::splat(0.0); 4];
+    let ((xs, x_tail), (ys, y_tail)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    let ((x_fours, x_rest), (y_fours, y_rest)) = (xs.as_chunks::<4>(), ys.as_chunks::<4>());
+    for (x, y) in x_fours.iter().zip(y_fours) {
+        for (acc, (x, y)) in acc.iter_mut().zip(x.iter().zip(y)) {
+            *acc = load::<V>(x).fma(load(y), *acc);
+        }
+    }
+    for (acc, (x, y)) in acc.iter_mut().zip(x_rest.iter().zip(y_rest)) {
+        *acc = load::<V>(x).fma(load(y), *acc);
+    }
+    if !x_tail.is_empty() {
+        acc[3] = load_part::<V>(x_tail, 0.0).fma(load_part(y_tail, 0.0), acc[3]);
+    }
+    acc[0].add(acc[1]).add(acc[2].add(acc[3])).sum()
+}
+
 struct Softmax<'a>(&'a mut [f32]);
 impl Kernel for Softmax<'_> {
     type Out = ();
@@ -133,26 +192,19 @@ impl Kernel for Softmax<'_> {
             tail.copy_from_slice(&buf[..tail.len()]);
             sum = sum.add(p);
         }
-        scale(x, 1.0 / sum.sum());
+        let factor = V::splat(1.0 / sum.sum());
+        simd::map::<V>(
+            x,
+            #[inline(always)]
+            |x| x.mul(factor),
+        );
     }
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::*;
-
-    /// Repeatable values between -2 and 2.
-    pub fn noise(n: usize, seed: u64) -> Vec<f32> {
-        let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        (0..n)
-            .map(|_| {
-                s ^= s << 13;
-                s ^= s >> 7;
-                s ^= s << 17;
-                (s >> 40) as f32 / (1u64 << 22) as f32 - 2.0
-            })
-            .collect()
-    }
+    use crate::cpu::simd::tests::noise;
 
     fn close(a: f32, b: f64, tolerance: f64) {
         assert!((f64::from(a) - b).abs() <= tolerance * b.abs().max(1e-6), "{a} {b}");
@@ -219,7 +271,19 @@ pub(super) mod tests {
         let mut y = vec![1.0, 2.0];
         add(&mut y, &[10.0, 20.0]);
         scale(&mut y, 2.0);
-        assert_eq!(y, [22.0, 44.0]);
+        add_scaled(&mut y, &[1.0, 3.0], -0.5);
+        assert_eq!(y, [21.5, 42.5]);
+    }
+
+    #[test]
+    fn dot_matches_the_definition() {
+        for n in LENGTHS.into_iter().chain([33, 63, 64, 65, 80]) {
+            let (x, y) = (noise(n, 9), noise(n, 10));
+            let products = || x.iter().zip(&y).map(|(&x, &y)| f64::from(x) * f64::from(y));
+            let (want, size) = (products().sum::<f64>(), products().map(f64::abs).sum::<f64>());
+            assert!((f64::from(dot(&x, &y)) - want).abs() <= 1e-6 * size, "{n}");
+            simd::tests::same_bits_on_every_isa(|| vec![dot(&x, &y)]);
+        }
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! Where the squares overflow, the results aren't numbers: as zeros they would look like an answer.
 
-use super::simd::{self, Kernel, LANES, Lanes, load, load_part};
+use super::elementwise::dot_lanes;
+use crate::cpu::simd::{self, Kernel, Lanes};
 
 /// Normalises the row `x` into `out`, both of `weight`'s length.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
@@ -37,7 +38,7 @@ impl Kernel for RmsNorm<'_> {
             return;
         }
         for row in self.x.chunks_mut(self.weight.len()) {
-            let mean = sum_of_squares::<V>(row) / row.len() as f32;
+            let mean = dot_lanes::<V>(row, row) / row.len() as f32;
             let scale = V::splat(if mean == f32::INFINITY { f32::NAN } else { 1.0 / (mean + self.eps).sqrt() });
             simd::zip_map::<V>(
                 row,
@@ -49,33 +50,10 @@ impl Kernel for RmsNorm<'_> {
     }
 }
 
-/// Four accumulators of 16 lanes taken in turn (the latency of one would be the limit), then summed as a tree.
-#[inline(always)]
-fn sum_of_squares<V: Lanes>(x: &[f32]) -> f32 {
-    let mut acc = [V::splat(0.0); 4];
-    let (chunks, tail) = x.as_chunks::<LANES>();
-    let (fours, rest) = chunks.as_chunks::<4>();
-    for four in fours {
-        for (a, c) in acc.iter_mut().zip(four) {
-            let v: V = load(c);
-            *a = v.fma(v, *a);
-        }
-    }
-    for (a, c) in acc.iter_mut().zip(rest) {
-        let v: V = load(c);
-        *a = v.fma(v, *a);
-    }
-    if !tail.is_empty() {
-        let v: V = load_part(tail, 0.0);
-        acc[3] = v.fma(v, acc[3]);
-    }
-    acc[0].add(acc[1]).add(acc[2].add(acc[3])).sum()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::elementwise::tests::noise;
+    use crate::cpu::simd::tests::noise;
 
     fn reference(x: &[f32], w: &[f32], eps: f32) -> Vec<f64> {
         let mean = x.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / x.len() as f64;

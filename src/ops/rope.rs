@@ -163,7 +163,7 @@ impl RopeTable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::elementwise::tests::noise;
+    use crate::cpu::simd::tests::noise;
 
     fn config(style: RopeStyle, n_rot: usize) -> RopeConfig<'static> {
         RopeConfig {

@@ -4,6 +4,7 @@
 //! give the same integers and the same scales, bit for bit, for finite activations. A block with one that is infinite or not a number
 //! has a scale that isn't finite: so every product with it shows that, up to the logits, instead of looking like an answer.
 
+pub(super) use crate::cpu::simd::nearest;
 use half::f16;
 
 /// A row of activations in the form that a format's [`ActKind`](super::ActKind) names; the other slices are empty.
@@ -86,14 +87,6 @@ fn scale_to_i8(src: &[f32], id: f32, q: &mut [i8]) {
     for (q, x) in q.iter_mut().zip(src) {
         *q = nearest(x * id).clamp(-127, 127) as i8;
     }
-}
-
-/// The nearest integer, ties to even, of a number below 2^22 in size (anything else gives some integer in that
-/// range). Adding 1.5 * 2^23 leaves no bits for a fraction, which is faster than asking libm where SSE4.1 isn't assumed.
-#[inline]
-pub(super) fn nearest(x: f32) -> i32 {
-    const SHIFT: f32 = 12_582_912.0;
-    ((x + SHIFT).to_bits() & 0x7f_ffff) as i32 - 0x40_0000
 }
 
 #[cfg(test)]

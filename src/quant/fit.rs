@@ -13,6 +13,7 @@ use half::f16;
 
 use super::act::nearest;
 use super::superblock::LEN;
+use crate::cpu::simd::ROUND;
 
 /// Below this a group of weights counts as zero: its reciprocal scales would lose all meaning.
 pub(super) const NOTHING: f32 = 1e-15;
@@ -152,8 +153,7 @@ fn affine_codes<const N: usize, const L: usize>(
 /// The nearest whole number, ties to even, held within a range; what isn't a number becomes the least.
 #[inline]
 fn rounded(x: f32, least: f32, most: f32) -> f32 {
-    const SHIFT: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves no bits for a fraction
-    let x = (x + SHIFT) - SHIFT;
+    let x = (x + ROUND) - ROUND;
     let x = if x > least { x } else { least };
     if x < most { x } else { most }
 }

@@ -8,8 +8,7 @@ mod scratch;
 mod source;
 
 use super::kv::{KV_BLOCK, KvError, Rows, SeqKv};
-use super::simd;
-use crate::cpu::Team;
+use crate::cpu::{Team, simd};
 use online::{Attend, Finish, Merge, Place, Scratch};
 use scratch::{Buf, Part};
 use std::cell::RefCell;
@@ -304,9 +303,12 @@ impl<'a> Job<'a> {
     unsafe fn finish(&self, unit: &Unit, place: Place, total: Part) {
         let row = self.runs[unit.run].row + unit.tokens.start;
         let dv = place.seq.pool().layer(self.layer).shape.head_dim_v;
-        // SAFETY: the first value of the unit's output.
-        let out = unsafe { self.out.add(row * self.out_stride + unit.kv_head * self.group * dv) };
-        simd::run(Finish { place, total, out, stride: self.out_stride });
+        // SAFETY: the first value of the unit's output, which is as large as its place says and the caller's alone.
+        let finish = unsafe {
+            let out = self.out.add(row * self.out_stride + unit.kv_head * self.group * dv);
+            Finish::new(place, total, out, self.out_stride)
+        };
+        simd::run(finish);
     }
 }
 

@@ -4,14 +4,14 @@
 //! What a row's result is made of, in this order, however rows are grouped: for each range of [`RANGE`] positions, for
 //! each tile of it that the row sees, scores, new maximum, rescaling, sum. The ranges' parts are merged in order. Within a
 //! tile a row goes through the same operations whichever rows are beside it; positions that it doesn't see have weight
-//! zero, which changes no sum (but perhaps the sign of a zero, which the end removes).
+//! zero, which changes no sum, stored values being finite (but perhaps the sign of a zero, which the end removes).
 
-use super::gemm::Gemm;
+use super::gemm::{Gemm, Operands};
 use super::scratch::{Buf, Part};
 use super::source::{self, Convert, Source, Use};
 use super::{AttnParams, RANGE};
+use crate::cpu::simd::{self, Kernel, LANES, Lanes, exp, load, store};
 use crate::ops::kv::{KV_BLOCK, Rows, SeqKv, Tile};
-use crate::ops::simd::{self, Kernel, LANES, Lanes, exp, load, store};
 use std::ops::Range;
 
 /// A work item's place: some tokens of a sequence, one head of keys and values.
@@ -111,12 +111,13 @@ impl Kernel for Merge<'_> {
 #[inline(always)]
 fn merge<V: Lanes>(total: &mut Part, later: &Part) {
     for r in 0..total.max.len() {
-        if later.max[r] == f32::NEG_INFINITY {
+        // Nothing was seen. The maximum wouldn't tell: it is passed over by scores that aren't numbers.
+        if later.sum[r] == 0.0 {
             continue;
         }
         let dv_pad = total.dv_pad;
         let (out, more) = (&mut total.out[r * dv_pad..][..dv_pad], &later.out[r * dv_pad..][..dv_pad]);
-        if total.max[r] == f32::NEG_INFINITY {
+        if total.sum[r] == 0.0 {
             (total.max[r], total.sum[r]) = (later.max[r], later.sum[r]);
             out.copy_from_slice(more);
             continue;
@@ -141,10 +142,18 @@ fn exp1<V: Lanes>(x: f32) -> f32 {
 
 /// Divides the sums by the sums of weights and writes head `h` of token `t` to `out + t * stride + h * head_dim_v`.
 pub struct Finish<'a, 'b> {
-    pub place: Place<'a>,
-    pub total: Part<'b>,
-    pub out: *mut f32,
-    pub stride: usize,
+    place: Place<'a>,
+    total: Part<'b>,
+    out: *mut f32,
+    stride: usize,
+}
+
+impl<'a, 'b> Finish<'a, 'b> {
+    /// # Safety
+    /// Until it has run, the places that it writes are valid for that, and nobody else uses them.
+    pub unsafe fn new(place: Place<'a>, total: Part<'b>, out: *mut f32, stride: usize) -> Self {
+        Finish { place, total, out, stride }
+    }
 }
 
 impl Kernel for Finish<'_, '_> {
@@ -164,7 +173,7 @@ impl Kernel for Finish<'_, '_> {
             }
             let factor = factor / sum;
             let x = &total.out[r * total.dv_pad..][..dv];
-            // SAFETY: whoever made this has checked that the rows lie in the output, and writes them from nowhere else.
+            // SAFETY: the promise made to `new`.
             let out = unsafe { std::slice::from_raw_parts_mut(self.out.add(t * self.stride + h * dv), dv) };
             for (out, x) in out.iter_mut().zip(x) {
                 // Adding 0 makes -0 to 0: see the module's beginning.
@@ -251,7 +260,7 @@ fn scores<V: Lanes>(p: &Place, tile: &Tile, next: isize, rows: Range<usize>, hi:
     let (dk, n_cols) = (tile.layer.shape.head_dim_k, hi.next_multiple_of(LANES));
     let a = &s.q.get(p.n_rows() * dk)[rows.start * dk..rows.end * dk];
     let c = s.scores.get(rows.len() * KV_BLOCK);
-    let product = Product {
+    let o = Operands {
         a: a.as_ptr(),
         a_stride: dk,
         c: c.as_mut_ptr(),
@@ -261,9 +270,8 @@ fn scores<V: Lanes>(p: &Place, tile: &Tile, next: isize, rows: Range<usize>, hi:
         inner: (0, dk),
         rescale: None,
         ahead: next,
-        b_stride: KV_BLOCK,
-        converted: s.converted.get(dk * KV_BLOCK),
     };
+    let product = Product { o, b_stride: KV_BLOCK, converted: s.converted.get(dk * KV_BLOCK) };
     // SAFETY: the tile's keys are `(head_dim_k, 64)`; `a` and `c` have `rows.len()` rows.
     unsafe { source::keys::<V>(tile, &mut s.scales, product) }
 }
@@ -281,7 +289,7 @@ fn accumulate<V: Lanes>(
     let dv_pad = tile.layer.dv_pad;
     let a = s.scores.get(rows.len() * KV_BLOCK);
     let c = &mut part.out[rows.start * dv_pad..rows.end * dv_pad];
-    let product = Product {
+    let o = Operands {
         a: a.as_ptr(),
         a_stride: KV_BLOCK,
         c: c.as_mut_ptr(),
@@ -291,24 +299,15 @@ fn accumulate<V: Lanes>(
         inner: (seen.start, seen.end),
         rescale: Some(s.rescale.get(rows.len()).as_ptr()),
         ahead: next,
-        b_stride: dv_pad,
-        converted: s.converted.get(KV_BLOCK * dv_pad),
     };
+    let product = Product { o, b_stride: dv_pad, converted: s.converted.get(KV_BLOCK * dv_pad) };
     // SAFETY: the tile's values are `(64, dv_pad)`; `a` and `c` have `rows.len()` rows.
     unsafe { source::values::<V>(tile, &mut s.scales, product) }
 }
 
 /// A [`Gemm`] whose `b` isn't known yet, converted first if there are many rows.
 struct Product<'a> {
-    a: *const f32,
-    a_stride: usize,
-    c: *mut f32,
-    c_stride: usize,
-    n_rows: usize,
-    n_cols: usize,
-    inner: (usize, usize),
-    rescale: Option<*const f32>,
-    ahead: isize,
+    o: Operands,
     /// Room for all of `b` in single precision, and the length of its rows.
     converted: &'a mut [f32],
     b_stride: usize,
@@ -317,17 +316,14 @@ struct Product<'a> {
 impl Use for Product<'_> {
     #[inline(always)]
     unsafe fn with<V: Lanes, S: Source>(self, source: S) {
-        let Product { a, a_stride, c, c_stride, n_rows, n_cols, inner, rescale, ahead, .. } = self;
-        // SAFETY: the shapes are those that `scores` and `accumulate` give.
+        let o = self.o;
+        // SAFETY: the shapes are those that `scores` and `accumulate` give; what is converted has the source's.
         unsafe {
-            if n_rows <= S::DIRECT_ROWS {
-                let b = source;
-                return Gemm { a, a_stride, b, c, c_stride, n_rows, n_cols, inner, rescale, ahead }.compute::<V>();
+            if o.n_rows <= S::DIRECT_ROWS {
+                return V::call(Gemm::new(o, source));
             }
-            let (stride, out) = (self.b_stride, self.converted);
-            let convert = Convert { source, rows: inner, n_cols, stride, out, ahead };
-            let b = convert.compute::<V>();
-            Gemm { a, a_stride, b, c, c_stride, n_rows, n_cols, inner, rescale, ahead: 0 }.compute::<V>();
+            let b = V::call(Convert::new(source, o, self.converted, self.b_stride));
+            V::call(Gemm::new(Operands { ahead: 0, ..o }, b));
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Memory that attention works in.
 
-use crate::ops::simd::LANES;
+use crate::cpu::simd::LANES;
 
 /// 16 floats on one cache line.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]

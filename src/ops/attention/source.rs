@@ -2,9 +2,10 @@
 //! a half-precision scale, has few enough bits for f32. So it makes no difference to a result whether a matrix is
 //! converted while it's multiplied or before.
 
+use super::gemm::Operands;
 use super::scratch::Buf;
+use crate::cpu::simd::{Kernel, LANES, Lanes, store};
 use crate::ops::kv::{GROUP, KV_BLOCK, KvType, Tile};
-use crate::ops::simd::{Kernel, LANES, Lanes, store};
 
 /// A matrix in memory.
 pub trait Source: Copy {
@@ -177,22 +178,20 @@ unsafe fn convert_scales<V: Lanes>(src: *const u16, n: usize, buf: &mut Buf) -> 
 
 /// Converts a part of a matrix to single precision, at the same rows and columns of `out`.
 pub struct Convert<'a, S> {
-    pub source: S,
-    /// From, to.
-    pub rows: (usize, usize),
-    pub n_cols: usize,
-    pub stride: usize,
-    pub out: &'a mut [f32],
-    /// As in [`Gemm`](super::gemm::Gemm).
-    pub ahead: isize,
+    source: S,
+    o: Operands,
+    out: &'a mut [f32],
+    stride: usize,
 }
 
-impl<S: Source> Convert<'_, S> {
+impl<'a, S: Source> Convert<'a, S> {
+    /// Converts what a product of these operands reads of `source`; the rows of `out` are `stride` apart.
+    ///
     /// # Safety
-    /// The rows and columns lie in the source.
+    /// Until it has run, `o.n_cols` columns of the rows `o.inner` of `source` can be read.
     #[inline(always)]
-    pub unsafe fn compute<V: Lanes>(self) -> F32 {
-        V::call(self)
+    pub unsafe fn new(source: S, o: Operands, out: &'a mut [f32], stride: usize) -> Self {
+        Convert { source, o, out, stride }
     }
 }
 
@@ -200,13 +199,13 @@ impl<S: Source> Kernel for Convert<'_, S> {
     type Out = F32;
     #[inline(always)]
     fn run<V: Lanes>(self) -> F32 {
-        for row in self.rows.0..self.rows.1 {
-            let out = &mut self.out[row * self.stride..][..self.n_cols];
+        for row in self.o.inner.0..self.o.inner.1 {
+            let out = &mut self.out[row * self.stride..][..self.o.n_cols];
             for (j, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
-                // SAFETY: the promise made to `compute`.
+                // SAFETY: the promise made to `new`.
                 store(unsafe { self.source.load::<V>(row, j * LANES) }, out);
-                if self.ahead != 0 {
-                    V::prefetch(self.source.at(row, j * LANES).wrapping_offset(self.ahead));
+                if self.o.ahead != 0 {
+                    V::prefetch(self.source.at(row, j * LANES).wrapping_offset(self.o.ahead));
                 }
             }
         }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::ops::elementwise::tests::noise;
+use crate::cpu::simd::tests::noise;
 use crate::ops::kv::{KvLayer, KvPool, KvType};
 use std::sync::Arc;
 
@@ -261,29 +261,44 @@ fn huge_values_saturate() {
     assert!(out.iter().all(|&x| (x - 65504.0).abs() < 0.1), "{out:?}");
 }
 
-/// A key or a value that isn't finite shows in what every later token gets, however it's stored.
+/// A key or a value that isn't finite shows in what every later token gets, and in nothing earlier, however it's stored and in
+/// whatever chunks it came.
 #[test]
-fn what_is_not_finite_shows() {
-    let team = Team::new(1).unwrap();
+fn what_is_not_finite_shows_from_there_on() {
     for t in [KvType::F32, KvType::F16, KvType::Q8_0] {
         for bad in [f32::NAN, f32::INFINITY] {
             for in_keys in [true, false] {
-                let mut case = Case { types: (t, t), ..Case::new(1, 2, 40, 24, 70) };
-                let width = if in_keys { 40 } else { 24 };
-                let x = if in_keys { &mut case.k } else { &mut case.v };
-                // Every position's, as a damaged weight has it, from 3 on.
-                x[3 * width..].iter_mut().skip(7).step_by(width).for_each(|x| *x = bad);
-                simd::tests::same_bits_on_every_isa(|| {
-                    let out = case.run(&[1], &team);
-                    let of = |pos: usize| &out[pos * 2 * 24..(pos + 1) * 2 * 24];
-                    for head in (3..70).flat_map(|pos| of(pos).chunks(24)) {
-                        assert!(head.iter().any(|x| !x.is_finite()), "{t:?}, {bad}, keys {in_keys}: {head:?}");
-                    }
-                    of(2).to_vec()
-                });
+                for at in [3, 40] {
+                    let mut case = Case { types: (t, t), ..Case::new(1, 2, 40, 24, 70) };
+                    let width = if in_keys { 40 } else { 24 };
+                    let x = if in_keys { &mut case.k } else { &mut case.v };
+                    x[at * width + 7] = bad;
+                    check_finite_up_to(&case, at, &[&[1], &[70], &[7, 64]]);
+                }
             }
         }
     }
+    // Alone in its range.
+    let mut case = Case::new(1, 1, 8, 16, RANGE + 1);
+    case.k[RANGE * 8] = f32::NAN;
+    check_finite_up_to(&case, RANGE, &[&[RANGE + 1]]);
+}
+
+fn check_finite_up_to(case: &Case, at: usize, chunks: &[&[usize]]) {
+    let team = Team::new(1).unwrap();
+    let width = case.n_head() * case.shape.head_dim_v;
+    simd::tests::same_bits_on_every_isa(|| {
+        let outs: Vec<Vec<f32>> = chunks.iter().map(|chunks| case.run(chunks, &team)).collect();
+        for out in &outs {
+            for (pos, heads) in out.chunks(width).enumerate() {
+                let shows = heads.chunks(case.shape.head_dim_v).all(|head| head.iter().any(|x| !x.is_finite()));
+                let finite = heads.iter().all(|x| x.is_finite());
+                assert!(if pos < at { finite } else { shows }, "{:?}, {at}, {pos}: {heads:?}", case.types);
+            }
+            assert!(out[..at * width] == outs[0][..at * width]);
+        }
+        outs.concat()
+    });
 }
 
 #[test]

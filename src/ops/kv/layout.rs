@@ -12,7 +12,7 @@
 //! Each part begins at a multiple of 64 bytes.
 
 use super::{KV_BLOCK, KvLayer, KvType};
-use crate::ops::simd::LANES;
+use crate::cpu::simd::LANES;
 
 /// Values that share a scale in [`KvType::Q8_0`].
 pub const GROUP: usize = 32;

@@ -16,8 +16,7 @@ pub use held::{HeldBlock, Keeper};
 use layout::Layout;
 pub(super) use layout::{GROUP, LayerLayout, Tile};
 
-use crate::cpu::Pages;
-use crate::ops::simd;
+use crate::cpu::{Pages, simd};
 use std::io::{Read, Write as _};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
@@ -343,7 +342,8 @@ impl SeqKv {
             let now = (KV_BLOCK - lane).min(n - done);
             let tile = self.pool.tile(self.blocks[(pos + done) / KV_BLOCK], layer, kv_head);
             let (k, v) = (Rows::new(k.data, k.stride, done * k.stride), Rows::new(v.data, v.stride, done * v.stride));
-            simd::run(write::Write { tile, lane, n: now, k, v });
+            // SAFETY: the tile is this sequence's; the rest is the caller's promise.
+            simd::run(unsafe { write::Write::new(tile, lane, now, k, v) });
             done += now;
         }
     }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::ops::elementwise::tests::noise;
+use crate::cpu::simd::tests::noise;
 use proptest::prelude::*;
 
 const LAYERS: [KvLayer; 2] =

@@ -1,23 +1,32 @@
 //! Rows of keys and values into a block.
 //!
-//! What is infinite or not a number is stored as not a number, in each type, so that it shows: a score of minus infinity would pass
-//! for a position that isn't seen. To each value it is added times zero, which is nothing for those that are finite.
+//! What is infinite or not a number must show in what every later token gets, and in nothing before it. In keys it is stored as not
+//! a number (a score of minus infinity would pass for a position that isn't seen): to each number it is added times zero, which is
+//! nothing for those that are finite. Values are always stored finite, since tokens that don't see a position multiply its values by
+//! zero: one that isn't makes the position's whole key not a number, whose score is left out where it isn't seen.
 
 use super::layout::{GROUP, Tile};
 use super::{KV_BLOCK, KvType, Rows};
-use crate::ops::simd::{Kernel, LANES, Lanes, load, store};
+use crate::cpu::simd::{Kernel, LANES, Lanes, ROUND, load, store};
 
-/// The largest half-precision number: larger values are stored as this one, since an infinity in a later row of values would
-/// turn the zero weights of earlier tokens into what is not a number.
+/// The largest half-precision number: larger numbers are stored as this one, so that they stay numbers.
 const F16_MAX: f32 = 65504.0;
 
 /// Writes row `t` of `k` and `v` to the tile's position `lane + t`, for all `t` below `n`.
 pub struct Write<'a> {
-    pub tile: Tile<'a>,
-    pub lane: usize,
-    pub n: usize,
-    pub k: Rows<'a>,
-    pub v: Rows<'a>,
+    tile: Tile<'a>,
+    lane: usize,
+    n: usize,
+    k: Rows<'a>,
+    v: Rows<'a>,
+}
+
+impl<'a> Write<'a> {
+    /// # Safety
+    /// Until it has run, nobody else uses these positions of the tile, whose parts are as its layout says.
+    pub unsafe fn new(tile: Tile<'a>, lane: usize, n: usize, k: Rows<'a>, v: Rows<'a>) -> Self {
+        Write { tile, lane, n, k, v }
+    }
 }
 
 impl Kernel for Write<'_> {
@@ -28,32 +37,35 @@ impl Kernel for Write<'_> {
         let layout = self.tile.layout;
         // SAFETY: the tile's parts have these types.
         unsafe {
-            match layout.type_k {
-                KvType::F32 => self.keys::<V, AsF32>(),
-                KvType::F16 => self.keys::<V, AsF16>(),
-                KvType::Q8_0 => self.keys::<V, AsQ8>(),
-            }
-            match layout.type_v {
+            let broken = match layout.type_v {
                 KvType::F32 => self.values::<V, AsF32>(),
                 KvType::F16 => self.values::<V, AsF16>(),
                 KvType::Q8_0 => self.values::<V, AsQ8>(),
+            };
+            match layout.type_k {
+                KvType::F32 => self.keys::<V, AsF32>(broken),
+                KvType::F16 => self.keys::<V, AsF16>(broken),
+                KvType::Q8_0 => self.keys::<V, AsQ8>(broken),
             }
         }
     }
 }
 
 impl Write<'_> {
+    /// Writes the keys; those whose bit is set in `broken` as not a number.
+    ///
     /// # Safety
     /// The tile's keys are stored as `E` does it.
     #[inline(always)]
-    unsafe fn keys<V: Lanes, E: Encoder>(&self) {
+    unsafe fn keys<V: Lanes, E: Encoder>(&self, broken: u64) {
         let dim = self.tile.layer.shape.head_dim_k;
         for start in (0..dim).step_by(GROUP) {
             for t in 0..self.n {
                 let lane = self.lane + t;
                 // SAFETY: keys are `(dim, 64)`, their scales `(ceil(dim / 32), 64)`, and the lane is below 64.
                 unsafe {
-                    let x = piece(self.k.row(t, dim), start);
+                    let is_broken = broken >> t & 1 == 1;
+                    let x = if is_broken { [f32::NAN; GROUP] } else { piece(self.k.row(t, dim), start) };
                     let x = E::encode::<V>(&x, self.tile.k_scale.wrapping_add(start / GROUP * KV_BLOCK + lane));
                     let out = self.tile.k.cast::<E::Element>().add(start * KV_BLOCK + lane);
                     for (d, x) in x.into_iter().enumerate().take(dim - start) {
@@ -64,17 +76,23 @@ impl Write<'_> {
         }
     }
 
+    /// Writes the values; returns a bit for each row in which some weren't finite: zeros stand in their place.
+    ///
     /// # Safety
     /// The tile's values are stored as `E` does it.
     #[inline(always)]
-    unsafe fn values<V: Lanes, E: Encoder>(&self) {
+    unsafe fn values<V: Lanes, E: Encoder>(&self) -> u64 {
         let (dim, dv_pad) = (self.tile.layer.shape.head_dim_v, self.tile.layer.dv_pad);
+        let mut broken = 0;
         for t in 0..self.n {
             let lane = self.lane + t;
             for start in (0..dim).step_by(GROUP) {
                 // SAFETY: values are `(64, dv_pad)`, their scales `(64, ceil(dv_pad / 32))`, and the lane is below 64.
                 unsafe {
-                    let x = piece(self.v.row(t, dim), start);
+                    let mut x = piece(self.v.row(t, dim), start);
+                    if !x.iter().fold(true, |finite, x| finite & x.is_finite()) {
+                        (x, broken) = ([0.0; GROUP], broken | 1 << t);
+                    }
                     let scale = self.tile.v_scale.wrapping_add(lane * dv_pad.div_ceil(GROUP) + start / GROUP);
                     let x = E::encode::<V>(&x, scale);
                     let out = self.tile.v.cast::<E::Element>().add(lane * dv_pad + start);
@@ -86,6 +104,7 @@ impl Write<'_> {
                 }
             }
         }
+        broken
     }
 }
 
@@ -145,8 +164,6 @@ impl Encoder for AsQ8 {
     type Element = i8;
     #[inline(always)]
     unsafe fn encode<V: Lanes>(x: &[f32; GROUP], scale: *mut u16) -> [i8; GROUP] {
-        /// 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
-        const ROUND: f32 = 12582912.0;
         let (mut max, mut zero) = (V::splat(0.0), V::splat(0.0));
         for x in x.as_chunks().0 {
             let x: V = load(x);

@@ -22,12 +22,10 @@ mod block32;
 #[cfg(target_arch = "aarch64")]
 mod gathered32;
 mod job;
-mod lanes;
 mod layout;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod number;
-mod plain;
 mod quantize;
 mod rate;
 mod run;

@@ -4,11 +4,10 @@ use std::marker::PhantomData;
 
 use super::Kernel;
 use super::job::{Act, Job, MAX_TOKENS};
-use super::lanes::Lanes;
 use super::layout::{Ahead, Block, Layout};
-use super::plain::{Task, run_on};
 use super::vector::Vector;
 use crate::cpu::Isa;
+use crate::cpu::simd::{self, Lanes};
 use crate::quant::Format;
 
 /// How a weight becomes f32.
@@ -159,7 +158,7 @@ impl<L: Number> Kernel for Numbers<L> {
 /// is an instruction that plain code may not assume. A router of eight experts has no full group of rows.
 pub(super) fn dot_rows(isa: Isa, format: &Format, rows: &[u8], x: &[f32], out: &mut [f32]) {
     assert_eq!(rows.len(), out.len() * x.len() * format.block_bytes);
-    run_on(isa, Rows { format, rows, x, out });
+    simd::run_on(isa, Rows { format, rows, x, out });
 }
 
 struct Rows<'a> {
@@ -174,11 +173,11 @@ const ROWS: usize = 8;
 /// Columns that are unpacked at once.
 const COLUMNS: usize = 256;
 
-impl Task for Rows<'_> {
+impl simd::Kernel for Rows<'_> {
     type Out = ();
 
     #[inline(always)]
-    fn run<L: Lanes>(self, _: L) {
+    fn run<V: Lanes>(self) {
         let row_bytes = self.x.len() * self.format.block_bytes;
         let mut w = [[0.0; COLUMNS]; ROWS];
         for (n, out) in self.out.chunks_mut(ROWS).enumerate() {

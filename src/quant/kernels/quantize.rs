@@ -1,10 +1,10 @@
 //! Quantises rows of activations faster than [`act`](crate::quant::act), with the same integers and scales, and sums the integers.
 //!
-//! Loops over whole blocks, inlined into functions that have an instruction set's features.
+//! By the lane: of plain loops the compiler makes dozens of shuffles, two numbers at a time, or gathers over several blocks. So Zen 4
+//! quantises 2.4 G activations a second to Q8_0 and 3.5 to Q8_K on AVX-512, where loops did 1.4 and 1.8; 2.1 and 4.5 on AVX2.
 
-use super::lanes::Lanes;
-use super::plain::{Task, run_on};
 use crate::cpu::Isa;
+use crate::cpu::simd::{Kernel, Lanes, load, run_on};
 use crate::quant::act::{or_exact, scales_of_k};
 
 /// A row quantised to blocks of 32 and what the kernels want to know of it.
@@ -43,18 +43,18 @@ pub(super) fn q8_k(isa: Isa, src: &[f32], to: Q8K<'_>) {
     run_on(isa, (src, to));
 }
 
-impl Task for (&[f32], Q8_0<'_>) {
+impl Kernel for (&[f32], Q8_0<'_>) {
     type Out = ();
 
     #[inline(always)]
-    fn run<L: Lanes>(self, lanes: L) {
+    fn run<V: Lanes>(self) {
         let (src, to) = self;
         for (i, (block, q)) in src.as_chunks::<32>().0.iter().zip(to.q.as_chunks_mut().0).enumerate() {
-            let amax = lanes.largest_size(block);
+            let amax = largest_size::<V, _>(block);
             let exact = amax / 127.0;
             let d = through_half(exact);
             let id = if d > 0.0 { 127.0 / amax } else { 0.0 };
-            let [low, high] = lanes.scale_and_sum(block, id, q);
+            let [low, high] = scale_and_sum::<V>(block, id, q);
             let sum = (low + high) as f32 * exact;
             to.d[i] = d;
             to.negated_sum[i] = -(low + high);
@@ -63,14 +63,14 @@ impl Task for (&[f32], Q8_0<'_>) {
     }
 }
 
-impl Task for (&[f32], Q8K<'_>) {
+impl Kernel for (&[f32], Q8K<'_>) {
     type Out = ();
 
     #[inline(always)]
-    fn run<L: Lanes>(self, lanes: L) {
+    fn run<V: Lanes>(self) {
         let (src, to) = self;
         for (b, block) in src.as_chunks::<256>().0.iter().enumerate() {
-            let amax = lanes.largest_size(block);
+            let amax = largest_size::<V, _>(block);
             // The scale has the sign of the first that is so large.
             let has_it = |chunk: &&[f32; 16]| chunk.iter().fold(false, |found, x| found | (x.abs() == amax));
             let chunk = block.as_chunks::<16>().0.iter().find(has_it);
@@ -81,13 +81,33 @@ impl Task for (&[f32], Q8K<'_>) {
             let q = to.q[256 * b..][..256].as_chunks_mut().0;
             for (s, (sub, q)) in block.as_chunks::<32>().0.iter().zip(q).enumerate() {
                 let at = 8 * b + s;
-                let [low, high] = lanes.scale_and_sum(sub, id, q);
+                let [low, high] = scale_and_sum::<V>(sub, id, q);
                 // At most 32 * 127 in size.
                 to.negated_sum.0[2 * at..2 * at + 2].copy_from_slice(&[-low as i16, -high as i16]);
                 to.negated_sum.1[at] = -(low + high) as i16;
             }
         }
     }
+}
+
+/// The size of the number that is largest in size; what isn't a number is larger than all. `N` is a multiple of 16.
+#[inline(always)]
+fn largest_size<V: Lanes, const N: usize>(x: &[f32; N]) -> f32 {
+    let mut max = V::splat(0.0);
+    for x in x.as_chunks().0 {
+        max = load::<V>(x).larger_size(max);
+    }
+    max.largest_size()
+}
+
+/// The integers nearest to `x * id`; the sums of the first and of the second 16.
+#[inline(always)]
+fn scale_and_sum<V: Lanes>(x: &[f32; 32], id: f32, q: &mut [i8; 32]) -> [i32; 2] {
+    let mut sums = [0; 2];
+    for ((sum, x), q) in sums.iter_mut().zip(x.as_chunks().0).zip(q.as_chunks_mut().0) {
+        *sum = load::<V>(x).quantize(id, q);
+    }
+    sums
 }
 
 /// Rounded to half precision, as [`half::f16`] does it.

@@ -1,6 +1,6 @@
 //! Sixteen lanes as an array: what every instruction set must agree with.
 
-use super::{Kernel, LANES, Lanes};
+use super::{Kernel, LANES, Lanes, nearest};
 use half::f16;
 
 /// The lanes.
@@ -101,5 +101,26 @@ impl Lanes for Scalar {
     #[inline(always)]
     fn max_lane(self) -> f32 {
         self.0.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
+    fn larger_size(self, o: Self) -> Self {
+        let bits = |x: f32| x.to_bits().cast_signed();
+        self.zip(o, |a, b| f32::from_bits(bits(a.abs()).max(bits(b)).cast_unsigned()))
+    }
+    #[inline(always)]
+    fn largest_size(self) -> f32 {
+        let mut x = self.0.map(|x| x.to_bits().cast_signed());
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                x[i] = x[i].max(x[i + half]);
+            }
+        }
+        f32::from_bits(x[0].cast_unsigned())
+    }
+    #[inline(always)]
+    fn quantize(self, id: f32, q: &mut [i8; LANES]) -> i32 {
+        let lanes = self.0.map(|x| nearest(x * id).clamp(-127, 127));
+        *q = lanes.map(|x| x as i8);
+        lanes.iter().sum()
     }
 }

@@ -1,10 +1,22 @@
 use super::*;
-use crate::ops::elementwise::tests::noise;
 use std::cell::Cell;
 
 thread_local! {
     /// The instruction set that [`run`] uses on this thread, if a test wants another than the process's.
     pub static FORCED: Cell<Option<Isa>> = const { Cell::new(None) };
+}
+
+/// Repeatable values between -2 and 2.
+pub fn noise(n: usize, seed: u64) -> Vec<f32> {
+    let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..n)
+        .map(|_| {
+            s ^= s << 13;
+            s ^= s >> 7;
+            s ^= s << 17;
+            (s >> 40) as f32 / (1u64 << 22) as f32 - 2.0
+        })
+        .collect()
 }
 
 /// Checks that `f` gives the same bits on every instruction set of this machine. What it runs must run on its thread.
@@ -68,16 +80,22 @@ impl Kernel for All<'_> {
                 a.store_f16(half.as_mut_ptr());
                 (V::load_f16(half.as_ptr()), V::load_i8(bytes.as_ptr()))
             };
-            let magic = n.mul(V::splat(0.5)).add(V::splat(12582912.0)).pow2();
+            let magic = n.mul(V::splat(0.5)).add(V::splat(ROUND)).pow2();
             for v in [a.add(b), a.sub(b), a.mul(b), a.div(b), a.fma(b, d), a.max(b), a.min(b), a.zero_if_less(b, 0.25)]
                 .into_iter()
                 .chain([h, n, magic, exp(a), exp(a.mul(V::splat(40.0)))])
+                .chain([a.larger_size(V::splat(0.0)), a.larger_size(V::splat(0.5))])
             {
                 let mut buf = [0.0; LANES];
                 store(v, &mut buf);
                 out.extend(buf);
             }
-            out.push(a.sum());
+            out.extend([a.sum(), a.larger_size(V::splat(0.0)).largest_size()]);
+            for id in [0.25, 0.5, 0.99] {
+                let mut q = [0; LANES];
+                out.push(n.quantize(id, &mut q) as f32);
+                out.extend(q.map(f32::from));
+            }
             if c.iter().all(|x| !x.is_nan()) {
                 out.push(a.max_lane());
             }

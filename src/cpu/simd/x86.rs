@@ -1,6 +1,6 @@
 //! Sixteen lanes in AVX-512 and AVX2 registers.
 
-use super::{Kernel, Lanes};
+use super::{INTEGER, Kernel, LANES, Lanes, ROUND, ZERO};
 use std::arch::x86_64::*;
 
 /// The bits of 1.0.
@@ -24,16 +24,16 @@ pub unsafe fn run_avx2<K: Kernel>(k: K) -> K::Out {
     k.run::<Avx2>()
 }
 
-/// One register; made only inside [`run_avx512`].
+/// One register; reached only through [`run_avx512`].
 #[derive(Clone, Copy)]
 pub struct Avx512(__m512);
 
-/// Two registers; made only inside [`run_avx2`].
+/// Two registers; reached only through [`run_avx2`].
 #[derive(Clone, Copy)]
 pub struct Avx2(__m256, __m256);
 
-// In both: SAFETY of the instructions is that values of the type exist only where the features do; of the pointers, the
-// caller's promise.
+// In both: SAFETY of the instructions is that the type is reached only through the function that has the features, see the parent's
+// beginning; of the pointers, the caller's promise.
 
 impl Lanes for Avx512 {
     const MANY_REGISTERS: bool = true;
@@ -143,6 +143,31 @@ impl Lanes for Avx512 {
         unsafe {
             let (lo, hi) = halves(self.0);
             max8(_mm256_max_ps(lo, hi))
+        }
+    }
+    #[inline(always)]
+    fn larger_size(self, o: Self) -> Self {
+        // SAFETY: see above.
+        Avx512(unsafe {
+            let size = _mm512_castps_si512(_mm512_abs_ps(self.0));
+            _mm512_castsi512_ps(_mm512_max_epi32(size, _mm512_castps_si512(o.0)))
+        })
+    }
+    #[inline(always)]
+    fn largest_size(self) -> f32 {
+        // SAFETY: see above.
+        f32::from_bits(unsafe { _mm512_reduce_max_epi32(_mm512_castps_si512(self.0)) }.cast_unsigned())
+    }
+    #[inline(always)]
+    fn quantize(self, id: f32, q: &mut [i8; LANES]) -> i32 {
+        // SAFETY: see above; the array has 16 places.
+        unsafe {
+            let x = _mm512_add_ps(_mm512_mul_ps(self.0, _mm512_set1_ps(id)), _mm512_set1_ps(ROUND));
+            let x = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(INTEGER));
+            let x = _mm512_sub_epi32(x, _mm512_set1_epi32(ZERO));
+            let x = _mm512_min_epi32(_mm512_max_epi32(x, _mm512_set1_epi32(-127)), _mm512_set1_epi32(127));
+            _mm_storeu_si128(q.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(x));
+            _mm512_reduce_add_epi32(x)
         }
     }
 }
@@ -270,9 +295,41 @@ impl Lanes for Avx2 {
         // SAFETY: see above.
         unsafe { max8(_mm256_max_ps(self.0, self.1)) }
     }
+    #[inline(always)]
+    fn larger_size(self, o: Self) -> Self {
+        // SAFETY: see above.
+        unsafe { Avx2(larger_size8(self.0, o.0), larger_size8(self.1, o.1)) }
+    }
+    #[inline(always)]
+    fn largest_size(self) -> f32 {
+        // SAFETY: see above.
+        unsafe {
+            let max = _mm256_max_epi32(_mm256_castps_si256(self.0), _mm256_castps_si256(self.1));
+            let max = _mm_max_epi32(_mm256_castsi256_si128(max), _mm256_extracti128_si256::<1>(max));
+            let max = _mm_max_epi32(max, _mm_shuffle_epi32::<0b01_00_11_10>(max));
+            let max = _mm_max_epi32(max, _mm_shuffle_epi32::<0b10_11_00_01>(max));
+            f32::from_bits(_mm_cvtsi128_si32(max).cast_unsigned())
+        }
+    }
+    #[inline(always)]
+    fn quantize(self, id: f32, q: &mut [i8; LANES]) -> i32 {
+        // SAFETY: see above; the array has 16 places.
+        unsafe {
+            let (low, high) = (nearest8(self.0, id), nearest8(self.1, id));
+            // Packing goes by halves of a vector: 0 to 3 of both, then 4 to 7.
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(low, high));
+            let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(q.as_mut_ptr().cast(), bytes);
+            let x = _mm256_add_epi32(low, high);
+            let x = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+            let x = _mm_add_epi32(x, _mm_shuffle_epi32::<0b01_00_11_10>(x));
+            _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32::<0b10_11_00_01>(x)))
+        }
+    }
 }
 
 /// The lower and the upper eight lanes.
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn halves(x: __m512) -> (__m256, __m256) {
     let hi = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x));
@@ -280,6 +337,7 @@ fn halves(x: __m512) -> (__m256, __m256) {
 }
 
 /// The sum of eight lanes as [`Lanes::sum`] orders it.
+#[inline]
 #[target_feature(enable = "avx2")]
 fn sum8(x: __m256) -> f32 {
     let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
@@ -288,9 +346,28 @@ fn sum8(x: __m256) -> f32 {
 }
 
 /// The greatest of eight lanes.
+#[inline]
 #[target_feature(enable = "avx2")]
 fn max8(x: __m256) -> f32 {
     let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
     let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+}
+
+/// [`Lanes::larger_size`] of eight lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn larger_size8(a: __m256, b: __m256) -> __m256 {
+    let size = _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(i32::MAX));
+    _mm256_castsi256_ps(_mm256_max_epi32(size, _mm256_castps_si256(b)))
+}
+
+/// Eight lanes times `id`, rounded and held within -127..=127.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn nearest8(x: __m256, id: f32) -> __m256i {
+    let x = _mm256_add_ps(_mm256_mul_ps(x, _mm256_set1_ps(id)), _mm256_set1_ps(ROUND));
+    let x = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(INTEGER));
+    let x = _mm256_sub_epi32(x, _mm256_set1_epi32(ZERO));
+    _mm256_min_epi32(_mm256_max_epi32(x, _mm256_set1_epi32(-127)), _mm256_set1_epi32(127))
 }

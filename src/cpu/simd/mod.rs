@@ -1,10 +1,14 @@
-//! Sixteen f32 lanes on every instruction set, for element-wise operations and attention.
+//! Sixteen f32 lanes on every instruction set, for element-wise operations, attention and the quantising of activations.
 //!
 //! An operation is written once, generic over [`Lanes`]: one AVX-512 register, two of AVX2, four of NEON, or an array.
 //! The width is always sixteen, so a reduction that keeps partial sums in lanes has the same order everywhere, and since each
 //! lane operation is correctly rounded (fused where it says so), every instruction set gives the same bits.
 //! The inner functions carry no target feature themselves: they are `#[inline(always)]` and are compiled for the
 //! instruction set of the [`run`] that they are reached from.
+//!
+//! That the processor has the instructions is known by the type: those that implement [`Lanes`] can't be named outside of here, so
+//! code gets one only as the `V` of its [`Kernel::run`], and that is reached through [`run_on`] alone, which has asked for the features.
+//! It holds for functions that take no lanes, as `splat`, too: whoever can name `V::splat` is being run with `V`, or was.
 
 #![allow(unsafe_code)]
 
@@ -14,10 +18,23 @@ mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use crate::cpu::Isa;
+use super::Isa;
 
 /// Lanes in a [`Lanes`].
 pub const LANES: usize = 16;
+
+/// 1.5 * 2^23: adding it rounds a number below 2^22 in size to the nearest integer, ties to even, which is then in the low bits;
+/// subtracting it again leaves the integer as f32. Faster than asking libm where SSE4.1 isn't assumed.
+pub const ROUND: f32 = 12_582_912.0;
+/// Of a number plus [`ROUND`], the bits that are the integer, and what they are too large by.
+const INTEGER: i32 = 0x7f_ffff;
+const ZERO: i32 = 0x40_0000;
+
+/// The nearest integer, ties to even, of a number below 2^22 in size; anything else gives some integer in that range.
+#[inline(always)]
+pub fn nearest(x: f32) -> i32 {
+    ((x + ROUND).to_bits().cast_signed() & INTEGER) - ZERO
+}
 
 /// Sixteen f32 values that an operation is applied to side by side.
 pub trait Lanes: Copy {
@@ -71,12 +88,20 @@ pub trait Lanes: Copy {
     fn min(self, o: Self) -> Self;
     /// 0 where `x < bound`, else `self`.
     fn zero_if_less(self, x: Self, bound: f32) -> Self;
-    /// The f32 whose bits are `(bits(self) << 23) + bits(1.0)`: 2^n for a `self` of 1.5 * 2^23 + n.
+    /// The f32 whose bits are `(bits(self) << 23) + bits(1.0)`: 2^n for a `self` of [`ROUND`] + n.
     fn pow2(self) -> Self;
     /// The upper eight lanes added to the lower eight, then four, two, one: the order of every horizontal sum.
     fn sum(self) -> f32;
     /// The greatest lane; lanes that aren't numbers may be passed over.
     fn max_lane(self) -> f32;
+    /// Of `self` without its sign and `o`, which has none, the larger in each lane. What isn't a number is larger than all: bits are
+    /// compared, which order as the sizes do.
+    fn larger_size(self, o: Self) -> Self;
+    /// The largest lane, in the same sense, of numbers without signs.
+    fn largest_size(self) -> f32;
+    /// The integers nearest (ties to even) to `self * id`, and their sum. Products above 127 in size, but for a rounding, become some
+    /// integers.
+    fn quantize(self, id: f32, q: &mut [i8; LANES]) -> i32;
 }
 
 /// An operation to be compiled for each instruction set.
@@ -97,15 +122,19 @@ pub fn run<K: Kernel>(k: K) -> K::Out {
     run_on(Isa::get().unwrap_or(Isa::Scalar), k)
 }
 
-/// Runs `k` with `isa`, or in plain Rust where the processor hasn't got it.
-fn run_on<K: Kernel>(isa: Isa, k: K) -> K::Out {
+/// Runs `k` with `isa`.
+///
+/// # Panics
+/// If the processor hasn't got it.
+pub fn run_on<K: Kernel>(isa: Isa, k: K) -> K::Out {
+    assert!(isa.is_available(), "the processor hasn't got {isa}");
     match isa {
         // SAFETY: the processor has the features: `is_available` asks for all of them.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni | Isa::Avx512Amx if isa.is_available() => unsafe { x86::run_avx512(k) },
+        Isa::Avx512Vnni | Isa::Avx512Amx => unsafe { x86::run_avx512(k) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::AvxVnni if isa.is_available() => unsafe { x86::run_avx2(k) },
+        Isa::Avx2 | Isa::AvxVnni => unsafe { x86::run_avx2(k) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => unsafe { neon::run_neon(k) },
@@ -171,8 +200,6 @@ pub fn map<V: Lanes>(x: &mut [f32], f: impl Fn(V) -> V) {
 /// x = n ln 2 + r, e^x = 2^n e^r. The polynomial is a minimax fit of e^r for |r| <= ln 2 / 2 (3e-9 before rounding).
 #[inline(always)]
 pub fn exp<V: Lanes>(x: V) -> V {
-    /// 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
-    const ROUND: f32 = 12582912.0;
     let s = V::splat;
     let t = s(-87.0).max(s(88.0).min(x));
     let z = t.fma(s(std::f32::consts::LOG2_E), s(ROUND));
@@ -190,4 +217,4 @@ pub fn exp<V: Lanes>(x: V) -> V {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;

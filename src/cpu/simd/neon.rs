@@ -1,6 +1,6 @@
 //! Sixteen lanes in four NEON registers.
 
-use super::{Kernel, Lanes};
+use super::{Kernel, LANES, Lanes};
 use std::arch::aarch64::*;
 
 /// Compiles `k` for NEON.
@@ -12,7 +12,7 @@ pub unsafe fn run_neon<K: Kernel>(k: K) -> K::Out {
     k.run::<Neon>()
 }
 
-/// Four registers; made only inside [`run_neon`].
+/// Four registers.
 #[derive(Clone, Copy)]
 pub struct Neon([float32x4_t; 4]);
 
@@ -157,5 +157,33 @@ impl Lanes for Neon {
         let [a, b, c, d] = self.0;
         // SAFETY: see above.
         unsafe { vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(a, c), vmaxnmq_f32(b, d))) }
+    }
+    #[inline(always)]
+    fn larger_size(self, o: Self) -> Self {
+        // SAFETY: see above.
+        self.zip(o, |a, b| unsafe {
+            let size = vreinterpretq_u32_f32(vabsq_f32(a));
+            vreinterpretq_f32_u32(vmaxq_u32(size, vreinterpretq_u32_f32(b)))
+        })
+    }
+    #[inline(always)]
+    fn largest_size(self) -> f32 {
+        // SAFETY: see above.
+        unsafe {
+            let [a, b, c, d] = self.0.map(|x| vreinterpretq_u32_f32(x));
+            f32::from_bits(vmaxvq_u32(vmaxq_u32(vmaxq_u32(a, b), vmaxq_u32(c, d))))
+        }
+    }
+    /// An instruction rounds; its integers of 32 bits needn't be held within the bytes, by the caller's promise.
+    #[inline(always)]
+    fn quantize(self, id: f32, q: &mut [i8; LANES]) -> i32 {
+        // SAFETY: see above; the array has 16 places.
+        unsafe {
+            let [a, b, c, d] = self.0.map(|x| vreinterpretq_s16_s32(vcvtnq_s32_f32(vmulq_n_f32(x, id))));
+            let (low, high) = (vuzp1q_s16(a, b), vuzp1q_s16(c, d));
+            let bytes = vuzp1q_s8(vreinterpretq_s8_s16(low), vreinterpretq_s8_s16(high));
+            vst1q_s8(q.as_mut_ptr(), bytes);
+            i32::from(vaddlvq_s8(bytes))
+        }
     }
 }
