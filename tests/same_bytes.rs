@@ -142,7 +142,7 @@ fn a_saved_session_goes_on_as_if_it_had_not_been() {
     let other = EngineOptions { type_k: oncall::ops::KvType::Q8_0, ..o };
     std::fs::write(&path, &whole).unwrap();
     let error = Engine::embedded(&other).unwrap().restore(&path).err().unwrap().to_string();
-    assert!(error.contains("another model or another type"), "{error}");
+    assert!(error.contains("another model, another type"), "{error}");
 }
 
 /// Whoever reads along doesn't wait for the pass after a token, and a text's last token costs none.
