@@ -39,7 +39,7 @@ pub struct Budget {
     pub base: u64,
     /// Slots for experts when the KV cache is full and the longest block of tokens is in the buffers; until then they have more.
     pub slots: u64,
-    /// Tokens of a prompt that go through the layers together.
+    /// Tokens of a prompt that go through the layers together when the KV cache is full; until then they may be more.
     pub chunk: usize,
     /// The smallest budget that works.
     pub least: u64,
@@ -175,8 +175,34 @@ impl Room {
 
     /// Bytes of slots as things are.
     pub fn slots(&self, budget: &Budget) -> u64 {
-        let now = self.needs.slots_now(budget.bytes.unwrap_or(u64::MAX), self.kv_blocks as u64, self.n_tokens);
-        now.unwrap_or(budget.slots)
+        self.slots_with(budget, self.kv_blocks, self.n_tokens).unwrap_or(self.needs.least_slots.min(budget.slots))
+    }
+
+    /// Bytes of slots beside so many blocks of the KV cache and buffers for so many tokens; `None` if the least don't fit.
+    fn slots_with(&self, budget: &Budget, kv_blocks: usize, n_tokens: usize) -> Option<u64> {
+        self.needs.slots_now(budget.bytes.unwrap_or(u64::MAX), kv_blocks as u64, n_tokens)
+    }
+
+    /// Tokens that the buffers get room for with a block of so many.
+    fn with_room(budget: &Budget, n_tokens: usize) -> usize {
+        n_tokens.next_power_of_two().min(budget.chunk.max(n_tokens))
+    }
+
+    /// Tokens of the longest block that fits now. `kv_blocks` are those that the KV cache will have touched with a block of so many.
+    pub fn chunk_now(&self, budget: &Budget, kv_blocks: impl Fn(usize) -> usize) -> usize {
+        let fits = |n: usize| {
+            let kv_blocks = self.kv_blocks.max(kv_blocks(n).next_multiple_of(KV_STEP));
+            self.slots_with(budget, kv_blocks, Self::with_room(budget, n)).is_some()
+        };
+        std::iter::successors(Some(self.needs.chunk), |n| Some(n / 2))
+            .take_while(|&n| n > budget.chunk)
+            .find(|&n| fits(n))
+            .unwrap_or(budget.chunk.max(1))
+    }
+
+    /// The buffers were given back.
+    pub fn buffers_dropped(&mut self) {
+        (self.n_tokens, self.calm) = (1, (0, 0));
     }
 
     /// A pass of `n_tokens` comes, for which the KV cache will hold `kv_blocks`. `None` if everything can stay.
@@ -184,8 +210,11 @@ impl Room {
         let before = self.slots(budget);
         self.kv_blocks = self.kv_blocks.max(kv_blocks.next_multiple_of(KV_STEP));
         let mut drop_buffers = false;
-        if n_tokens > self.n_tokens {
-            (self.n_tokens, self.calm) = (n_tokens.next_power_of_two().min(budget.chunk.max(n_tokens)), (0, 0));
+        if n_tokens < self.n_tokens && self.slots_with(budget, self.kv_blocks, self.n_tokens).is_none() {
+            // A longer block had room when the KV cache was shorter.
+            (self.n_tokens, drop_buffers, self.calm) = (Self::with_room(budget, n_tokens), true, (0, 0));
+        } else if n_tokens > self.n_tokens {
+            (self.n_tokens, self.calm) = (Self::with_room(budget, n_tokens), (0, 0));
         } else if n_tokens > self.n_tokens / 4 {
             self.calm = (0, 0);
         } else {
@@ -249,6 +278,30 @@ mod tests {
         let plenty =
             Budget::new(&NEEDS, &EngineOptions::default(), Memory::Bytes(NEEDS.no_reads() + 8000 * 64)).unwrap();
         assert_eq!(room.chunk_of_all_logits(&plenty, 1000), 64);
+    }
+
+    /// A full KV cache leaves room for blocks of 8 tokens, an empty one for 64: the blocks get shorter as it fills.
+    #[test]
+    fn a_block_is_as_long_as_what_the_kv_cache_has_not_touched_allows() {
+        let bytes = NEEDS.base + NEEDS.dense + NEEDS.kv + NEEDS.least_slots + NEEDS.buffers.of(8);
+        let budget = Budget::new(&NEEDS, &EngineOptions::default(), Memory::Bytes(bytes)).unwrap();
+        assert_eq!(budget.chunk, 8);
+        let mut room = Room::new(NEEDS);
+        let mut chunks = Vec::new();
+        let (mut blocks, mut held) = (0, 1);
+        while blocks < 64 {
+            let n = room.chunk_now(&budget, |_| blocks + 1);
+            blocks += 1;
+            if let Some(moves) = room.before_pass(&budget, n, blocks) {
+                held = if moves.drop_buffers { n } else { held.max(n) };
+            }
+            let kv = NEEDS.kv_block * blocks as u64;
+            let all = NEEDS.base + NEEDS.dense + kv + NEEDS.buffers.of(held) + room.slots(&budget);
+            assert!(room.slots(&budget) >= NEEDS.least_slots && all <= bytes, "{all} of {bytes} at {blocks} blocks");
+            chunks.push(n);
+        }
+        assert!(chunks.is_sorted_by(|a, b| a >= b), "{chunks:?}");
+        assert_eq!((chunks[0], chunks[63]), (64, 8));
     }
 
     /// Only what isn't done yet.

@@ -32,7 +32,7 @@ use crate::moe::recorder::Recorder;
 use crate::moe::trace::{self, TraceHeader};
 use crate::moe::{DiskSource, ExpertStore, StoreOptions, StoreStats};
 use crate::ops::attention::KvBatch;
-use crate::ops::kv::{KvPool, SeqKv};
+use crate::ops::kv::{KV_BLOCK, KvPool, SeqKv};
 use crate::session::grammar::{GrammarError, Grammars};
 use crate::session::tokenizer::Tokenizer;
 use std::path::{Path, PathBuf};
@@ -302,10 +302,11 @@ impl Engine {
     pub fn set_memory_budget(&self, memory: Memory) -> Result<Budget, EngineError> {
         let e = &*self.0;
         let mut buffers = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
-        let room = e.room.lock().unwrap_or_else(|e| e.into_inner());
+        let mut room = e.room.lock().unwrap_or_else(|e| e.into_inner());
         let budget = Budget::new(room.needs(), &e.options, memory)?;
         *self.0.budget.lock().unwrap_or_else(|e| e.into_inner()) = budget;
         *buffers = Buffers::default();
+        room.buffers_dropped();
         if let Some(store) = &e.store {
             store.resize(e.options.expert_bytes.unwrap_or_else(|| room.slots(&budget)));
         }
@@ -316,6 +317,18 @@ impl Engine {
     fn chunk_of_all_logits(&self) -> usize {
         let room = self.0.room.lock().unwrap_or_else(|e| e.into_inner());
         room.chunk_of_all_logits(&self.budget(), self.config().n_vocab)
+    }
+
+    /// Tokens of the longest block, of this many sequences, for which there is room now.
+    fn chunk_now(&self, n_seqs: usize) -> usize {
+        let (e, budget) = (&*self.0, self.budget());
+        if e.store.is_none() || e.options.expert_bytes.is_some() {
+            return budget.chunk.max(1);
+        }
+        let used = e.kv.n_blocks() - e.kv.n_free();
+        // A sequence may open a block besides those that it fills, and copy a shared one.
+        let with = |n: usize| e.kv.n_touched().max(used + n.div_ceil(KV_BLOCK) + 2 * n_seqs).min(e.kv.n_blocks());
+        e.room.lock().unwrap_or_else(|e| e.into_inner()).chunk_now(&budget, with)
     }
 
     /// Shares the memory out anew for a pass of `n_tokens` whose places in the KV cache are reserved.
@@ -365,13 +378,16 @@ impl Engine {
     /// [`Session::logits`]. Tokens of all sessions together are one block: the caller bounds it.
     ///
     /// # Errors
-    /// When a context is full, a token doesn't exist or the file can't be read. No session is changed then.
+    /// When a context is full, a token doesn't exist or the file can't be read. No session's tokens are changed then.
     pub fn forward(&self, inputs: &mut [Input<'_>]) -> Result<Duration, EngineError> {
         let e = &*self.0;
         let n_vocab = e.model.config.n_vocab;
         let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
-        for i in inputs.iter() {
+        for i in inputs.iter_mut() {
             i.session.check_room(i.tokens.len())?;
+            i.session.catch_up(false)?;
+        }
+        for i in inputs.iter() {
             if let Some(&token) = i.tokens.iter().find(|&&t| t as usize >= n_vocab) {
                 return Err(EngineError::NoSuchToken { token, n_vocab });
             }

@@ -13,6 +13,8 @@ const MAGIC: &[u8; 8] = b"oncall03";
 /// The format's number is the magic's end.
 const ANY_VERSION: &[u8] = b"oncall";
 
+/// Magic, fingerprint, tokens, and how many of them the KV cache holds.
+const HEADER: usize = 8 + 8 + 8 + 8;
 /// Of tensors that tell models with the same header apart, so many bytes are looked at.
 const SAMPLE: usize = 4096;
 
@@ -76,7 +78,7 @@ impl Engine {
         let file = File::open(path).map_err(|e| bad(e.to_string()))?;
         let size = file.metadata().map_err(|e| bad(e.to_string()))?.len();
         let mut input = Summed::new(BufReader::new(file));
-        let mut head = [0; 24];
+        let mut head = [0; HEADER];
         input.read_exact(&mut head).map_err(|_| bad("it is too short to be a saved session".into()))?;
         let number = |at: usize| u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|i| head[at + i]));
         if &head[..8] != MAGIC {
@@ -90,14 +92,17 @@ impl Engine {
         }
         let n = usize::try_from(number(16)).ok().filter(|&n| n <= self.n_ctx());
         let n = n.ok_or_else(|| bad(format!("{} tokens don't fit into a context of {}", number(16), self.n_ctx())))?;
-        let n_bytes = self.0.kv.saved_bytes(n);
-        if size != (24 + 4 * n + n_bytes + 8) as u64 {
+        let n_computed = usize::try_from(number(24)).ok().filter(|&c| c <= n);
+        let n_computed =
+            n_computed.ok_or_else(|| bad(format!("it is damaged: it holds {} of {n} tokens", number(24))))?;
+        let n_bytes = self.0.kv.saved_bytes(n_computed);
+        if size != (HEADER + 4 * n + n_bytes + 8) as u64 {
             return Err(bad(format!("it is damaged: {size} bytes aren't what {n} tokens take")));
         }
         let mut raw = vec![0; 4 * n];
         input.read_exact(&mut raw).map_err(|e| bad(e.to_string()))?;
         let tokens: Vec<u32> = raw.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
-        let kv = SeqKv::restore(&self.0.kv, n, &mut input.by_ref().take(n_bytes as u64))?;
+        let kv = SeqKv::restore(&self.0.kv, n_computed, &mut input.by_ref().take(n_bytes as u64))?;
         let mut sum = [0; 8];
         input.file.read_exact(&mut sum).map_err(|e| bad(e.to_string()))?;
         if u64::from_le_bytes(sum) != input.sum.finish() {
@@ -122,6 +127,7 @@ impl Session {
         let mut head = MAGIC.to_vec();
         head.extend(fingerprint.to_le_bytes());
         head.extend((self.tokens().len() as u64).to_le_bytes());
+        head.extend((self.n_computed() as u64).to_le_bytes());
         head.extend(self.tokens().iter().flat_map(|t| t.to_le_bytes()));
         let written = out.write_all(&head).and_then(|()| self.kv().save(&mut out));
         let Summed { mut file, sum } = out;
@@ -170,20 +176,43 @@ mod tests {
             std::fs::write(&path, bytes).unwrap();
             engine.restore(&path).err().expect("it is damaged").to_string()
         };
-        for at in (0..good.len()).step_by(97).chain([25, good.len() - 1]) {
+        for at in (0..good.len()).step_by(97).chain([HEADER + 1, good.len() - 1]) {
             let mut bad = good.clone();
             bad[at] ^= 0x40;
             let why = why(&bad);
             assert!(why.contains("s.kv"), "{why}");
-            assert!(at < 24 || why.contains("checksum"), "{why}");
+            assert!(at < HEADER || why.contains("checksum"), "{why}");
         }
         let mut old = good.clone();
         old[7] = b'1';
         assert!(why(&old).contains("another version"));
         std::fs::write(&path, &good).unwrap();
-        rewrite(&path, |bytes| bytes[24..28].copy_from_slice(&16919u32.to_le_bytes()));
+        rewrite(&path, |bytes| bytes[HEADER..HEADER + 4].copy_from_slice(&16919u32.to_le_bytes()));
         let why = engine.restore(&path).err().unwrap().to_string();
         assert!(why.contains("s.kv: token 16919 isn't in the vocabulary of 3072"), "{why}");
+    }
+
+    #[test]
+    fn what_was_written_last_is_saved_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.kv");
+        let engine = saved(&path);
+        let mut session = engine.restore(&path).unwrap();
+        let params = GenerationParams { n_predict: Some(3), ignore_eos: true, ..GenerationParams::default() };
+        let mut g = Generation::new(&mut session, params).unwrap();
+        while g.next().unwrap().is_some() {}
+        assert_eq!((session.tokens().len(), session.n_computed()), (6, 5));
+        session.save(&path).unwrap();
+        let text = session.tokens().to_vec();
+        session.free_kv();
+        let mut back = engine.restore(&path).unwrap();
+        assert_eq!(back.tokens(), text);
+        back.feed(&[7], &mut |_| true).unwrap();
+        let (tokens, logits) = (back.tokens().to_vec(), back.logits().to_vec());
+        drop(back);
+        let mut anew = engine.session();
+        anew.feed(&[&text[..], &[7]].concat(), &mut |_| true).unwrap();
+        assert!(tokens == anew.tokens() && logits == anew.logits());
     }
 
     /// Their KV caches have as many bytes; with some of them the model would go on, and say something else.
@@ -230,7 +259,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s.kv");
         let engine = saved(&path);
-        rewrite(&path, |bytes| bytes[24 + 12..].fill(0xff));
+        rewrite(&path, |bytes| bytes[HEADER + 12..].fill(0xff));
         let mut session = engine.restore(&path).unwrap();
         session.feed(&[7], &mut |_| true).unwrap();
         let error = Generation::new(&mut session, GenerationParams::default()).unwrap().next().unwrap_err().to_string();

@@ -250,7 +250,7 @@ impl Scheduler {
         let pool = self.running[0].session.kv().pool().clone();
         let views: Vec<Running> = self.running.iter().map(Sequence::view).collect();
         // The budget, and with it the room for activations, may change between two steps.
-        let max_tokens = self.running[0].session.engine().budget().chunk.max(1);
+        let max_tokens = self.running[0].session.engine().chunk_now(self.running.len());
         let step = plan::step(&views, pool.n_free() + self.prefixes.n_idle(), max_tokens);
         while self.running.len() > step.n_tokens.len() {
             self.preempt();
