@@ -256,18 +256,10 @@ impl Engine {
         &self.0.gguf
     }
 
-    /// Weight bytes that one token must read: every matrix once, of the experts those that are used, of the embedding
-    /// a row.
+    /// Weight bytes that one token must read: every matrix once, of the experts those that are used. Its row of the embedding isn't counted.
     pub fn active_bytes(&self) -> u64 {
-        let c = self.config();
-        let tied = self.gguf().tensor("output.weight").is_none();
-        let (n, used) = c.moe.as_ref().map_or((1, 1), |m| (m.router.n_expert as u64, m.router.n_expert_used as u64));
-        let each = self.gguf().tensors().iter().map(|t| match &*t.name {
-            "token_embd.weight" if !tied => t.n_bytes / t.n_rows().max(1),
-            name if name.contains("_exps.") => t.n_bytes * used / n,
-            _ => t.n_bytes,
-        });
-        each.sum()
+        let (n, used) = outline::n_experts(self.config());
+        outline::active(self.gguf(), n, used).iter().map(|a| a.bytes).sum()
     }
 
     /// The model's tokeniser.
