@@ -125,7 +125,7 @@ impl Budget {
 
 /// Blocks of the KV cache by which it is given room: slots leave some at a time, not one with every few tokens.
 const KV_STEP: usize = 4;
-/// Passes in a row that needed a quarter of the buffers before these are given up. A prompt's last, short block isn't the
+/// Passes in a row that needed a quarter of the buffers, or of the KV cache's touched blocks, before the rest is given up. A prompt's last, short block isn't the
 /// beginning of an answer's end.
 const CALM_PASSES: usize = 8;
 
@@ -139,6 +139,8 @@ pub(super) struct Room {
     n_tokens: usize,
     /// The largest of the last passes that needed far less, and how many they were.
     calm: (usize, usize),
+    /// Likewise, of the blocks of the KV cache that were held.
+    kv_calm: (usize, usize),
 }
 
 /// What changes before a pass.
@@ -148,12 +150,14 @@ pub(super) struct Moves {
     pub slots: u64,
     /// The buffers are to be given back first.
     pub drop_buffers: bool,
+    /// So many blocks of the KV cache keep their memory, if free ones are to give it back first.
+    pub keep_kv: Option<usize>,
 }
 
 impl Room {
     /// For an empty KV cache and blocks of one token.
     pub fn new(needs: Needs) -> Self {
-        Room { needs, kv_blocks: 0, n_tokens: 1, calm: (0, 0) }
+        Room { needs, kv_blocks: 0, n_tokens: 1, calm: (0, 0), kv_calm: (0, 0) }
     }
 
     /// Tokens of a block all of whose logits are wanted: so many that these, here and in their session, take no more room than
@@ -205,9 +209,28 @@ impl Room {
         (self.n_tokens, self.calm) = (1, (0, 0));
     }
 
-    /// A pass of `n_tokens` comes, for which the KV cache will hold `kv_blocks`. `None` if everything can stay.
-    pub fn before_pass(&mut self, budget: &Budget, n_tokens: usize, kv_blocks: usize) -> Option<Moves> {
+    /// The KV cache holds `held` of the blocks that it has touched: how many of these to keep, where far fewer were held in the last passes.
+    fn kv_to_keep(&mut self, touched: usize, held: usize) -> Option<usize> {
+        if held > touched / 4 {
+            self.kv_calm = (0, 0);
+            return None;
+        }
+        self.kv_calm = (self.kv_calm.0.max(held), self.kv_calm.1 + 1);
+        if self.kv_calm.1 < CALM_PASSES {
+            return None;
+        }
+        let keep = std::mem::take(&mut self.kv_calm).0.next_multiple_of(KV_STEP);
+        (keep < touched).then_some(keep)
+    }
+
+    /// A pass of `n_tokens` comes, for which the KV cache will hold `held` of the `kv_blocks` that it has touched. `None` if everything can
+    /// stay.
+    pub fn before_pass(&mut self, budget: &Budget, n_tokens: usize, kv_blocks: usize, held: usize) -> Option<Moves> {
         let before = self.slots(budget);
+        // Where everything has a slot, nobody needs the memory of free blocks.
+        let keep_kv = if before < self.needs.all_slots { self.kv_to_keep(kv_blocks, held) } else { None };
+        self.kv_blocks = keep_kv.unwrap_or(self.kv_blocks);
+        let kv_blocks = keep_kv.unwrap_or(kv_blocks);
         self.kv_blocks = self.kv_blocks.max(kv_blocks.next_multiple_of(KV_STEP));
         let mut drop_buffers = false;
         if n_tokens < self.n_tokens && self.slots_with(budget, self.kv_blocks, self.n_tokens).is_none() {
@@ -225,7 +248,7 @@ impl Room {
             }
         }
         let slots = self.slots(budget);
-        (slots != before || drop_buffers).then_some(Moves { slots, drop_buffers })
+        (slots != before || drop_buffers || keep_kv.is_some()).then_some(Moves { slots, drop_buffers, keep_kv })
     }
 }
 
@@ -253,18 +276,18 @@ mod tests {
         let slots = |kv: u64, tokens: u64| 10_000 - 1100 - kv - 10 - 10 * tokens;
         assert_eq!(room.slots(&budget), slots(0, 1));
         // A prompt of 100 tokens in two blocks, then an answer.
-        let moves = |slots, drop_buffers| Some(Moves { slots, drop_buffers });
-        assert_eq!(room.before_pass(&budget, 64, 1), moves(slots(400, 64), false));
-        assert_eq!(room.before_pass(&budget, 36, 2), None);
+        let moves = |slots, drop_buffers| Some(Moves { slots, drop_buffers, keep_kv: None });
+        assert_eq!(room.before_pass(&budget, 64, 1, 1), moves(slots(400, 64), false));
+        assert_eq!(room.before_pass(&budget, 36, 2, 2), None);
         for _ in 1..CALM_PASSES {
-            assert_eq!(room.before_pass(&budget, 1, 2), None);
+            assert_eq!(room.before_pass(&budget, 1, 2, 2), None);
         }
-        assert_eq!(room.before_pass(&budget, 1, 2), moves(slots(400, 1), true));
-        assert_eq!(room.before_pass(&budget, 1, 4), None);
-        assert_eq!(room.before_pass(&budget, 1, 5), moves(slots(800, 1), false));
-        // What was touched stays touched; and full, nothing is left but what was promised.
-        assert_eq!(room.before_pass(&budget, 1, 1), None);
-        assert_eq!(room.before_pass(&budget, 64, 64), moves(budget.slots, false));
+        assert_eq!(room.before_pass(&budget, 1, 2, 2), moves(slots(400, 1), true));
+        assert_eq!(room.before_pass(&budget, 1, 4, 4), None);
+        assert_eq!(room.before_pass(&budget, 1, 5, 5), moves(slots(800, 1), false));
+        // What was touched stays touched for a while; and full, nothing is left but what was promised.
+        assert_eq!(room.before_pass(&budget, 1, 5, 1), None);
+        assert_eq!(room.before_pass(&budget, 64, 64, 64), moves(budget.slots, false));
     }
 
     #[test]
@@ -292,7 +315,7 @@ mod tests {
         while blocks < 64 {
             let n = room.chunk_now(&budget, |_| blocks + 1);
             blocks += 1;
-            if let Some(moves) = room.before_pass(&budget, n, blocks) {
+            if let Some(moves) = room.before_pass(&budget, n, blocks, blocks) {
                 held = if moves.drop_buffers { n } else { held.max(n) };
             }
             let kv = NEEDS.kv_block * blocks as u64;
@@ -331,7 +354,7 @@ mod tests {
         let budget = Budget::new(&NEEDS, &EngineOptions::default(), Memory::Bytes(NEEDS.no_reads())).unwrap();
         let mut room = Room::new(NEEDS);
         for (n_tokens, kv) in [(1, 1), (64, 9), (1, 64), (1, 64), (3, 64)].into_iter().cycle().take(100) {
-            assert_eq!(room.before_pass(&budget, n_tokens, kv), None);
+            assert_eq!(room.before_pass(&budget, n_tokens, kv, kv), None);
         }
         assert_eq!(room.slots(&budget), NEEDS.all_slots);
     }

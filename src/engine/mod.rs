@@ -328,7 +328,11 @@ impl Engine {
         let e = &*self.0;
         let Some(store) = e.store.as_ref().filter(|_| e.options.expert_bytes.is_none()) else { return };
         let mut room = e.room.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(moves) = room.before_pass(&self.budget(), n_tokens, e.kv.n_touched()) {
+        let held = e.kv.n_blocks() - e.kv.n_free();
+        if let Some(moves) = room.before_pass(&self.budget(), n_tokens, e.kv.n_touched(), held) {
+            if let Some(n) = moves.keep_kv {
+                e.kv.discard_free(n.saturating_sub(held));
+            }
             if moves.drop_buffers {
                 *buffers = Buffers::default();
             }

@@ -296,4 +296,28 @@ mod tests {
         other.feed(&text(500), &mut |_| true).unwrap();
         assert!(session.logits() == other.logits());
     }
+
+    #[test]
+    fn slots_get_the_kv_cache_s_memory_back_when_it_is_free() {
+        let o = EngineOptions { n_ctx: Some(1024), n_sessions: 8, chunk: 64, ..EngineOptions::default() };
+        let least = engine(o.clone()).budget().least;
+        let engine = engine(EngineOptions { memory: Memory::Bytes(least + (4 << 20)), ..o });
+        let n_slots = || engine.n_slots().unwrap().0;
+        let mut first = engine.session();
+        first.feed(&text(10), &mut |_| true).unwrap();
+        write(&mut first, 20);
+        let free = n_slots();
+        let mut many: Vec<Session> = (0..7).map(|_| engine.session()).collect();
+        many.iter_mut().for_each(|s| assert_eq!(s.feed(&text(1000), &mut |_| true).unwrap(), 1000));
+        assert!(n_slots() < free, "{} of {free}", n_slots());
+        drop(many);
+        write(&mut first, 30);
+        assert_eq!(n_slots(), free);
+        many = vec![engine.session()];
+        many[0].feed(&text(1000), &mut |_| true).unwrap();
+        let again = many[0].logits().to_vec();
+        many[0].truncate(0);
+        many[0].feed(&text(1000), &mut |_| true).unwrap();
+        assert!(again == many[0].logits(), "memory that was given back is used again");
+    }
 }
