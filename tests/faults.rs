@@ -109,7 +109,7 @@ fn a_disk_that_stalls_for_seconds_is_waited_for() {
     });
     assert!(began.elapsed() >= stall, "it went on in {:?}", began.elapsed());
     assert_eq!(session.tokens(), want);
-    assert!(engine.account().decode.store.stall_ns > 2_000_000_000, "the account says what was waited for");
+    assert!(engine.account().store().stall_ns > 2_000_000_000, "the account says what was waited for");
 }
 
 /// The program, its answer cut off by the disk: what it wrote is the beginning of the right answer.
