@@ -11,7 +11,7 @@ mod shared;
 use clap::Parser;
 use common::llama::{self, Kv, Mode, Model, Options};
 use oncall::cpu::Isa;
-use oncall::engine::{Engine, EngineOptions, Memory};
+use oncall::engine::{Engine, EngineOptions, Input, Memory, Want};
 use serde::{Deserialize, Serialize};
 use shared::{in_group, median, model, run_in_group};
 use std::path::{Path, PathBuf};
@@ -161,7 +161,10 @@ fn ours(a: &Args) -> Run {
     session.feed(&tokens[..a.prompt], &mut |_| true).expect("a prompt");
     let prefill = a.prompt as f64 / began.elapsed().as_secs_f64();
     let began = Instant::now();
-    tokens[a.prompt..].iter().for_each(|&t| session.feed(&[t], &mut |_| true).expect("a token"));
+    for token in tokens[a.prompt..].chunks(1) {
+        let input = Input { session: &mut session, tokens: token, written: true, want: Want::Last };
+        engine.forward(&mut [input]).expect("a token");
+    }
     let decode = a.predict as f64 / began.elapsed().as_secs_f64();
     let phase = engine.account().decode;
     Run {

@@ -111,7 +111,7 @@ fn a_disk_that_stalls_for_seconds_is_waited_for() {
     });
     assert!(began.elapsed() >= stall, "it went on in {:?}", began.elapsed());
     assert_eq!(session.tokens(), want);
-    assert!(engine.account().decode.store.stall_ns > 2_000_000_000, "the account says what was waited for");
+    assert!(engine.account().store().stall_ns > 2_000_000_000, "the account says what was waited for");
 }
 
 /// A disk that doesn't answer holds up nobody who wants to stop, in a prompt or at a token, and the account says what was waited for.

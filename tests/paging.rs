@@ -284,13 +284,12 @@ fn loading_and_every_pass_can_be_stopped() {
     let engine = Engine::load(model(), &o, &|_, _| ()).unwrap();
     stop.store(true, SeqCst);
     let mut session = engine.session();
-    session.feed(&[5, 6, 7], &mut |_| panic!("no block was done")).unwrap();
-    assert_eq!(session.tokens().len(), 0);
-    session.feed(&[5], &mut |_| panic!("no token was done")).unwrap();
+    assert_eq!(session.feed(&[5, 6, 7], &mut |_| panic!("no block was done")).unwrap(), 0);
+    assert_eq!(session.feed(&[5], &mut |_| panic!("it is read, not written")).unwrap(), 0);
     assert_eq!(session.tokens().len(), 0);
     stop.store(false, SeqCst);
-    session.feed(&[5, 6], &mut |_| true).unwrap();
-    session.feed(&[7], &mut |_| true).unwrap();
+    assert_eq!(session.feed(&[5, 6], &mut |_| true).unwrap(), 2);
+    assert_eq!(session.feed(&[7], &mut |_| true).unwrap(), 1);
     assert_eq!(session.tokens(), [5, 6, 7]);
 }
 
@@ -346,8 +345,8 @@ fn what_is_given_up_is_counted() {
     let run = |o: &EngineOptions| {
         let engine = Engine::load(model(), o, &|_, _| ()).unwrap();
         let mut session = engine.session();
-        text.iter().for_each(|&t| session.feed(&[t], &mut |_| true).unwrap());
-        engine.account().decode.store
+        text.iter().for_each(|&t| assert_eq!(session.feed(&[t], &mut |_| true).unwrap(), 1));
+        engine.account().prefill.store
     };
     let exact = run(&base);
     assert_eq!((exact.dropped, exact.replaced), (0, 0));

@@ -220,20 +220,14 @@ pub(super) fn read_line(input: &mut impl BufRead, number: &mut u64) -> std::io::
 
 /// The id of a request's result, made from its line: the same in every run, and another one when the request was changed.
 pub(super) fn id_of(line: &[u8]) -> String {
-    format!("batch_req_{:016x}", hash(text_of(line)))
+    format!("batch_req_{:016x}", Fnv::of(text_of(line)))
 }
 
 /// The id of a result for a line that has no `custom_id` of its own: of its number, and of its bytes, so that it's another when the
 /// line was edited.
 pub(super) fn id_of_line(line: &Line) -> String {
     let bytes = line.bytes.as_deref().map_or(&b""[..], text_of);
-    format!("batch_line_{}_{:016x}", line.number, hash(bytes))
-}
-
-fn hash(bytes: &[u8]) -> u64 {
-    let mut h = Fnv::default();
-    h.write(bytes);
-    h.finish()
+    format!("batch_line_{}_{:016x}", line.number, Fnv::of(bytes))
 }
 
 #[cfg(test)]

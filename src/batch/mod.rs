@@ -10,6 +10,7 @@ mod output;
 mod request;
 mod run;
 
+use crate::gguf::Fnv;
 use std::path::PathBuf;
 
 pub use run::{Figures, Job, run};
@@ -140,23 +141,4 @@ fn nor(n: usize) -> String {
 /// A line without white space around it, and without the mark that some editors put before the first.
 fn text_of(line: &[u8]) -> &[u8] {
     line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line).trim_ascii()
-}
-
-/// FNV-1a: the same in every run and version, which the standard library's hasher isn't.
-struct Fnv(u64);
-
-impl Default for Fnv {
-    fn default() -> Self {
-        Fnv(0xcbf2_9ce4_8422_2325)
-    }
-}
-
-impl Fnv {
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|&b| self.0 = (self.0 ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
 }

@@ -319,9 +319,7 @@ impl Run<'_> {
             return self.refuse_line(line, &Refused::new("duplicate_custom_id", why));
         }
         let chat = request::is_chat(&fields);
-        let mut seed = Fnv::default();
-        seed.write(custom_id.as_bytes());
-        let asked = request::asked(fields, seed.finish()).and_then(|a| Ok((self.prompts(&a)?, a)));
+        let asked = request::asked(fields, Fnv::of(custom_id.as_bytes())).and_then(|a| Ok((self.prompts(&a)?, a)));
         match asked {
             Ok((prompts, asked)) => {
                 self.in_flight.insert(line.number, self.in_flight(id, custom_id, chat, asked, prompts));

@@ -3,7 +3,7 @@
 use super::args::ModelArgs;
 use super::figures::{Held, losses};
 use super::{Failure, output};
-use crate::engine::{Engine, EngineError, Session};
+use crate::engine::{Engine, EngineError, Input, Session, Want};
 use crate::gguf::printable;
 use crate::moe::Losses;
 use clap::Args;
@@ -194,13 +194,14 @@ fn read(session: &mut Session, n: usize) -> Result<f64, EngineError> {
 
 /// The context isn't read anew for each run.
 fn write(session: &mut Session, n: usize, depth: usize) -> Result<f64, EngineError> {
-    let tokens = tokens(session.engine(), depth + n);
+    let engine = session.engine().clone();
+    let tokens = tokens(&engine, depth + n);
     session.truncate(depth);
     let held = session.tokens().len();
     session.feed(&tokens[held..depth], &mut |_| !output::stopped())?;
     let began = Instant::now();
     for t in tokens[depth..].iter().take_while(|_| !output::stopped()) {
-        session.feed(&[*t], &mut |_| true)?;
+        engine.forward(&mut [Input { session, tokens: &[*t], written: true, want: Want::Last }])?;
     }
     Ok(began.elapsed().as_secs_f64())
 }

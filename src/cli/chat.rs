@@ -44,10 +44,8 @@ struct Chat {
     engine: Engine,
     session: Session,
     template: Option<ChatTemplate>,
-    /// What was said, for the template.
+    /// What was said, for the template; without one the session's tokens are all there is.
     messages: Vec<Message>,
-    /// What was said, where there is no template.
-    said: Vec<u32>,
     /// What the engine did up to the last figures.
     told: Account,
     sampling: SamplingArgs,
@@ -62,8 +60,7 @@ pub(super) fn run(a: ChatArgs) -> Result<(), Failure> {
     }
     let messages = a.system.iter().map(|s| Message::new("system", s.as_str())).collect();
     let session = engine.session();
-    let mut chat =
-        Chat { engine, session, template, messages, said: Vec::new(), told: Account::default(), sampling: a.sampling };
+    let mut chat = Chat { engine, session, template, messages, told: Account::default(), sampling: a.sampling };
     if let Some(message) = piped {
         chat.turn(&message, &mut output::text)?;
         return if output::stopped() { Err(Failure::interrupted()) } else { Ok(()) };
@@ -122,7 +119,8 @@ impl Chat {
 
     /// Sends a message and prints the answer. If that fails, or is stopped before anything was answered, the message is taken back.
     fn turn(&mut self, message: &str, print: &mut dyn FnMut(&str) -> Result<(), Failure>) -> Result<(), Failure> {
-        let mut tokens = self.said.clone();
+        let before = self.session.tokens().len();
+        let mut tokens = self.session.tokens().to_vec();
         if let Some(t) = &self.template {
             self.messages.push(Message::new("user", message));
             tokens = match self.engine.chat_tokens(t, &self.messages) {
@@ -135,13 +133,12 @@ impl Chat {
         } else {
             tokens.extend(self.engine.tokenizer().encode(message, tokens.is_empty(), false));
         }
-        let (mut text, mut written) = (String::new(), Vec::new());
+        let mut text = String::new();
         let params = self.sampling.params();
         let checked = self.session.check(&params).map_err(Failure::from);
         let result = checked.and_then(|()| {
             answer(&mut self.session, &tokens, &params, &mut self.told, &mut |piece| {
                 text.push_str(&piece.text);
-                written.extend(piece.token);
                 print(&piece.text)
             })
         });
@@ -149,11 +146,8 @@ impl Chat {
         match (&self.template, nothing) {
             (Some(_), true) => drop(self.messages.pop()),
             (Some(_), false) => self.messages.push(Message::new("assistant", text)),
-            (None, true) => {}
-            (None, false) => {
-                tokens.extend(written);
-                self.said = tokens;
-            }
+            (None, true) => self.session.truncate(before),
+            (None, false) => {}
         }
         let figures = result?;
         print("\n")?;
@@ -174,7 +168,6 @@ impl Chat {
             "help" | "?" => Ok(HELP.trim_end().into()),
             "clear" => {
                 self.messages.retain(|m| m.role == "system");
-                self.said.clear();
                 self.session.truncate(0);
                 Ok("forgotten".into())
             }
@@ -210,13 +203,6 @@ impl Chat {
 
     /// The conversation as JSON, and beside it what the model has computed of it, so that loading costs nothing.
     fn save(&mut self, path: &Path) -> Result<(), String> {
-        if self.template.is_none() {
-            // The session is all that is saved, and the last tokens aren't in it yet.
-            self.session.feed_from_common(&self.said, &mut |_| !output::stopped()).map_err(|e| e.to_string())?;
-            if self.session.tokens().len() < self.said.len() {
-                return Err("it was stopped while the end of the conversation was read".into());
-            }
-        }
         let text = serde_json::to_string_pretty(&self.messages).map_err(|e| e.to_string())?;
         let write = || -> Result<(), WriteError> {
             let mut file = PartFile::replace(path)?;
@@ -230,6 +216,8 @@ impl Chat {
     fn load(&mut self, path: &Path) -> Result<(), String> {
         let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
         let messages: Vec<Message> = serde_json::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?;
+        // The pool has blocks for one context. If this fails, the tokens are there still, to be computed again.
+        self.session.free_kv();
         match self.engine.restore(&path.with_added_extension("kv")) {
             Ok(session) => self.session = session,
             // The messages are enough where the model's chat template makes the tokens anew.
@@ -240,7 +228,6 @@ impl Chat {
             }
         }
         self.messages = messages;
-        self.said = if self.template.is_none() { self.session.tokens().to_vec() } else { Vec::new() };
         Ok(())
     }
 }
@@ -317,26 +304,21 @@ mod tests {
             engine,
             template: None,
             messages: Vec::new(),
-            said: Vec::new(),
             told: Account::default(),
             sampling,
         }
     }
 
-    /// The last token of an answer isn't in the session, and a failed turn may have left part of its message there.
     #[test]
     fn a_chat_without_a_template_goes_on_from_what_was_said() {
         let mut chat = without_template();
         chat.turn("Once upon a time", &mut |_| Ok(())).unwrap();
-        let first = chat.said.clone();
+        let first = chat.session.tokens().to_vec();
         assert_eq!(first.len(), chat.engine.tokenizer().encode("Once upon a time", true, false).len() + 5);
         assert!(chat.turn(&"and on ".repeat(100), &mut |_| Ok(())).is_err(), "it doesn't fit into the context");
-        assert_eq!(chat.said, first);
-        // What the disk's failing in the middle of a message leaves.
-        chat.session.feed(&[1, 2, 3], &mut |_| true).unwrap();
+        assert_eq!(chat.session.tokens(), first);
         chat.turn(" and", &mut |_| Ok(())).unwrap();
-        assert_eq!(chat.said[..first.len()], first);
-        assert_eq!(chat.session.tokens(), &chat.said[..chat.said.len() - 1]);
+        assert_eq!(chat.session.tokens()[..first.len()], first);
     }
 
     #[test]
@@ -378,16 +360,22 @@ mod tests {
         assert!(chat.messages.is_empty());
     }
 
+    /// The pool has blocks for one context, of which the conversation takes more than half.
     #[test]
     fn a_saved_chat_without_a_template_has_the_last_token_too() {
         let mut chat = without_template();
-        chat.turn("Once upon a time", &mut |_| Ok(())).unwrap();
+        chat.turn(&"Once upon a time ".repeat(10), &mut |_| Ok(())).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("chat.json");
         chat.save(&file).unwrap();
-        let said = std::mem::take(&mut chat.said);
-        chat.session.truncate(0);
+        let said = chat.session.tokens().to_vec();
         chat.load(&file).unwrap();
-        assert_eq!(chat.said, said);
+        assert_eq!(chat.session.tokens(), said);
+        assert_eq!(chat.session.n_computed(), said.len() - 1, "nothing is read again");
+        std::fs::write(dir.path().join("chat.json.kv"), "damaged").unwrap();
+        assert!(chat.load(&file).is_err());
+        assert_eq!(chat.session.tokens(), said, "nothing is lost");
+        chat.turn(" and", &mut |_| Ok(())).unwrap();
+        assert_eq!(chat.session.tokens()[..said.len()], said);
     }
 }

@@ -1,6 +1,7 @@
 //! What a run did, how fast, and where its time went: a line, a table, or fields of a JSON object.
 
 use super::output;
+use crate::cpu::memory;
 use crate::engine::{Account, Budget, Engine, Finish, Phase};
 use crate::moe::Losses;
 use serde::Serialize;
@@ -60,7 +61,7 @@ impl Held {
             text +=
                 &format!("; {slots} of {all} experts have a slot now, {least} of slots stay when the context is full");
         }
-        Some(text + &format!("; prompts are read {} at a time", output::counted(b.chunk, "token")))
+        Some(text + &format!("; prompts are read at least {} at a time", output::counted(b.chunk, "token")))
     }
 }
 
@@ -84,14 +85,8 @@ pub(super) struct ProcessFigures {
 
 impl ProcessFigures {
     pub fn now() -> Self {
-        ProcessFigures { peak_memory: output::peak_memory(), major_faults: major_faults() }
+        ProcessFigures { peak_memory: memory::peak(), major_faults: memory::major_faults() }
     }
-}
-
-/// The 12th field of `/proc/self/stat`, counted behind the program's name, which may hold anything.
-fn major_faults() -> Option<u64> {
-    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    stat.rsplit_once(')')?.1.split_whitespace().nth(9)?.parse().ok()
 }
 
 impl Figures {

@@ -161,7 +161,7 @@ fn write(
     each: &mut dyn FnMut(&Piece) -> Result<(), Failure>,
     figures: &mut Figures,
 ) -> Result<(), Failure> {
-    let before = session.tokens().len();
+    let before = session.n_computed();
     let mut g = Generation::new(session, params.clone())?;
     let mut spent = Duration::ZERO;
     while !output::stopped() {
@@ -177,6 +177,6 @@ fn write(
         each(&piece)?;
     }
     (figures.n_written, figures.decode_s, figures.finish) = (g.n_written(), spent.as_secs_f64(), g.finish());
-    figures.n_decoded = session.tokens().len() - before;
+    figures.n_decoded = session.n_computed() - before;
     Ok(())
 }

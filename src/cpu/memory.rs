@@ -48,6 +48,20 @@ pub fn resident() -> Option<u64> {
     Some(statm.split_whitespace().nth(1)?.parse::<u64>().ok()? * rustix::param::page_size() as u64)
 }
 
+/// The most bytes of memory that this process has held; `None` where the system doesn't say.
+pub fn peak() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+/// This process's page faults that had to read from a disk; `None` where the system doesn't say.
+pub fn major_faults() -> Option<u64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The 12th field, counted behind the program's name, which may hold anything.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(9)?.parse().ok()
+}
+
 fn mem_available(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
@@ -163,5 +177,6 @@ mod tests {
     #[cfg(target_os = "linux")]
     fn this_machine_has_some() {
         assert!(available().unwrap() > 1 << 20);
+        assert!(peak().unwrap() >= resident().unwrap() / 2 && major_faults().is_some());
     }
 }

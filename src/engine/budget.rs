@@ -39,7 +39,7 @@ pub struct Budget {
     pub base: u64,
     /// Slots for experts when the KV cache is full and the longest block of tokens is in the buffers; until then they have more.
     pub slots: u64,
-    /// Tokens of a prompt that go through the layers together.
+    /// Tokens of a prompt that go through the layers together when the KV cache is full; until then they may be more.
     pub chunk: usize,
     /// The smallest budget that works.
     pub least: u64,
@@ -125,7 +125,7 @@ impl Budget {
 
 /// Blocks of the KV cache by which it is given room: slots leave some at a time, not one with every few tokens.
 const KV_STEP: usize = 4;
-/// Passes in a row that needed a quarter of the buffers before these are given up. A prompt's last, short block isn't the
+/// Passes in a row that needed a quarter of the buffers, or of the KV cache's touched blocks, before the rest is given up. A prompt's last, short block isn't the
 /// beginning of an answer's end.
 const CALM_PASSES: usize = 8;
 
@@ -139,6 +139,8 @@ pub(super) struct Room {
     n_tokens: usize,
     /// The largest of the last passes that needed far less, and how many they were.
     calm: (usize, usize),
+    /// Likewise, of the blocks of the KV cache that were held.
+    kv_calm: (usize, usize),
 }
 
 /// What changes before a pass.
@@ -148,12 +150,14 @@ pub(super) struct Moves {
     pub slots: u64,
     /// The buffers are to be given back first.
     pub drop_buffers: bool,
+    /// So many blocks of the KV cache keep their memory, if free ones are to give it back first.
+    pub keep_kv: Option<usize>,
 }
 
 impl Room {
     /// For an empty KV cache and blocks of one token.
     pub fn new(needs: Needs) -> Self {
-        Room { needs, kv_blocks: 0, n_tokens: 1, calm: (0, 0) }
+        Room { needs, kv_blocks: 0, n_tokens: 1, calm: (0, 0), kv_calm: (0, 0) }
     }
 
     /// Tokens of a block all of whose logits are wanted: so many that these, here and in their session, take no more room than
@@ -175,17 +179,65 @@ impl Room {
 
     /// Bytes of slots as things are.
     pub fn slots(&self, budget: &Budget) -> u64 {
-        let now = self.needs.slots_now(budget.bytes.unwrap_or(u64::MAX), self.kv_blocks as u64, self.n_tokens);
-        now.unwrap_or(budget.slots)
+        self.slots_with(budget, self.kv_blocks, self.n_tokens).unwrap_or(self.needs.least_slots.min(budget.slots))
     }
 
-    /// A pass of `n_tokens` comes, for which the KV cache will hold `kv_blocks`. `None` if everything can stay.
-    pub fn before_pass(&mut self, budget: &Budget, n_tokens: usize, kv_blocks: usize) -> Option<Moves> {
+    /// Bytes of slots beside so many blocks of the KV cache and buffers for so many tokens; `None` if the least don't fit.
+    fn slots_with(&self, budget: &Budget, kv_blocks: usize, n_tokens: usize) -> Option<u64> {
+        self.needs.slots_now(budget.bytes.unwrap_or(u64::MAX), kv_blocks as u64, n_tokens)
+    }
+
+    /// Tokens that the buffers get room for with a block of so many.
+    fn with_room(budget: &Budget, n_tokens: usize) -> usize {
+        n_tokens.next_power_of_two().min(budget.chunk.max(n_tokens))
+    }
+
+    /// Tokens of the longest block that fits now. `kv_blocks` are those that the KV cache will have touched with a block of so many.
+    pub fn chunk_now(&self, budget: &Budget, kv_blocks: impl Fn(usize) -> usize) -> usize {
+        let fits = |n: usize| {
+            let kv_blocks = self.kv_blocks.max(kv_blocks(n).next_multiple_of(KV_STEP));
+            self.slots_with(budget, kv_blocks, Self::with_room(budget, n)).is_some()
+        };
+        std::iter::successors(Some(self.needs.chunk), |n| Some(n / 2))
+            .take_while(|&n| n > budget.chunk)
+            .find(|&n| fits(n))
+            .unwrap_or(budget.chunk.max(1))
+    }
+
+    /// The buffers were given back.
+    pub fn buffers_dropped(&mut self) {
+        (self.n_tokens, self.calm) = (1, (0, 0));
+    }
+
+    /// The KV cache holds `held` of the blocks that it has touched: how many of these to keep, where far fewer were held in the last passes.
+    fn kv_to_keep(&mut self, touched: usize, held: usize) -> Option<usize> {
+        if held > touched / 4 {
+            self.kv_calm = (0, 0);
+            return None;
+        }
+        self.kv_calm = (self.kv_calm.0.max(held), self.kv_calm.1 + 1);
+        if self.kv_calm.1 < CALM_PASSES {
+            return None;
+        }
+        let keep = std::mem::take(&mut self.kv_calm).0.next_multiple_of(KV_STEP);
+        (keep < touched).then_some(keep)
+    }
+
+    /// A pass of `n_tokens` comes, for which the KV cache will hold `held` of the `kv_blocks` that it has touched. `None` if everything can
+    /// stay.
+    pub fn before_pass(&mut self, budget: &Budget, n_tokens: usize, kv_blocks: usize, held: usize) -> Option<Moves> {
         let before = self.slots(budget);
+        // Where everything has a slot, nobody needs the memory of free blocks.
+        let keep_kv = if before < self.needs.all_slots { self.kv_to_keep(kv_blocks, held) } else { None };
+        self.kv_blocks = keep_kv.unwrap_or(self.kv_blocks);
+        let kv_blocks = keep_kv.unwrap_or(kv_blocks);
         self.kv_blocks = self.kv_blocks.max(kv_blocks.next_multiple_of(KV_STEP));
         let mut drop_buffers = false;
-        if n_tokens > self.n_tokens {
-            (self.n_tokens, self.calm) = (n_tokens.next_power_of_two().min(budget.chunk.max(n_tokens)), (0, 0));
+        if n_tokens < self.n_tokens && self.slots_with(budget, self.kv_blocks, self.n_tokens).is_none() {
+            // A longer block had room when the KV cache was shorter.
+            (self.n_tokens, drop_buffers, self.calm) = (Self::with_room(budget, n_tokens), true, (0, 0));
+        } else if n_tokens > self.n_tokens {
+            (self.n_tokens, self.calm) = (Self::with_room(budget, n_tokens), (0, 0));
         } else if n_tokens > self.n_tokens / 4 {
             self.calm = (0, 0);
         } else {
@@ -196,7 +248,7 @@ impl Room {
             }
         }
         let slots = self.slots(budget);
-        (slots != before || drop_buffers).then_some(Moves { slots, drop_buffers })
+        (slots != before || drop_buffers || keep_kv.is_some()).then_some(Moves { slots, drop_buffers, keep_kv })
     }
 }
 
@@ -224,18 +276,18 @@ mod tests {
         let slots = |kv: u64, tokens: u64| 10_000 - 1100 - kv - 10 - 10 * tokens;
         assert_eq!(room.slots(&budget), slots(0, 1));
         // A prompt of 100 tokens in two blocks, then an answer.
-        let moves = |slots, drop_buffers| Some(Moves { slots, drop_buffers });
-        assert_eq!(room.before_pass(&budget, 64, 1), moves(slots(400, 64), false));
-        assert_eq!(room.before_pass(&budget, 36, 2), None);
+        let moves = |slots, drop_buffers| Some(Moves { slots, drop_buffers, keep_kv: None });
+        assert_eq!(room.before_pass(&budget, 64, 1, 1), moves(slots(400, 64), false));
+        assert_eq!(room.before_pass(&budget, 36, 2, 2), None);
         for _ in 1..CALM_PASSES {
-            assert_eq!(room.before_pass(&budget, 1, 2), None);
+            assert_eq!(room.before_pass(&budget, 1, 2, 2), None);
         }
-        assert_eq!(room.before_pass(&budget, 1, 2), moves(slots(400, 1), true));
-        assert_eq!(room.before_pass(&budget, 1, 4), None);
-        assert_eq!(room.before_pass(&budget, 1, 5), moves(slots(800, 1), false));
-        // What was touched stays touched; and full, nothing is left but what was promised.
-        assert_eq!(room.before_pass(&budget, 1, 1), None);
-        assert_eq!(room.before_pass(&budget, 64, 64), moves(budget.slots, false));
+        assert_eq!(room.before_pass(&budget, 1, 2, 2), moves(slots(400, 1), true));
+        assert_eq!(room.before_pass(&budget, 1, 4, 4), None);
+        assert_eq!(room.before_pass(&budget, 1, 5, 5), moves(slots(800, 1), false));
+        // What was touched stays touched for a while; and full, nothing is left but what was promised.
+        assert_eq!(room.before_pass(&budget, 1, 5, 1), None);
+        assert_eq!(room.before_pass(&budget, 64, 64, 64), moves(budget.slots, false));
     }
 
     #[test]
@@ -249,6 +301,30 @@ mod tests {
         let plenty =
             Budget::new(&NEEDS, &EngineOptions::default(), Memory::Bytes(NEEDS.no_reads() + 8000 * 64)).unwrap();
         assert_eq!(room.chunk_of_all_logits(&plenty, 1000), 64);
+    }
+
+    /// A full KV cache leaves room for blocks of 8 tokens, an empty one for 64: the blocks get shorter as it fills.
+    #[test]
+    fn a_block_is_as_long_as_what_the_kv_cache_has_not_touched_allows() {
+        let bytes = NEEDS.base + NEEDS.dense + NEEDS.kv + NEEDS.least_slots + NEEDS.buffers.of(8);
+        let budget = Budget::new(&NEEDS, &EngineOptions::default(), Memory::Bytes(bytes)).unwrap();
+        assert_eq!(budget.chunk, 8);
+        let mut room = Room::new(NEEDS);
+        let mut chunks = Vec::new();
+        let (mut blocks, mut held) = (0, 1);
+        while blocks < 64 {
+            let n = room.chunk_now(&budget, |_| blocks + 1);
+            blocks += 1;
+            if let Some(moves) = room.before_pass(&budget, n, blocks, blocks) {
+                held = if moves.drop_buffers { n } else { held.max(n) };
+            }
+            let kv = NEEDS.kv_block * blocks as u64;
+            let all = NEEDS.base + NEEDS.dense + kv + NEEDS.buffers.of(held) + room.slots(&budget);
+            assert!(room.slots(&budget) >= NEEDS.least_slots && all <= bytes, "{all} of {bytes} at {blocks} blocks");
+            chunks.push(n);
+        }
+        assert!(chunks.is_sorted_by(|a, b| a >= b), "{chunks:?}");
+        assert_eq!((chunks[0], chunks[63]), (64, 8));
     }
 
     /// Only what isn't done yet.
@@ -278,7 +354,7 @@ mod tests {
         let budget = Budget::new(&NEEDS, &EngineOptions::default(), Memory::Bytes(NEEDS.no_reads())).unwrap();
         let mut room = Room::new(NEEDS);
         for (n_tokens, kv) in [(1, 1), (64, 9), (1, 64), (1, 64), (3, 64)].into_iter().cycle().take(100) {
-            assert_eq!(room.before_pass(&budget, n_tokens, kv), None);
+            assert_eq!(room.before_pass(&budget, n_tokens, kv, kv), None);
         }
         assert_eq!(room.slots(&budget), NEEDS.all_slots);
     }

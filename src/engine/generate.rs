@@ -179,21 +179,19 @@ impl Writer {
 pub struct Generation<'s> {
     session: &'s mut Session,
     writer: Writer,
-    /// The last tokens, which aren't in the session yet.
-    pending: Vec<u32>,
 }
 
 impl<'s> Generation<'s> {
-    /// Writes on from the session's last token, whose logits must be there (see [`Session::feed`]).
+    /// Writes on from the session's last token, wherever that is: after a prompt that was stopped, from where it was stopped.
     ///
     /// # Errors
     /// A parameter out of its range; an empty session.
     pub fn new(session: &'s mut Session, params: GenerationParams) -> Result<Self, EngineError> {
-        if session.logits().is_empty() {
+        if session.tokens().is_empty() {
             return Err(EngineError::Empty);
         }
         let writer = Writer::new(session.engine(), params, session.tokens())?;
-        Ok(Generation { session, writer, pending: Vec::new() })
+        Ok(Generation { session, writer })
     }
 
     /// Why it ended, if it has.
@@ -211,13 +209,7 @@ impl<'s> Generation<'s> {
         self.writer.seed()
     }
 
-    /// The token written last, which isn't in the session yet, and those before it that a grammar left no choice about: a token is
-    /// handed out as soon as it's known, and computed when another has to be chosen. Who goes on from the session feeds them.
-    pub fn pending(&self) -> &[u32] {
-        &self.pending
-    }
-
-    /// The next token and its text; `None` when it is over.
+    /// The next token and its text; `None` when it is over. The token is then in the session.
     ///
     /// # Errors
     /// When the file can't be read or the logits aren't numbers. What was written before stays in the session.
@@ -226,15 +218,16 @@ impl<'s> Generation<'s> {
         if self.writer.finish().is_some() {
             return Ok(None);
         }
-        while !self.pending.is_empty() && !self.writer.knows_next() {
-            let n = self.session.feed_written(&self.pending)?;
-            self.pending.drain(..n);
+        if !self.writer.knows_next() {
+            self.session.compute_logits(self.writer.n_written() > 0)?;
         }
         let engine = self.session.engine().clone();
         let all = self.session.logits();
-        let last = &all[all.len() - engine.config().n_vocab..];
-        let piece = self.writer.next(&engine, last, self.session.tokens().len() + self.pending.len())?;
-        self.pending.extend(piece.as_ref().and_then(|p| p.token));
+        let last = &all[all.len().saturating_sub(engine.config().n_vocab)..];
+        let piece = self.writer.next(&engine, last, self.session.tokens().len())?;
+        if let Some(token) = piece.as_ref().and_then(|p| p.token) {
+            self.session.push(token);
+        }
         Ok(piece)
     }
 }

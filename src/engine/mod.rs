@@ -32,7 +32,7 @@ use crate::moe::recorder::Recorder;
 use crate::moe::trace::{self, TraceHeader};
 use crate::moe::{DiskSource, ExpertStore, StoreOptions, StoreStats};
 use crate::ops::attention::KvBatch;
-use crate::ops::kv::{KvPool, SeqKv};
+use crate::ops::kv::{KV_BLOCK, KvPool, SeqKv};
 use crate::session::grammar::{GrammarError, Grammars};
 use crate::session::tokenizer::Tokenizer;
 use std::path::{Path, PathBuf};
@@ -257,18 +257,10 @@ impl Engine {
         &self.0.gguf
     }
 
-    /// Weight bytes that one token must read: every matrix once, of the experts those that are used, of the embedding
-    /// a row.
+    /// Weight bytes that one token must read: every matrix once, of the experts those that are used. Its row of the embedding isn't counted.
     pub fn active_bytes(&self) -> u64 {
-        let c = self.config();
-        let tied = self.gguf().tensor("output.weight").is_none();
-        let (n, used) = c.moe.as_ref().map_or((1, 1), |m| (m.router.n_expert as u64, m.router.n_expert_used as u64));
-        let each = self.gguf().tensors().iter().map(|t| match &*t.name {
-            "token_embd.weight" if !tied => t.n_bytes / t.n_rows().max(1),
-            name if name.contains("_exps.") => t.n_bytes * used / n,
-            _ => t.n_bytes,
-        });
-        each.sum()
+        let (n, used) = outline::n_experts(self.config());
+        outline::active(self.gguf(), n, used).iter().map(|a| a.bytes).sum()
     }
 
     /// The model's tokeniser.
@@ -308,10 +300,11 @@ impl Engine {
     pub fn set_memory_budget(&self, memory: Memory) -> Result<Budget, EngineError> {
         let e = &*self.0;
         let mut buffers = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
-        let room = e.room.lock().unwrap_or_else(|e| e.into_inner());
+        let mut room = e.room.lock().unwrap_or_else(|e| e.into_inner());
         let budget = Budget::new(room.needs(), &e.options, memory)?;
         *self.0.budget.lock().unwrap_or_else(|e| e.into_inner()) = budget;
         *buffers = Buffers::default();
+        room.buffers_dropped();
         if let Some(store) = &e.store {
             store.resize(e.options.expert_bytes.unwrap_or_else(|| room.slots(&budget)));
         }
@@ -324,12 +317,28 @@ impl Engine {
         room.chunk_of_all_logits(&self.budget(), self.config().n_vocab)
     }
 
+    /// Tokens of the longest block, of this many sequences, for which there is room now.
+    fn chunk_now(&self, n_seqs: usize) -> usize {
+        let (e, budget) = (&*self.0, self.budget());
+        if e.store.is_none() || e.options.expert_bytes.is_some() {
+            return budget.chunk.max(1);
+        }
+        let used = e.kv.n_blocks() - e.kv.n_free();
+        // A sequence may open a block besides those that it fills, and copy a shared one.
+        let with = |n: usize| e.kv.n_touched().max(used + n.div_ceil(KV_BLOCK) + 2 * n_seqs).min(e.kv.n_blocks());
+        e.room.lock().unwrap_or_else(|e| e.into_inner()).chunk_now(&budget, with)
+    }
+
     /// Shares the memory out anew for a pass of `n_tokens` whose places in the KV cache are reserved.
     fn make_room(&self, buffers: &mut Buffers, n_tokens: usize) {
         let e = &*self.0;
         let Some(store) = e.store.as_ref().filter(|_| e.options.expert_bytes.is_none()) else { return };
         let mut room = e.room.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(moves) = room.before_pass(&self.budget(), n_tokens, e.kv.n_touched()) {
+        let held = e.kv.n_blocks() - e.kv.n_free();
+        if let Some(moves) = room.before_pass(&self.budget(), n_tokens, e.kv.n_touched(), held) {
+            if let Some(n) = moves.keep_kv {
+                e.kv.discard_free(n.saturating_sub(held));
+            }
             if moves.drop_buffers {
                 *buffers = Buffers::default();
             }
@@ -380,16 +389,19 @@ impl Engine {
     ///
     /// # Errors
     /// When a context is full, a token doesn't exist, a session is another engine's, the file can't be read, or
-    /// [`EngineOptions::stop`] is true. No session is changed then.
+    /// [`EngineOptions::stop`] is true. No session's tokens are changed then.
     pub fn forward(&self, inputs: &mut [Input<'_>]) -> Result<Duration, EngineError> {
         let e = &*self.0;
         let n_vocab = e.model.config.n_vocab;
         let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
-        for i in inputs.iter() {
+        for i in inputs.iter_mut() {
             if !Arc::ptr_eq(&i.session.engine().0, &self.0) {
                 return Err(EngineError::OtherEngine);
             }
             i.session.check_room(i.tokens.len())?;
+            i.session.catch_up(false)?;
+        }
+        for i in inputs.iter() {
             if let Some(&token) = i.tokens.iter().find(|&&t| t as usize >= n_vocab) {
                 return Err(EngineError::NoSuchToken { token, n_vocab });
             }

@@ -59,8 +59,7 @@ impl Outline {
         let of_model = |source| EngineError::Model { file: gguf.name().into(), source };
         let (model, dense) = arch::describe(gguf, Isa::get()?, o.n_expert_used).map_err(of_model)?;
         let n_ctx = o.n_ctx_of(&model.config);
-        let (n, used) =
-            model.config.moe.as_ref().map_or((1, 0), |m| (m.router.n_expert as u64, m.router.n_expert_used as u64));
+        let (n, used) = n_experts(&model.config);
         let block = KvPool::bytes_per_block(&model.kv_layers(), o.type_k, o.type_v).unwrap_or(usize::MAX) as u64;
         let experts: Vec<&Tensor> = gguf.tensors().iter().filter(|t| is_expert(t)).collect();
         let all: u64 = experts.iter().map(|t| t.n_bytes).sum();
@@ -126,8 +125,13 @@ pub(super) fn layer_bytes(gguf: &Gguf, n_layer: usize, n_expert: usize) -> Vec<(
     layers
 }
 
-/// What a token reads: every matrix once, of the experts those that are used, of the embedding a row.
-fn active(gguf: &Gguf, n: u64, used: u64) -> Vec<Active> {
+/// Experts in a layer, and those of them that a token uses.
+pub(super) fn n_experts(config: &Config) -> (u64, u64) {
+    config.moe.as_ref().map_or((1, 0), |m| (m.router.n_expert as u64, m.router.n_expert_used as u64))
+}
+
+/// What a token reads: every matrix once, of the experts those that are used. Its row of the embedding isn't counted.
+pub(super) fn active(gguf: &Gguf, n: u64, used: u64) -> Vec<Active> {
     let tied = gguf.tensor("output.weight").is_none();
     let mut formats: BTreeMap<u32, (u64, Active)> = BTreeMap::new();
     for t in gguf.tensors() {

@@ -2,7 +2,7 @@
 //!
 //! The file is a cache: safe to delete, replaced atomically, and refused when it isn't what it should be.
 
-use crate::gguf::{Gguf, PartFile, WriteError};
+use crate::gguf::{Fnv, Gguf, PartFile, WriteError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -49,7 +49,7 @@ impl Heat {
     fn parse(&self, bytes: &[u8]) -> io::Result<Heat> {
         let bad = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why.to_string());
         let (body, sum) = bytes.split_last_chunk::<8>().ok_or_else(|| bad("it is too short"))?;
-        if u64::from_le_bytes(*sum) != hash(HASH_START, body) {
+        if u64::from_le_bytes(*sum) != Fnv::of(body) {
             return Err(bad("its checksum is wrong"));
         }
         let values = body.strip_prefix(&self.header()[..]).ok_or_else(|| bad("it belongs to another model"))?;
@@ -82,7 +82,7 @@ impl Heat {
         regular(path).map_err(|e| WriteError::of(path, e))?;
         let mut bytes = self.header().to_vec();
         self.values.iter().for_each(|v| bytes.extend(v.to_le_bytes()));
-        bytes.extend(hash(HASH_START, &bytes).to_le_bytes());
+        bytes.extend(Fnv::of(&bytes).to_le_bytes());
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).map_err(|e| WriteError::of(folder, e))?;
         }
@@ -154,19 +154,14 @@ fn cache_folder(env: &dyn Fn(&str) -> Option<PathBuf>) -> Option<PathBuf> {
     base.map(|b| b.join("oncall"))
 }
 
-/// FNV-1a's offset basis.
-const HASH_START: u64 = 0xcbf2_9ce4_8422_2325;
-
-/// FNV-1a (Fowler, Noll, Vo), 64 bits: tells damage and other models apart, resists nobody.
-fn hash(start: u64, bytes: &[u8]) -> u64 {
-    bytes.iter().fold(start, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
-}
-
 /// What tells this model from others: its files' sizes, its metadata (of arrays their lengths), and every tensor's name,
 /// shape, format and place.
 pub fn identity(gguf: &Gguf) -> u64 {
-    let mut h = HASH_START;
-    let mut add = |text: &str| h = hash(hash(h, text.as_bytes()), &[0]);
+    let mut h = Fnv::default();
+    let mut add = |text: &str| {
+        h.write(text.as_bytes());
+        h.write(&[0]);
+    };
     for file in gguf.files() {
         add(&file.n_bytes().to_string());
     }
@@ -180,7 +175,7 @@ pub fn identity(gguf: &Gguf) -> u64 {
     for t in gguf.tensors() {
         add(&format!("{} {:?} {} {} {}", t.name, t.shape(), t.format.name, t.file, t.offset));
     }
-    h
+    h.finish()
 }
 
 #[cfg(test)]

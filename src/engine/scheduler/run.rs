@@ -263,7 +263,7 @@ impl Scheduler {
         let free = self.running[0].session.kv().pool().n_available();
         let views: Vec<Running> = self.running.iter().map(Sequence::view).collect();
         // The budget, and with it the room for activations, may change between two steps.
-        let max_tokens = self.running[0].session.engine().budget().chunk.max(1);
+        let max_tokens = self.running[0].session.engine().chunk_now(self.running.len());
         let n_tokens = plan::step(&views, free, max_tokens);
         while self.running.len() > n_tokens.len() {
             self.preempt();

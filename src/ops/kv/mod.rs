@@ -107,6 +107,8 @@ struct State {
     holders: Vec<Holders>,
     /// Used before, held by nobody; the last one is taken first, its memory being warm.
     free: Vec<u32>,
+    /// Held by nobody, as untouched ones: their memory was given back.
+    discarded: Vec<u32>,
     /// Blocks that are only kept.
     n_idle: usize,
 }
@@ -157,9 +159,27 @@ impl KvPool {
         self.lock().n_free(self.n_blocks)
     }
 
-    /// Blocks that were ever used: the memory that the pool really takes.
+    /// Blocks that were used since their memory was given back: what the pool really takes.
     pub fn n_touched(&self) -> usize {
-        self.lock().holders.len()
+        let state = self.lock();
+        state.holders.len() - state.discarded.len()
+    }
+
+    /// Gives back the memory of the blocks that no sequence holds, but for `keep` of them.
+    pub fn discard_free(&self, keep: usize) {
+        let (mut state, page) = (self.lock(), rustix::param::page_size());
+        let n = state.free.len().saturating_sub(keep);
+        let blocks: Vec<u32> = state.free.drain(..n).collect();
+        for at in blocks.iter().map(|&b| b as usize * self.layout.block_bytes) {
+            // A page at an end may be a neighbour's too.
+            let (start, end) = (at.next_multiple_of(page), (at + self.layout.block_bytes) / page * page);
+            if start < end {
+                // SAFETY: the pages are all of a block that nobody holds, or can take while the state is locked; whoever takes it
+                // writes a position before it's read.
+                unsafe { self.pages.discard(start..end) };
+            }
+        }
+        state.discarded.extend(blocks);
     }
 
     /// Bytes of a saved sequence of `len` positions.
@@ -202,7 +222,7 @@ impl KvPool {
 
 impl State {
     fn n_free(&self, n_blocks: usize) -> usize {
-        n_blocks - self.holders.len() + self.free.len()
+        n_blocks - self.holders.len() + self.free.len() + self.discarded.len()
     }
 
     /// Takes `n` blocks or none.
@@ -213,7 +233,7 @@ impl State {
         }
         let blocks: Vec<u32> = (0..n)
             .map(|_| {
-                self.free.pop().unwrap_or_else(|| {
+                self.free.pop().or_else(|| self.discarded.pop()).unwrap_or_else(|| {
                     self.holders.push(Holders::default());
                     self.holders.len() as u32 - 1
                 })

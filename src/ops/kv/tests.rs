@@ -269,3 +269,23 @@ fn a_block_of_tokens_has_sequences_of_one_pool() {
     let (one, other) = (pool(KvType::F16, 1), pool(KvType::F32, 1));
     drop(crate::ops::attention::KvBatch::new([(&mut SeqKv::new(&one), 1), (&mut SeqKv::new(&other), 1)]));
 }
+
+#[test]
+fn the_memory_of_free_blocks_can_be_given_back() {
+    let pool = KvPool::new(&LAYERS, KvType::F32, KvType::F32, 8).unwrap();
+    let (mut a, mut b) = (SeqKv::new(&pool), SeqKv::new(&pool));
+    append(&mut a, 3 * KV_BLOCK, 1).unwrap();
+    append(&mut b, KV_BLOCK, 2).unwrap();
+    let mut c = SeqKv::new(&pool);
+    append(&mut c, 2 * KV_BLOCK, 3).unwrap();
+    let kept = saved(&b);
+    drop((a, c));
+    assert_eq!((pool.n_touched(), pool.n_free()), (6, 7));
+    pool.discard_free(1);
+    assert_eq!((pool.n_touched(), pool.n_free()), (2, 7));
+    assert!(saved(&b) == kept, "its neighbours' memory is gone");
+    let mut d = SeqKv::new(&pool);
+    append(&mut d, 7 * KV_BLOCK, 4).unwrap();
+    assert_eq!((pool.n_touched(), pool.n_free()), (8, 0));
+    assert!(saved(&d) == expected(KvType::F32, &[(0, 7 * KV_BLOCK, 4)]) && saved(&b) == kept);
+}
