@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use super::job::{Act, Job, MAX_TOKENS};
 use super::layout::{Ahead, Block, Layout};
 use super::vector::Vector;
-use super::{Kernel, NO_SCALE, start};
+use super::{Kernel, NO_SCALE, for_each_tile, start};
 
 /// How the blocks of a format come apart in registers: 32 integers, less `ZERO`, times a scale, plus perhaps an offset.
 pub(crate) trait Block32: Layout {
@@ -189,32 +189,14 @@ impl<L: Block32> Blocks<L> {
             let next: [*const u8; R] =
                 std::array::from_fn(|r| job.w.wrapping_add(((g + r) * job.n_blocks + first + panel.len()) * bytes));
             let mut ahead = Ahead::new(next, panel.len() * bytes, job.x.len());
-            let (x, rest) = job.x.as_chunks::<N>();
-            let (a, acc) = acc.as_chunks_mut::<N>();
-            for (x, acc) in x.iter().zip(a) {
-                ahead.ask(v, N);
+            for_each_tile!(N, (job.x, acc), |x, acc| {
+                ahead.ask(v, x.len());
                 // SAFETY: the job's promise.
-                unsafe { Self::tile(v, panel, first, x, acc) };
-            }
-            let (x, rest) = rest.as_chunks::<2>();
-            let (a, acc) = acc.as_chunks_mut::<2>();
-            for (x, acc) in x.iter().zip(a) {
-                ahead.ask(v, 2);
-                // SAFETY: the job's promise.
-                unsafe { Self::tile(v, panel, first, x, acc) };
-            }
-            for (x, acc) in rest.iter().zip(acc) {
-                ahead.ask(v, 1);
-                // SAFETY: the job's promise.
-                unsafe { Self::tile(v, panel, first, &[*x], std::array::from_mut(acc)) };
-            }
+                unsafe { Self::tile(v, panel, first, x, acc) }
+            });
         }
-        for (t, acc) in acc.iter().enumerate() {
-            for r in 0..R {
-                // SAFETY: the job's promise.
-                unsafe { v.store_f32(job.out(t, (g + r) * V::LANES), acc[r]) };
-            }
-        }
+        // SAFETY: the job's promise.
+        unsafe { job.store(v, g, acc) };
     }
 }
 
@@ -239,10 +221,8 @@ impl<L: Block32> Kernel for Blocks<L> {
                     Self::step::<_, false, T, 1>(v, &[Self::open::<_, false>(v, b)], x, i, &mut acc);
                 }
             }
-            for t in 0..T {
-                // SAFETY: the job's promise: each token's row has room for the groups' rows.
-                unsafe { v.store_f32(job.out(t, g * V::LANES), acc[t][0]) };
-            }
+            // SAFETY: the job's promise: each token's row has room for the groups' rows.
+            unsafe { job.store(v, g, &acc) };
         }
     }
 

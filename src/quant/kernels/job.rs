@@ -36,12 +36,12 @@ impl Act {
     };
 }
 
-/// Which weights `gemv` asks for ahead of their use.
+/// Which weights `gemv` prefetches.
 #[derive(Clone, Copy)]
 pub(crate) struct Ask {
     /// Bytes from where it reads.
     pub ahead: usize,
-    /// Line `line` of each `n_lines`; other goes ask for the others.
+    /// Cache line `line` of each `n_lines`; other passes over the same weights prefetch the others.
     pub line: usize,
     pub n_lines: usize,
 }
@@ -63,13 +63,28 @@ pub(crate) struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// What `gemv` asks for. One go over the weights needn't, if it has few tokens.
+    /// What `gemv` prefetches: nothing if this is the only pass over the weights and has too few tokens, see
+    /// [`ASKS_FROM`](Vector::ASKS_FROM).
     #[inline(always)]
     pub fn ask<V: Vector>(&self) -> Option<Ask> {
         (self.x.len() >= V::ASKS_FROM? || self.ask.n_lines > 1).then_some(self.ask)
     }
 
-    /// Where the element of a token and of a row, counted from the first group's first, goes.
+    /// Stores the dot products of `R` groups from group `g` on, those of each token in an element of `acc`.
+    ///
+    /// # Safety
+    /// The job's promise, and these groups are within it.
+    #[inline(always)]
+    pub unsafe fn store<V: Vector, const R: usize>(&self, v: V, g: usize, acc: &[[V::F; R]]) {
+        for (t, acc) in acc.iter().enumerate() {
+            for r in 0..R {
+                // SAFETY: the caller's promise.
+                unsafe { v.store_f32(self.out(t, (g + r) * V::LANES), acc[r]) };
+            }
+        }
+    }
+
+    /// The place of a token's and a row's element; rows count from the first group's first.
     ///
     /// # Safety
     /// Both are within the job.

@@ -57,7 +57,7 @@ impl<V: Vector, L: Layout> Block<V, L> {
         Self { v, at, layout: PhantomData }
     }
 
-    /// Asks for part `part` of `n_parts` of the bytes that come some way after these, a cache line at a time.
+    /// Prefetches part `part` of `n_parts` of as many bytes as these, `ask.ahead` bytes after them.
     #[inline(always)]
     pub(super) fn prefetch(self, ask: Option<Ask>, part: usize, n_parts: usize) {
         let Some(ask) = ask else { return };
@@ -118,13 +118,13 @@ impl<V: Vector, L: Layout> Block<V, L> {
     }
 }
 
-/// Weights that will be wanted next, asked for little by little while something else is computed: many lines at once would be
-/// waited for.
+/// Weights that will be read next, prefetched little by little while something else is computed: the processor would wait for many lines
+/// at once.
 pub(super) struct Ahead<const R: usize> {
     at: [*const u8; R],
-    /// Lines that have been asked for of each.
+    /// Lines that have been prefetched of each.
     asked: u32,
-    /// Lines to have asked for by now, and those that a step adds, in parts of 65536.
+    /// Lines that should be prefetched by now, and those that a step adds, in parts of 65536.
     due: u32,
     step: u32,
 }
@@ -142,7 +142,7 @@ impl<const R: usize> Ahead<R> {
         Self { at: [std::ptr::null(); R], asked: 0, due: 0, step: 0 }
     }
 
-    /// Asks for the part of `n` steps.
+    /// Does `n` of the steps: prefetches `n / n_steps` of the bytes.
     #[inline(always)]
     pub(super) fn ask<V: Vector>(&mut self, v: V, n: usize) {
         if V::ASKS_FROM.is_none() {

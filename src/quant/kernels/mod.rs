@@ -141,6 +141,28 @@ macro_rules! op {
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use op;
 
+/// Takes a job's tokens in tiles, `$n` at a time, then two, then one: `$body` is expanded for an array `$x` of so many tokens, and one
+/// `$acc` of what belongs to them.
+macro_rules! for_each_tile {
+    ($n:ident, ($tokens:expr, $accs:expr), |$x:ident, $acc:ident| $body:expr) => {{
+        let (tiles, rest) = $tokens.as_chunks::<$n>();
+        let (accs, acc_rest) = $accs.as_chunks_mut::<$n>();
+        for ($x, $acc) in tiles.iter().zip(accs) {
+            $body;
+        }
+        let (tiles, rest) = rest.as_chunks::<2>();
+        let (accs, acc_rest) = acc_rest.as_chunks_mut::<2>();
+        for ($x, $acc) in tiles.iter().zip(accs) {
+            $body;
+        }
+        for ($x, $acc) in rest.iter().zip(acc_rest) {
+            let ($x, $acc) = (&[*$x], std::array::from_mut($acc));
+            $body;
+        }
+    }};
+}
+use for_each_tile;
+
 /// Compiles the kernels for an instruction set: a module of functions with its features.
 macro_rules! instruction_set {
     ($name:ident, $vector:ty, $features:literal, $tokens:literal x $groups:literal, $few:expr) => {
@@ -207,7 +229,7 @@ instruction_set!(on_avx512, avx512::Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx5
 mod on_amx {
     use super::*;
 
-    /// Few tokens use a part of a tile, but their weights are unpacked once: by count, not by the clock, worth it from the third go of
+    /// Few tokens use a part of a tile, but their weights are unpacked once: by count, not by the clock, worth it from the third pass of
     /// `gemv` on.
     const FEW: usize = 2 * MAX_GEMV;
 

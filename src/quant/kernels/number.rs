@@ -2,10 +2,10 @@
 
 use std::marker::PhantomData;
 
-use super::Kernel;
 use super::job::{Act, Job, MAX_TOKENS};
 use super::layout::{Ahead, Block, Layout};
 use super::vector::Vector;
+use super::{Kernel, for_each_tile};
 use crate::cpu::Isa;
 use crate::cpu::simd::{self, Lanes};
 use crate::quant::Format;
@@ -126,25 +126,11 @@ impl<L: Number> Kernel for Numbers<L> {
                 }
                 let next = job.w.wrapping_add((g * job.n_blocks + first + panel.len()) * bytes);
                 let mut ahead = Ahead::new([next], panel.len() * bytes, job.x.len());
-                let (x, rest) = job.x.as_chunks::<N>();
-                let (a, acc) = acc.as_chunks_mut::<N>();
-                for (x, acc) in x.iter().zip(a) {
-                    ahead.ask(v, N);
+                for_each_tile!(N, (job.x, acc), |x, acc| {
+                    ahead.ask(v, x.len());
                     // SAFETY: the job's promise.
-                    unsafe { Self::tile(v, panel, first, x, acc) };
-                }
-                let (x, rest) = rest.as_chunks::<2>();
-                let (a, acc) = acc.as_chunks_mut::<2>();
-                for (x, acc) in x.iter().zip(a) {
-                    ahead.ask(v, 2);
-                    // SAFETY: the job's promise.
-                    unsafe { Self::tile(v, panel, first, x, acc) };
-                }
-                for (x, acc) in rest.iter().zip(acc) {
-                    ahead.ask(v, 1);
-                    // SAFETY: the job's promise.
-                    unsafe { Self::tile(v, panel, first, &[*x], std::array::from_mut(acc)) };
-                }
+                    unsafe { Self::tile(v, panel, first, x, acc) }
+                });
             }
             for (t, acc) in acc.iter().enumerate() {
                 // SAFETY: the job's promise.

@@ -58,7 +58,7 @@ pub struct Chosen {
     pub kind: &'static str,
     /// Rows that lie interleaved, one a lane.
     pub lanes: usize,
-    /// Up to so many tokens are multiplied by one go of `gemv`,
+    /// Up to so many tokens are multiplied by one pass of `gemv`,
     pub gemv: usize,
     /// up to so many by several of them, and more by `gemm`,
     pub few: usize,
@@ -232,7 +232,7 @@ unsafe fn part(p: &Product<'_>, groups: Range<usize>) {
     }
 }
 
-/// How many bytes ahead of their use one go of `gemv` asks for weights, if it does. Without asking, four tokens at a time reach half
+/// How many bytes ahead of their use a single pass of `gemv` prefetches weights, if it does. Without that, four tokens at a time reach half
 /// the bandwidth: the work between two loads is too long for the processor to look past.
 const AHEAD: usize = 4096;
 
@@ -255,15 +255,15 @@ unsafe fn run<const N: usize>(
     }
     let full = w.n_rows / kernels.lanes;
     let packed = groups.start.min(full)..groups.end.min(full);
-    // Few tokens are a few goes of `gemv`, a group at a time, so that the second finds the group in the cache, and all of them
-    // together ask for the next one.
+    // Few tokens are a few passes of `gemv`, a group at a time, so that the second finds the group in the cache, and all of them
+    // together prefetch the next one.
     let (at_once, n_groups) = match tokens.len() {
         ..=MAX_GEMV => (tokens.len(), packed.len()),
         n if n <= kernels.few => (n.div_ceil(n.div_ceil(MAX_GEMV)), 1),
         n => (n, packed.len()),
     };
-    let n_goes = tokens.len().div_ceil(at_once.max(1));
-    let ahead = if n_goes > 1 { kernels.lanes * w.row_bytes } else { AHEAD };
+    let n_passes = tokens.len().div_ceil(at_once.max(1));
+    let ahead = if n_passes > 1 { kernels.lanes * w.row_bytes } else { AHEAD };
     for first_group in packed.clone().step_by(n_groups.max(1)) {
         let row = first_group * kernels.lanes;
         for (i, acts) in acts[..tokens.len()].chunks(at_once).enumerate() {
@@ -279,7 +279,7 @@ unsafe fn run<const N: usize>(
                     x: acts,
                     out: out.data.add((first + i * at_once) * out.stride + row),
                     stride: out.stride,
-                    ask: Ask { ahead, line: i, n_lines: n_goes },
+                    ask: Ask { ahead, line: i, n_lines: n_passes },
                     lives: PhantomData,
                 });
             }

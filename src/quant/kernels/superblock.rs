@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use super::job::{Act, Ask, Job, MAX_TOKENS};
 use super::layout::{Ahead, Block, Layout};
 use super::vector::Vector;
-use super::{Kernel, NO_SCALE};
+use super::{Kernel, NO_SCALE, for_each_tile};
 
 /// How the superblocks of a format come apart in registers: eight times 32 integers, less `ZERO`, times the integer scale of
 /// their sub-block and `d`, less perhaps its integer offset times `dmin`.
@@ -83,17 +83,22 @@ impl<V: Vector> Panel<V> {
 /// Sums of `N` tokens with `R` groups of rows.
 type Sums<T, const N: usize, const R: usize> = [[T; R]; N];
 
-/// The number of columns of 16 weights, which is 4, such that the compiler doesn't know: it would lay a superblock's
-/// columns out one after the other, load them all, and keep on the stack what doesn't fit into registers (Q6_K: half the speed).
-#[inline(always)]
-pub(super) fn four() -> usize {
-    black_box(4)
+/// How a superblock's codes are read.
+#[derive(Clone, Copy)]
+pub(super) struct Reading {
+    /// The columns of each half, which are 4, such that the compiler doesn't know: it would lay a superblock's columns out one after the
+    /// other, load them all, and keep on the stack what doesn't fit into registers (Q6_K: half the speed).
+    pub(super) n_columns: usize,
+    /// What is prefetched meanwhile.
+    ask: Option<Ask>,
 }
 
-/// The same, known where nothing is lost by it.
-#[inline(always)]
-fn columns<V: Vector>() -> usize {
-    if V::BY_LANE { 4 } else { four() }
+impl Reading {
+    #[inline(always)]
+    pub(super) fn new<V: Vector>(ask: Option<Ask>) -> Self {
+        // A vector of `BY_LANE` takes four columns at once anyway.
+        Self { n_columns: if V::BY_LANE { 4 } else { black_box(4) }, ask }
+    }
 }
 
 impl<L: Superblock> Superblocks<L> {
@@ -127,11 +132,11 @@ impl<L: Superblock> Superblocks<L> {
     }
 
     #[inline(always)]
-    fn open<V: Vector>(v: V, b: Block<V, L>, columns: usize, ask: Option<Ask>, panel: &mut Panel<V>) {
+    fn open<V: Vector>(v: V, b: Block<V, L>, reading: Reading, panel: &mut Panel<V>) {
         let head = L::head(v, b);
         for half in 0..2 {
-            for j in 0..columns {
-                b.prefetch(ask, 4 * half + j % 4, 8);
+            for j in 0..reading.n_columns {
+                b.prefetch(reading.ask, 4 * half + j % 4, 8);
                 let column = L::column(v, b, half, j % 4);
                 for s in 0..8 {
                     panel.codes[s][4 * half + j % 4] = column[s];
@@ -162,14 +167,15 @@ impl<L: Superblock> Superblocks<L> {
     unsafe fn half<V: Vector, const N: usize>(
         v: V,
         b: Block<V, L>,
-        (columns, ask): (usize, Option<Ask>),
+        reading: Reading,
         x: &[Act; N],
-        (i, half): (usize, usize),
+        i: usize,
+        half: usize,
         mut sums: [[V::I; N]; 8],
     ) -> [[V::I; N]; 8] {
         let first = 256 * i + 16 * half;
         if V::BY_LANE {
-            b.prefetch(ask, half, 2);
+            b.prefetch(reading.ask, half, 2);
             let w: [_; 4] = std::array::from_fn(|j| L::column(v, b, half, j));
             for s in 0..8 {
                 for t in 0..N {
@@ -180,9 +186,9 @@ impl<L: Superblock> Superblocks<L> {
             }
             return sums;
         }
-        for j in 0..columns {
+        for j in 0..reading.n_columns {
             let j = j % 4;
-            b.prefetch(ask, 4 * half + j, 8);
+            b.prefetch(reading.ask, 4 * half + j, 8);
             let column = L::column(v, b, half, j);
             for s in 0..8 {
                 for t in 0..N {
@@ -203,7 +209,7 @@ impl<L: Superblock> Superblocks<L> {
     unsafe fn fused<V: Vector, const N: usize>(
         v: V,
         b: Block<V, L>,
-        (columns, ask): (usize, Option<Ask>),
+        reading: Reading,
         x: &[Act; N],
         i: usize,
         acc: &mut [V::F; N],
@@ -224,7 +230,7 @@ impl<L: Superblock> Superblocks<L> {
                 }
             }
             // SAFETY: the caller's promise.
-            dots[k] = unsafe { Self::half(v, b, (columns, ask), x, (i, half), sums) };
+            dots[k] = unsafe { Self::half(v, b, reading, x, i, half, sums) };
         }
         let head = L::head(v, b);
         let (mut sums, mut offsets) = ([v.splat(0); N], [v.splat(0); N]);
@@ -249,6 +255,41 @@ impl<L: Superblock> Superblocks<L> {
             // SAFETY: the token has this superblock, by the caller's promise.
             let da = unsafe { *x[t].d.add(i) };
             acc[t] = Self::total(v, zero, (sums[t], offsets[t]), (d, dmin), da, acc[t]);
+        }
+    }
+
+    /// Whether `gemv` multiplies the codes of `n_tokens` tokens as it unpacks them, rather than store them in a panel first.
+    #[inline(always)]
+    const fn is_fused<V: Vector>(n_tokens: usize) -> bool {
+        // Two tokens have twice the sums, too many for 16 registers. Sub-blocks of 16 have twice as many again, so that beyond two tokens
+        // pairs were tried in vain (docs/performance.md).
+        let pairs_pay = V::MANY_REGISTERS && (L::SUB == 32 || n_tokens == 2);
+        n_tokens <= V::FUSED && (n_tokens == 1 || pairs_pay)
+    }
+
+    /// [`fused`](Self::fused) of two tokens at a time; only the first two prefetch.
+    ///
+    /// # Safety
+    /// The tokens have a superblock `i`.
+    #[inline(always)]
+    unsafe fn fused_pairs<V: Vector, const T: usize>(
+        v: V,
+        b: Block<V, L>,
+        mut reading: Reading,
+        x: &[Act; T],
+        i: usize,
+        acc: &mut Sums<V::F, T, 1>,
+    ) {
+        let (pairs, odd) = x.as_chunks::<2>();
+        let (pair_acc, odd_acc) = acc.as_flattened_mut().as_chunks_mut::<2>();
+        for (x, acc) in pairs.iter().zip(pair_acc) {
+            // SAFETY: the caller's promise.
+            unsafe { Self::fused(v, b, reading, x, i, acc) };
+            reading.ask = None;
+        }
+        if let ([x], [acc]) = (odd, odd_acc) {
+            // SAFETY: as above.
+            unsafe { Self::fused(v, b, reading, &[*x], i, std::array::from_mut(acc)) };
         }
     }
 
@@ -360,7 +401,7 @@ impl<L: Superblock> Superblocks<L> {
         v: V,
         job: &Job<'_>,
         g: usize,
-        columns: usize,
+        reading: Reading,
         panel: &mut [[Panel<V>; R]; DEPTH],
         acc: &mut [[V::F; R]; MAX_TOKENS],
     ) {
@@ -373,35 +414,19 @@ impl<L: Superblock> Superblocks<L> {
                 for (i, w) in panel.iter_mut().enumerate() {
                     // SAFETY: the job's promise.
                     let b = unsafe { Block::new(v, job.w.add(((g + r) * job.n_blocks + first + i) * bytes)) };
-                    Self::open(v, b, columns, None, &mut w[r]);
+                    Self::open(v, b, reading, &mut w[r]);
                 }
             }
             let next: [*const u8; R] =
                 std::array::from_fn(|r| job.w.wrapping_add(((g + r) * job.n_blocks + first + panel.len()) * bytes));
             let mut ahead = Ahead::new(next, panel.len() * bytes, job.x.len() * panel.len());
-            let (x, rest) = job.x.as_chunks::<N>();
-            let (a, acc) = acc.as_chunks_mut::<N>();
-            for (x, acc) in x.iter().zip(a) {
+            for_each_tile!(N, (job.x, acc), |x, acc| {
                 // SAFETY: the job's promise.
-                unsafe { Self::tile(v, panel, first, x, acc, &mut ahead) };
-            }
-            let (x, rest) = rest.as_chunks::<2>();
-            let (a, acc) = acc.as_chunks_mut::<2>();
-            for (x, acc) in x.iter().zip(a) {
-                // SAFETY: the job's promise.
-                unsafe { Self::tile(v, panel, first, x, acc, &mut ahead) };
-            }
-            for (x, acc) in rest.iter().zip(acc) {
-                // SAFETY: the job's promise.
-                unsafe { Self::tile(v, panel, first, &[*x], std::array::from_mut(acc), &mut ahead) };
-            }
+                unsafe { Self::tile(v, panel, first, x, acc, &mut ahead) }
+            });
         }
-        for (t, acc) in acc.iter().enumerate() {
-            for r in 0..R {
-                // SAFETY: the job's promise.
-                unsafe { v.store_f32(job.out(t, (g + r) * V::LANES), acc[r]) };
-            }
-        }
+        // SAFETY: the job's promise.
+        unsafe { job.store(v, g, acc) };
     }
 }
 
@@ -416,56 +441,43 @@ impl<L: Superblock> Kernel for Superblocks<L> {
     unsafe fn gemv<V: Vector, const T: usize>(v: V, job: &Job<'_>) {
         let x: &[Act; T] = job.x.try_into().expect("as many tokens as the kernel is for");
         let bytes = L::BYTES * V::LANES;
-        let (columns, ask) = (columns::<V>(), job.ask::<V>());
+        let reading = Reading::new::<V>(job.ask::<V>());
         let zero = v.splat_f32(0.0);
         let mut panel = [Panel::nothing(v)];
         for g in 0..job.n_groups {
-            let mut acc = [zero; T];
+            let mut acc = [[zero]; T];
             for i in 0..job.n_blocks {
                 // SAFETY: the job's promise: the groups' blocks and the tokens' blocks are there.
                 unsafe {
                     let b = Block::new(v, job.w.add((g * job.n_blocks + i) * bytes));
-                    if T <= V::FUSED && (T == 1 || V::MANY_REGISTERS && (L::SUB == 32 || T == 2)) {
-                        let (pairs, odd) = x.as_chunks::<2>();
-                        let (pair_acc, odd_acc) = acc.as_chunks_mut::<2>();
-                        let mut ask = ask;
-                        for (x, acc) in pairs.iter().zip(pair_acc) {
-                            Self::fused(v, b, (columns, ask), x, i, acc);
-                            ask = None;
-                        }
-                        if let ([x], [acc]) = (odd, odd_acc) {
-                            Self::fused(v, b, (columns, ask), &[*x], i, std::array::from_mut(acc));
-                        }
+                    if Self::is_fused::<V>(T) {
+                        Self::fused_pairs(v, b, reading, x, i, &mut acc);
                     } else {
-                        Self::open(v, b, columns, ask, &mut panel[0]);
-                        let mut sums = acc.map(|sum| [sum]);
-                        Self::tile(v, std::slice::from_ref(&panel), i, x, &mut sums, &mut Ahead::nothing());
-                        acc = sums.map(|[sum]| sum);
+                        Self::open(v, b, reading, &mut panel[0]);
+                        Self::tile(v, std::slice::from_ref(&panel), i, x, &mut acc, &mut Ahead::nothing());
                     }
                 }
             }
-            for t in 0..T {
-                // SAFETY: the job's promise: each token's row has room for the groups' rows.
-                unsafe { v.store_f32(job.out(t, g * V::LANES), acc[t]) };
-            }
+            // SAFETY: the job's promise: each token's row has room for the groups' rows.
+            unsafe { job.store(v, g, &acc) };
         }
     }
 
     #[inline(always)]
     unsafe fn gemm<V: Vector, const N: usize, const R: usize>(v: V, job: &Job<'_>) {
-        let (columns, zero) = (columns::<V>(), v.splat_f32(NO_SCALE));
+        let (reading, zero) = (Reading::new::<V>(None), v.splat_f32(NO_SCALE));
         let nothing = Panel::nothing(v);
         let (mut panel, mut acc) = ([[nothing; R]; DEPTH], [[zero; R]; MAX_TOKENS]);
         let together = job.n_groups / R * R;
         for g in (0..together).step_by(R) {
             // SAFETY: the job's promise.
-            unsafe { Self::groups::<V, N, R>(v, job, g, columns, &mut panel, &mut acc) };
+            unsafe { Self::groups::<V, N, R>(v, job, g, reading, &mut panel, &mut acc) };
         }
         if together < job.n_groups {
             let (mut panel, mut acc) = ([[nothing]; DEPTH], [[zero]; MAX_TOKENS]);
             for g in together..job.n_groups {
                 // SAFETY: as above.
-                unsafe { Self::groups::<V, N, 1>(v, job, g, columns, &mut panel, &mut acc) };
+                unsafe { Self::groups::<V, N, 1>(v, job, g, reading, &mut panel, &mut acc) };
             }
         }
     }

@@ -13,7 +13,7 @@ use super::amx::{self, Sums, TOKENS, Tiles};
 use super::avx512::Avx512;
 use super::job::{Act, Job, MAX_TOKENS};
 use super::layout::{Ahead, Block};
-use super::superblock::{Scales, Superblock, Superblocks, four};
+use super::superblock::{Reading, Scales, Superblock, Superblocks};
 use super::vector::Vector;
 use core::arch::x86_64::*;
 
@@ -45,17 +45,17 @@ pub(super) unsafe fn gemm<L: Superblock>(v: Avx512, job: &Job<'_>) {
     let mut acc = [[none; MAX_TOKENS]; GROUPS];
     // SAFETY: the caller's promise.
     let tiles = unsafe { Tiles::<64>::new(job.x.len().min(TOKENS)) };
-    let columns = four();
+    let reading = Reading::new::<Avx512>(None);
     let together = job.n_groups / GROUPS * GROUPS;
     for g in (0..together).step_by(GROUPS) {
         // SAFETY: the job's promise.
-        unsafe { groups::<L, GROUPS>(v, &tiles, job, g, columns, &mut panels, &mut acc) };
+        unsafe { groups::<L, GROUPS>(v, &tiles, job, g, reading, &mut panels, &mut acc) };
     }
     let ([panel, ..], [acc, ..]) = (&mut panels, &mut acc);
     for g in together..job.n_groups {
         let (panel, acc) = (std::array::from_mut(panel), std::array::from_mut(acc));
         // SAFETY: the job's promise.
-        unsafe { groups::<L, 1>(v, &tiles, job, g, columns, panel, acc) };
+        unsafe { groups::<L, 1>(v, &tiles, job, g, reading, panel, acc) };
     }
 }
 
@@ -69,7 +69,7 @@ unsafe fn groups<L: Superblock, const R: usize>(
     tiles: &Tiles<64>,
     job: &Job<'_>,
     g: usize,
-    columns: usize,
+    reading: Reading,
     panels: &mut [Panel; R],
     acc: &mut [[__m512; MAX_TOKENS]; R],
 ) {
@@ -82,7 +82,7 @@ unsafe fn groups<L: Superblock, const R: usize>(
         let at = |r: usize, i: usize| job.w.wrapping_add(((g + r) * job.n_blocks + i) * bytes);
         for (r, panel) in panels.iter_mut().enumerate() {
             // SAFETY: the job's promise.
-            open(v, unsafe { Block::<_, L>::new(v, at(r, i)) }, columns, panel);
+            open(v, unsafe { Block::<_, L>::new(v, at(r, i)) }, reading, panel);
         }
         let mut ahead = Ahead::new(std::array::from_fn::<_, R, _>(|r| at(r, i + 1)), bytes, job.x.len());
         let n_tiles = job.x.len().div_ceil(TOKENS);
@@ -139,7 +139,7 @@ unsafe fn add<L: Superblock>(v: Avx512, w: &Panel, x: &[Act], i: usize, sums: &[
 }
 
 #[inline(always)]
-fn open<L: Superblock>(v: Avx512, b: Block<Avx512, L>, columns: usize, panel: &mut Panel) {
+fn open<L: Superblock>(v: Avx512, b: Block<Avx512, L>, reading: Reading, panel: &mut Panel) {
     let subs = Superblocks::<L>::SUBS;
     let zero = Superblocks::<L>::zero::<Avx512>() as u8;
     let head = L::head(v, b);
@@ -148,7 +148,7 @@ fn open<L: Superblock>(v: Avx512, b: Block<Avx512, L>, columns: usize, panel: &m
         scales[j] = head.scale(v, j);
     }
     for half in 0..2 {
-        for j in 0..columns {
+        for j in 0..reading.n_columns {
             let row = 4 * half + j % 4;
             let column = L::column(v, b, half, j % 4);
             for s in 0..8 {

@@ -12,11 +12,12 @@ pub(crate) trait Vector: Copy + 'static {
     const MANY_REGISTERS: bool;
     /// What [`signed`](Self::signed) adds to weights.
     const SIGNED_ZERO: i32;
-    /// Whether a product takes one lane of a register for all lanes, so that activations are best read sixteen at a time.
+    /// Whether the instruction for products of bytes can multiply all lanes of one register by one chosen lane of another. Sixteen
+    /// activations are then loaded at once, where others spread each four of them over a register.
     const BY_LANE: bool = false;
     /// Products of bytes in each lane of [`multiply_add`](Self::multiply_add).
     const PRODUCTS: usize = 4;
-    /// The fewest tokens with which one go of `gemv` asks for weights ahead; `None`: nothing is ever asked for.
+    /// The fewest tokens with which a single pass of `gemv` prefetches weights; `None`: nothing ever does.
     const ASKS_FROM: Option<usize> = Some(1);
     /// The most tokens with which superblocks are multiplied as they are unpacked, without being stored in between.
     const FUSED: usize = usize::MAX;
@@ -64,7 +65,7 @@ pub(crate) trait Vector: Copy + 'static {
     /// They can be written.
     unsafe fn store_f32(self, p: *mut f32, x: Self::F);
 
-    /// Asks for the cache line at `p`, which may be anything. See [`ASKS_FROM`](Self::ASKS_FROM).
+    /// Prefetches the cache line at `p`, which may be anything. See [`ASKS_FROM`](Self::ASKS_FROM).
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
         let _ = p;
