@@ -67,7 +67,7 @@ fn weights_that_are_no_numbers_end_a_run() {
         let model = with_tensor(Path::new(TINY), dir.path(), tensor, *at, with);
         let o = oncall(&model, &["run", "--raw", "Once upon a time", "-n", "8", "-s", "1"]);
         refused(&o, tensor);
-        assert_eq!(o.stdout, b"Once upon a time", "{tensor}: nothing but the prompt");
+        assert!(o.stdout.is_empty(), "{tensor}: nothing is written");
     }
     let model = with_scale(dir.path(), 1.0);
     assert!(oncall(&model, &["run", "--raw", "Once upon a time", "-n", "8", "-s", "1"]).status.success());

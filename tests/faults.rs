@@ -5,7 +5,8 @@
 mod common;
 
 use common::disk::FailingDisk;
-use oncall::engine::{Engine, EngineError, EngineOptions, Session};
+use oncall::arch::PassError;
+use oncall::engine::{Engine, EngineError, EngineOptions, Input, Session, Want};
 use oncall::gguf::Gguf;
 use oncall::moe::IoMode;
 use std::io::Read;
@@ -133,14 +134,19 @@ fn a_pass_can_be_stopped_while_the_disk_stalls() {
         if let Err(e) = disk.stall(true) {
             return eprintln!("note: no stalled disk was tried, reads can't be held up here: {e}");
         }
-        let next: &[u32] = if n == 0 { &PROMPT } else { &[300] };
         let (before, began) = (engine.account(), Instant::now());
         std::thread::scope(|s| {
             s.spawn(|| {
                 std::thread::sleep(Duration::from_millis(500));
                 stop.store(true, Relaxed);
             });
-            session.feed(next, &mut |_| panic!("nothing was done")).unwrap();
+            if n == 0 {
+                assert_eq!(session.feed(&PROMPT, &mut |_| panic!("nothing was done")).unwrap(), 0);
+            } else {
+                let token = Input { session: &mut session, tokens: &[300], written: true, want: Want::Last };
+                let error = engine.forward(&mut [token]).unwrap_err();
+                assert!(matches!(error, EngineError::Pass(PassError::Stopped)), "{error}");
+            }
         });
         let (took, spent) = (began.elapsed(), engine.account().since(&before));
         disk.stall(false).unwrap();

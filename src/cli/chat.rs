@@ -3,7 +3,7 @@
 use super::args::{ModelArgs, SamplingArgs};
 use super::run::answer;
 use super::{Failure, output};
-use crate::engine::{Account, Engine, Session};
+use crate::engine::{Account, Engine, Finish, Session};
 use crate::gguf::{PartFile, WriteError};
 use crate::session::template::{ChatTemplate, Message};
 use clap::Args;
@@ -112,9 +112,22 @@ impl Chat {
             match self.turn(message, &mut output::text) {
                 Ok(()) => {}
                 Err(f) if f.code == output::BROKEN_PIPE => return Err(f),
-                Err(f) => output::note(&format!("error: {}", f.message)),
+                Err(f) => {
+                    output::note(&format!("error: {}", f.message));
+                    if self.session.tokens().len() >= self.engine.n_ctx() {
+                        output::note(&self.full());
+                    }
+                }
             }
         }
+    }
+
+    /// What to do when nothing more can be said.
+    fn full(&self) -> String {
+        format!(
+            "the context of {} tokens is full: /save FILE keeps the conversation, /clear begins anew",
+            self.engine.n_ctx()
+        )
     }
 
     /// Sends a message and prints the answer. If that fails, or is stopped before anything was answered, the message is taken back.
@@ -153,6 +166,9 @@ impl Chat {
         print("\n")?;
         if std::io::stdin().is_terminal() {
             output::note(&figures.line());
+            if figures.finish == Some(Finish::ContextFull) {
+                output::note(&self.full());
+            }
             if nothing {
                 output::note("stopped before the answer began: the message was taken back");
             }
@@ -203,6 +219,12 @@ impl Chat {
 
     /// The conversation as JSON, and beside it what the model has computed of it, so that loading costs nothing.
     fn save(&mut self, path: &Path) -> Result<(), String> {
+        if self.messages.is_empty() && self.session.tokens().is_empty() {
+            return Err("nothing was said yet".into());
+        }
+        if path.exists() && saved_messages(path).is_err() {
+            return Err(format!("{} isn't a saved conversation: give another name", path.display()));
+        }
         let text = serde_json::to_string_pretty(&self.messages).map_err(|e| e.to_string())?;
         let write = || -> Result<(), WriteError> {
             let mut file = PartFile::replace(path)?;
@@ -214,8 +236,7 @@ impl Chat {
     }
 
     fn load(&mut self, path: &Path) -> Result<(), String> {
-        let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
-        let messages: Vec<Message> = serde_json::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?;
+        let messages = saved_messages(path)?;
         // The pool has blocks for one context. If this fails, the tokens are there still, to be computed again.
         self.session.free_kv();
         match self.engine.restore(&path.with_added_extension("kv")) {
@@ -230,6 +251,13 @@ impl Chat {
         self.messages = messages;
         Ok(())
     }
+}
+
+/// The messages of a conversation that was saved.
+fn saved_messages(path: &Path) -> Result<Vec<Message>, String> {
+    let name = path.display();
+    let text = std::fs::read_to_string(path).map_err(|e| format!("{name}: {e}"))?;
+    serde_json::from_str(&text).map_err(|e| format!("{name} isn't a conversation that /save wrote: {e}"))
 }
 
 /// What was typed.
@@ -358,6 +386,20 @@ mod tests {
         assert_eq!(chat.messages.len(), 1);
         chat.command("set system").unwrap();
         assert!(chat.messages.is_empty());
+    }
+
+    #[test]
+    fn only_a_saved_conversation_is_replaced() {
+        let mut chat = without_template();
+        let dir = tempfile::tempdir().unwrap();
+        let (file, other) = (dir.path().join("chat.json"), dir.path().join("precious.txt"));
+        std::fs::write(&other, "dear diary").unwrap();
+        assert!(chat.save(&file).unwrap_err().contains("nothing was said") && !file.exists());
+        chat.turn("Once upon a time", &mut |_| Ok(())).unwrap();
+        assert!(chat.save(&other).unwrap_err().contains("another name"));
+        assert_eq!(std::fs::read_to_string(&other).unwrap(), "dear diary");
+        assert!(chat.load(&other).unwrap_err().contains("/save"));
+        (0..2).for_each(|_| chat.save(&file).unwrap());
     }
 
     /// The pool has blocks for one context, of which the conversation takes more than half.

@@ -93,7 +93,7 @@ pub(super) fn run(a: ExpertsArgs) -> Result<(), Failure> {
         model: a.model.name(),
         n_expert,
         n_expert_used,
-        tokens: session.tokens().len(),
+        tokens: session.n_computed(),
         layers: layers.filter(|l| l.uses.iter().any(|&n| n > 0)).collect(),
         losses: account.store().losses(),
         held: Held::now(&engine),

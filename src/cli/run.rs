@@ -4,7 +4,7 @@ use super::args::{ModelArgs, SamplingArgs};
 use super::figures::Figures;
 use super::{Failure, output};
 use crate::arch::PassError;
-use crate::engine::{Account, EngineError, Generation, GenerationParams, Piece, Session};
+use crate::engine::{Account, EngineError, Finish, Generation, GenerationParams, Piece, Session};
 use crate::session::template::Message;
 use clap::Args;
 use serde::Serialize;
@@ -62,17 +62,22 @@ pub(super) fn run(a: RunArgs) -> Result<(), Failure> {
     let mut session = engine.session();
     let params = a.sampling.params();
     session.check(&params)?;
-    if !chat && !a.json {
-        output::text(&prompt)?;
-    }
+    // Once it's read: it may not fit, and a progress bar can't be drawn behind it.
+    let mut echo = (!chat && !a.json).then_some(&prompt);
     let mut text = String::new();
     let figures = answer(&mut session, &tokens, &params, &mut Account::default(), &mut |piece| {
         if a.json {
             text.push_str(&piece.text);
             return Ok(());
         }
+        if let Some(prompt) = echo.take() {
+            output::text(prompt)?;
+        }
         output::text(&piece.text)
     })?;
+    if let Some(prompt) = echo.filter(|_| !output::stopped()) {
+        output::text(prompt)?;
+    }
     if a.json {
         #[derive(Serialize)]
         struct Answer<'a> {
@@ -85,6 +90,9 @@ pub(super) fn run(a: RunArgs) -> Result<(), Failure> {
     } else {
         output::text("\n")?;
         output::note(if a.stats { figures.table() } else { figures.line() }.trim_end());
+        if figures.finish == Some(Finish::ContextFull) {
+            output::note(&format!("stopped: the context of {} tokens is full (-c takes a longer one)", engine.n_ctx()));
+        }
     }
     if output::stopped() { Err(Failure::interrupted()) } else { Ok(()) }
 }

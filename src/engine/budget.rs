@@ -125,8 +125,8 @@ impl Budget {
 
 /// Blocks of the KV cache by which it is given room: slots leave some at a time, not one with every few tokens.
 const KV_STEP: usize = 4;
-/// Passes in a row that needed a quarter of the buffers, or of the KV cache's touched blocks, before the rest is given up. A prompt's last, short block isn't the
-/// beginning of an answer's end.
+/// Passes in a row that needed a quarter of the buffers, or of the KV cache's touched blocks, before the rest is given up. A
+/// prompt's last, short block isn't the beginning of an answer's end.
 const CALM_PASSES: usize = 8;
 
 /// How the memory is shared out from pass to pass: what the KV cache and the buffers don't need yet, slots can have. A context of 4096

@@ -73,7 +73,8 @@ fn known_heat(gguf: &Gguf, model: &Decoder) -> Option<(PathBuf, Heat)> {
 }
 
 impl Drop for Inner {
-    /// Ends the trace, if nobody has yet ([`Engine::end_recording`] says whether that worked), and keeps what was learned of the experts' heat: that it couldn't be kept spoils nothing but the next start.
+    /// Ends the trace, if nobody has yet ([`Engine::end_recording`] says whether that worked), and keeps what was learned of the
+    /// experts' heat: that it couldn't be kept spoils nothing but the next start.
     fn drop(&mut self) {
         let Some(recorder) = &self.recorder else { return };
         if let Err(e) = recorder.end() {
