@@ -301,24 +301,23 @@ fn print(p: &Plan, o: &Outline, budgets: Budgets) -> Result<String, std::fmt::Er
         line("tokens/s", speed.map_or("?".into(), |s| format!("{s:.1}")))?;
         return Ok(out);
     }
-    line("", disk(p))?;
+    for (name, about) in disk(p) {
+        line(name, about)?;
+    }
     if let Some(asked) = budgets.asked {
         let more = budgets.spare.is_some_and(|spare| asked > spare);
         let more = if more { ", more than this machine can spare" } else { "" };
         line("budget asked for", format!("{}{more}", memory(asked)))?;
     }
     let assumed = match p.routing {
-        Assumption::Typical => "made-up routing, as unequal as trained models', from empty slots on",
+        Assumption::Typical => "made-up routing, as uneven as a trained model's",
         Assumption::Uniform => "all experts used alike: the worst case",
         Assumption::Trace => "the trace",
     };
     line("hit rates from", assumed.into())?;
     let seen = p.n_ctx.min(SEEN);
-    line(
-        "table",
-        format!("for writing with {seen} tokens in the context; memory that more of them need comes from the slots"),
-    )?;
-    line("", "at first is while the disk hasn't read the experts before".into())?;
+    line("table", format!("for writing with {seen} tokens in the context; a longer one takes"))?;
+    line("", "memory from the slots. At first: with the disk's cache cold".into())?;
     table(p, budgets, &mut out)?;
     Ok(out)
 }
@@ -358,18 +357,14 @@ fn table(p: &Plan, budgets: Budgets, out: &mut String) -> std::fmt::Result {
     Ok(())
 }
 
-/// What was measured of the disk.
-fn disk(p: &Plan) -> String {
+/// What was measured of the disk, in lines.
+fn disk(p: &Plan) -> Vec<(&'static str, String)> {
     let Some(r) = p.cost.reading else {
-        return format!("no disk rate: {}", p.no_disk_rate.as_deref().unwrap_or(""));
+        return vec![("disk", format!("no disk rate: {}", p.no_disk_rate.as_deref().unwrap_or("")))];
     };
-    format!(
-        "{} of experts from the disk, {} at first, {} beside computing, which takes {:.1} ms a token meanwhile",
-        rate(r.disk_rate),
-        rate(r.first_rate),
-        rate(r.disk_rate_beside),
-        1e3 * r.beside_s
-    )
+    let alone = format!("experts at {}; {} at first", rate(r.disk_rate), rate(r.first_rate));
+    let both = format!("{}, while computing takes {:.1} ms a token", rate(r.disk_rate_beside), 1e3 * r.beside_s);
+    vec![("disk", alone), ("beside computing", both)]
 }
 
 fn rate(bytes_per_s: f64) -> String {
