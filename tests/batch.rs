@@ -416,9 +416,9 @@ fn the_figures_are_those_of_this_input() {
     let files = Files::new(&[bad(3), completion(4, "Once", json!({"max_tokens": 1}))]);
     let o = files.run(&out, &["--resume"]);
     assert!(o.status.code() == Some(1) && err(&o).contains("1 of 2 results is an error"), "{}", err(&o));
+    assert!(err(&o).contains("2/2 done, 1 error,"), "{}", err(&o));
     let o = files.run(&out, &["--resume", "-m", "/nowhere.gguf"]);
     assert!(err(&o).contains("nothing is left to do") && err(&o).contains("1 of 2 results is an error"), "{}", err(&o));
-    assert!(err(&o).contains("2/2 done, 1 error,"), "{}", err(&o));
     std::fs::write(&files.input, format!("{}\n", completion(4, "Once", json!({"max_tokens": 1})))).unwrap();
     assert!(files.run(&out, &["--resume"]).status.success());
 }

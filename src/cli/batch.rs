@@ -66,12 +66,15 @@ pub(super) fn run(a: BatchArgs) -> Result<(), Failure> {
     let job = Job::open(&files)?;
     let figures = match job.finished() {
         Some(figures) => {
-            output::note("nothing is left to do");
+            output::note(&format!("nothing is left to do: {} done", output::counted(figures.done as usize, "request")));
             figures
         }
-        None => work(&a, &files, job)?,
+        None => {
+            let figures = work(&a, &files, job)?;
+            output::note(&line(&figures));
+            figures
+        }
     };
-    output::note(&line(&figures));
     if a.json && files.output.is_some() {
         output::json(&figures)?;
     } else if a.json {

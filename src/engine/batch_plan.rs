@@ -118,7 +118,7 @@ fn choose(all: &[(usize, Budget, f64)], shape: &BatchShape, n_ctx: usize, expert
     let (n, budget, _) = all[at];
     let sequences = if n == 1 { "1 sequence".into() } else { format!("{n} sequences") };
     let slots = if experts > 0.0 {
-        format!(" leave slots for {:.0}% of the experts", 100.0 * budget.slots as f64 / experts)
+        format!(", slots for {:.0} % of the experts", 100.0 * budget.slots as f64 / experts)
     } else {
         String::new()
     };
