@@ -226,15 +226,18 @@ fn unsafe_stays_in_its_rooms() {
 /// A block says why it is sound: the line or lines just above it, or the comment that closes above its statement.
 #[test]
 fn unsafe_blocks_say_why() {
-    let mut wrong = Vec::new();
-    for folder in ["src", "tests", "examples", "benches"] {
-        for path in rust_files(folder) {
-            for line in silent_unsafe(&read(&path)) {
-                wrong.push(format!("{}:{line}", path.display()));
-            }
-        }
-    }
+    let wrong = places(silent_unsafe);
     assert!(wrong.is_empty(), "unsafe without a SAFETY line:\n{}", wrong.join("\n"));
+}
+
+/// Where a rule finds something wrong in any source: it gives the line numbers.
+fn places(rule: fn(&str) -> Vec<usize>) -> Vec<String> {
+    let files = ["src", "tests", "examples", "benches"].into_iter().flat_map(rust_files);
+    let of_file = |path: PathBuf| {
+        let wrong = rule(&read(&path));
+        wrong.into_iter().map(move |line| format!("{}:{line}", path.display()))
+    };
+    files.flat_map(of_file).collect()
 }
 
 /// The line numbers of unsafe blocks and impls with no SAFETY comment within the five lines above or in the block's line.
@@ -256,14 +259,7 @@ fn silent_unsafe(source: &str) -> Vec<usize> {
 /// An unsafe function says what its caller must see to. A trait's functions say it in the trait.
 #[test]
 fn unsafe_functions_say_what_they_ask() {
-    let mut wrong = Vec::new();
-    for folder in ["src", "tests", "examples", "benches"] {
-        for path in rust_files(folder) {
-            for line in silent_unsafe_fns(&read(&path)) {
-                wrong.push(format!("{}:{line}", path.display()));
-            }
-        }
-    }
+    let wrong = places(silent_unsafe_fns);
     assert!(wrong.is_empty(), "unsafe functions without a # Safety section:\n{}", wrong.join("\n"));
 }
 

@@ -33,7 +33,7 @@ pub(super) struct Lines {
 }
 
 /// A file of so many lines of which none is JSON is something else.
-const NO_JSON: usize = 20;
+const SOMETHING_ELSE: usize = 20;
 
 /// Where requests come from.
 pub(super) enum Source {
@@ -102,6 +102,60 @@ impl Sums {
     }
 }
 
+/// What a first look through a file finds.
+#[derive(Default)]
+struct Survey {
+    /// Where each request is, as in [`Lines`], how urgent it is, and how it begins.
+    places: Vec<(u64, u64, usize)>,
+    priorities: Vec<i32>,
+    beginnings: Vec<Vec<u64>>,
+    /// The line of each `custom_id`.
+    seen: HashMap<String, u64>,
+    shape: Sums,
+    /// Lines that are JSON, or too long to say.
+    n_json: usize,
+    /// See [`Lines`].
+    n_done: (usize, usize),
+    /// Results that are of other requests: how many, and the first such request.
+    changed: Option<(usize, String, u64)>,
+}
+
+impl Survey {
+    /// Takes a line up that stands at `offset`, `n` bytes long.
+    fn line(&mut self, line: &Line, (offset, n): (u64, u64), name: &str, done: &Done) -> Result<(), BatchError> {
+        let bytes = line.bytes.as_deref().unwrap_or_default();
+        let parsed = request::line(bytes);
+        let is_json = !parsed.as_ref().is_err_and(|e| e.code == request::NO_JSON);
+        self.n_json += usize::from(is_json || line.bytes.is_none());
+        self.places.push((line.number, offset, n as usize));
+        let fields = parsed.as_ref().ok().map(|p| &p.1);
+        self.beginnings.push(order::beginnings(&fields.map(request::beginning).unwrap_or_default()));
+        self.priorities.push(fields.map_or(0, request::priority));
+        let Ok((custom_id, fields)) = parsed else {
+            self.answered(done.ids.contains(&id_of_line(line)), true);
+            return Ok(());
+        };
+        if let Some(&first) = self.seen.get(&custom_id) {
+            return Err(BatchError::Duplicate { name: name.into(), custom_id, first, second: line.number });
+        }
+        self.shape.add(&fields);
+        if let Some(known) = done.custom_ids.get(&custom_id) {
+            self.answered(true, known.failed);
+            if known.id != id_of(bytes) {
+                self.changed.get_or_insert_with(|| (0, custom_id.clone(), line.number)).0 += 1;
+            }
+        }
+        self.seen.insert(custom_id, line.number);
+        Ok(())
+    }
+
+    /// Counts a request that was answered already.
+    fn answered(&mut self, it_was: bool, failed: bool) {
+        self.n_done.0 += usize::from(it_was);
+        self.n_done.1 += usize::from(it_was && failed);
+    }
+}
+
 impl Lines {
     /// See [`Source::open`].
     fn of_file(path: &Path, done: &Done) -> Result<Self, BatchError> {
@@ -109,47 +163,18 @@ impl Lines {
         let io = |source| BatchError::Io { name: name.clone(), source };
         let file = File::open(path).map_err(io)?;
         let mut input = BufReader::with_capacity(1 << 18, &file);
-        let (mut places, mut priorities, mut beginnings, mut offset) = (Vec::new(), Vec::new(), Vec::new(), 0);
-        let mut seen: HashMap<String, u64> = HashMap::new();
-        let (mut number, mut shape) = (0, Sums::default());
-        let (mut n_json, mut n_done) = (0, (0, 0));
-        // How many results are of other requests, and the first such request.
-        let mut changed: (usize, Option<(String, u64)>) = (0, None);
+        let (mut survey, mut number, mut offset) = (Survey::default(), 0, 0);
         while let Some((line, n)) = read_line(&mut input, &mut number).map_err(io)? {
-            let bytes = line.bytes.as_deref().unwrap_or_default();
-            if !text_of(bytes).is_empty() || n > MAX_LINE {
-                let parsed = request::line(bytes);
-                n_json += usize::from(!parsed.as_ref().is_err_and(|e| e.code == request::NO_JSON));
-                let parsed = parsed.ok();
-                let text = parsed.as_ref().map(|p| request::beginning(&p.1)).unwrap_or_default();
-                beginnings.push(order::beginnings(&text));
-                priorities.push(parsed.as_ref().map_or(0, |p| request::priority(&p.1)));
-                places.push((number, offset, n as usize));
-                if let Some((custom_id, fields)) = parsed {
-                    if let Some(known) = done.custom_ids.get(&custom_id) {
-                        n_done.0 += 1;
-                        n_done.1 += usize::from(known.failed);
-                    }
-                    shape.add(&fields);
-                    if let Some(&first) = seen.get(&custom_id) {
-                        return Err(BatchError::Duplicate { name, custom_id, first, second: number });
-                    }
-                    if done.custom_ids.get(&custom_id).is_some_and(|known| known.id != id_of(bytes)) {
-                        changed.0 += 1;
-                        changed.1.get_or_insert_with(|| (custom_id.clone(), number));
-                    }
-                    seen.insert(custom_id, number);
-                } else {
-                    let known = usize::from(done.ids.contains(&id_of_line(&line)));
-                    n_done = (n_done.0 + known, n_done.1 + known);
-                }
+            if line.bytes.as_deref().is_none_or(|bytes| !text_of(bytes).is_empty()) {
+                survey.line(&line, (offset, n), &name, done)?;
             }
             offset += n;
         }
-        if let (n, Some((custom_id, number))) = changed {
+        let Survey { places, priorities, beginnings, shape, n_json, n_done, changed, .. } = survey;
+        if let Some((n, custom_id, number)) = changed {
             return Err(BatchError::Changed { name, n, custom_id, number });
         }
-        if n_json == 0 && places.len() >= NO_JSON {
+        if n_json == 0 && places.len() >= SOMETHING_ELSE {
             return Err(BatchError::NotRequests { name, n: places.len() });
         }
         let places = order::order(&priorities, &beginnings).into_iter().map(|i| places[i]).collect();

@@ -119,9 +119,10 @@ impl Job {
     /// How it stands if there is nothing left to do: no model is needed then.
     pub fn finished(&self) -> Option<Figures> {
         let Source::Lines(lines) = &self.source else { return None };
-        let (done, failed) = lines.n_done();
-        let figures = |done| Figures { done, total: Some(done), resumed: done, ..Figures::default() };
-        (done == lines.total()).then(|| Figures { failed: failed as u64, ..figures(done as u64) })
+        let (n_done, n_failed) = lines.n_done();
+        let (done, failed) = (n_done as u64, n_failed as u64);
+        let figures = Figures { done, total: Some(done), failed, resumed: done, ..Figures::default() };
+        (n_done == lines.total()).then_some(figures)
     }
 
     /// What its requests are like; nothing is known of a pipe's.
