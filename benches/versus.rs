@@ -176,7 +176,7 @@ impl Side for Context {
 }
 
 /// Tokens a second. The timeline holds the tokens before, so that a deep context is read only once.
-fn speed(phase: Phase, tokens: &[u32], side: &mut dyn Side) -> f64 {
+fn speed(phase: Phase, tokens: &[u32], side: &mut impl Side) -> f64 {
     side.truncate(phase.depth());
     let new = &tokens[phase.depth()..];
     let began = Instant::now();
@@ -188,27 +188,33 @@ fn speed(phase: Phase, tokens: &[u32], side: &mut dyn Side) -> f64 {
 }
 
 /// One of the two engines: loaded when its turn comes, and dropped after it where both don't fit into memory.
-struct Turns<'a> {
-    load: Box<dyn Fn() -> Box<dyn Side> + 'a>,
-    loaded: Option<Box<dyn Side>>,
+struct Turns<S, L> {
+    load: L,
+    loaded: Option<S>,
     keep: bool,
 }
 
-impl Turns<'_> {
+impl<S: Side, L: Fn() -> S> Turns<S, L> {
     fn speed(&mut self, phase: Phase, tokens: &[u32]) -> f64 {
         let side = self.loaded.get_or_insert_with(|| {
             let mut side = (self.load)();
             side.feed(&tokens[..phase.depth()]);
             // Every expert that these tokens need is resident after it.
-            speed(phase, tokens, &mut *side);
+            speed(phase, tokens, &mut side);
             side
         });
-        let rate = speed(phase, tokens, &mut **side);
+        let rate = speed(phase, tokens, side);
         if !self.keep {
             self.loaded = None;
         }
         rate
     }
+}
+
+/// Runs it in a thread of its own. llama.cpp sets up AMX's tiles once a thread and dies of an illegal instruction where oncall has released
+/// them since.
+fn apart<T: Send>(run: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|s| s.spawn(run).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// A model, and what is measured of it.
@@ -238,11 +244,11 @@ impl Compared<'_> {
         // Ours, llama.cpp's map of the file, and its second copy.
         let size = std::fs::metadata(self.path).expect("the model's file").len();
         let keep = memory::available().is_none_or(|a| a >= 3 * size);
-        let mut ours = Turns { load: Box::new(|| Box::new(self.engine().session())), loaded: None, keep };
+        let mut ours = Turns { load: || self.engine().session(), loaded: None, keep };
         let modes = [Mode::Plain, Mode::Repacked].into_iter().filter(|m| *m == Mode::Plain || can_repack);
         let compared = modes.map(|mode| {
-            let mut theirs = Turns { load: Box::new(move || Box::new(self.context(mode))), loaded: None, keep };
-            let pair = |_| (ours.speed(phase, &tokens), theirs.speed(phase, &tokens));
+            let mut theirs = Turns { load: || self.context(mode), loaded: None, keep };
+            let pair = |_| (apart(|| ours.speed(phase, &tokens)), theirs.speed(phase, &tokens));
             let runs: Vec<(f64, f64)> = (0..self.pairs).map(pair).collect();
             let median_of = |f: fn(&(f64, f64)) -> f64| median(runs.iter().map(f));
             (median_of(|r| r.0), median_of(|r| r.1), median_of(|r| r.0 / r.1), mode)
