@@ -123,6 +123,14 @@ impl Decoder {
         }
     }
 
+    /// Columns of its widest matrix.
+    pub fn widest(&self) -> usize {
+        let c = &self.config;
+        let ffn = self.layers.iter().map(|l| l.ffn.dense_width()).max().unwrap_or(0);
+        let expert = c.moe.as_ref().map_or(0, |m| m.n_ff_exp);
+        [c.n_embd, c.n_head * c.head_dim_v, ffn, expert].into_iter().max().unwrap_or(0)
+    }
+
     /// Runs a block through the layers; the logits of the wanted tokens are in `b.logits` (n_wanted, n_vocab).
     ///
     /// # Errors

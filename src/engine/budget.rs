@@ -2,10 +2,11 @@
 
 use super::{EngineError, EngineOptions};
 use crate::arch::Decoder;
-use crate::cpu::{self, memory::Bound};
+use crate::cpu::{self, Isa, memory::Bound};
 use crate::moe::StoreLayout;
 use crate::moe::planner::Needs;
 use crate::ops::kv::{KvPool, KvType};
+use crate::ops::matmul::scratch_bytes;
 
 /// The program, its threads' stacks and allocator, the file's header and the tokeniser of a large vocabulary.
 const BASE_BYTES: u64 = 64 << 20;
@@ -58,8 +59,10 @@ pub(super) fn needs(o: &EngineOptions, model: &Decoder, dense: u64, n_ctx: usize
     });
     // All needs together have to be a number too.
     let kv = block.checked_mul(o.n_kv_blocks(n_ctx) as u64).filter(|&n| n < 1 << 62);
+    // A wrong `ONCALL_ISA` has been refused when the engine started.
+    let a_thread = scratch_bytes(Isa::get().unwrap_or(Isa::Scalar), model.widest()) as u64;
     Ok(Needs {
-        base: BASE_BYTES,
+        base: BASE_BYTES + (o.n_threads_here() as u64).saturating_mul(a_thread),
         dense,
         kv: kv.ok_or(EngineError::Context { n_ctx })?,
         kv_block: block,

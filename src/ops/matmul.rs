@@ -4,5 +4,5 @@
 //! are [`Acts`]: quantised once for all the matrices that read them. [`matmul`] multiplies on all threads.
 
 pub use crate::quant::kernels::{
-    Acts, Chosen, MAX_LANES, OutRows, Packed, Product, matmul, matmul_here, multiply_rate, pack,
+    Acts, Chosen, MAX_LANES, OutRows, Packed, Product, matmul, matmul_here, multiply_rate, pack, scratch_bytes,
 };

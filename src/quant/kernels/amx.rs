@@ -6,6 +6,7 @@
 use core::arch::asm;
 use core::arch::x86_64::__m512i;
 use core::marker::PhantomData;
+use std::cell::RefCell;
 
 /// Tokens of a tile.
 pub(super) const TOKENS: usize = 16;
@@ -41,8 +42,33 @@ pub(super) enum Set {
 }
 
 /// Tokens' activations of a superblock.
+#[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Tokens(pub [[i8; 256]; TOKENS]);
+
+/// `n` values of a type for which any bytes are right, left of whatever this thread did before. Not a closure's argument, since a closure
+/// wouldn't have the instruction set of the function that it's in.
+///
+/// # Safety
+/// Until they are no longer used, this thread doesn't ask for others.
+pub(super) unsafe fn scratch<'a, T>(n: usize) -> &'a mut [T] {
+    #[derive(Clone)]
+    #[repr(align(64))]
+    struct Line(#[allow(dead_code)] [u8; 64]);
+    thread_local! {
+        static LINES: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    }
+    const { assert!(align_of::<T>() <= align_of::<Line>()) };
+    LINES.with_borrow_mut(|lines| {
+        let n_lines = (n * size_of::<T>()).div_ceil(64);
+        if lines.len() < n_lines {
+            lines.resize(n_lines, Line([0; 64]));
+        }
+        // SAFETY: the lines are initialised, long enough and aligned, and any bytes are right. They stay where they are until more are asked for,
+        // which doesn't happen meanwhile, by the caller's promise, and the thread has no other reference to them.
+        unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), n) }
+    })
+}
 
 /// What a superblock of 16 rows is multiplied with: for each 64 weights two tiles.
 pub(super) type Codes = [[[__m512i; 16]; 2]; 4];
@@ -128,14 +154,10 @@ impl Tiles<64> {
         unsafe { Self::configure([a, b, b, b, c, c, c, c]) }
     }
 
-    /// `c` becomes the sums over a superblock for each of `R` groups of rows, 1 or 2, and each half of their codes. The rows of `c` after the
-    /// tokens stay as they are.
+    /// Begins sums of nothing.
     #[inline(always)]
-    pub(super) fn multiply<const R: usize>(&self, a: &Tokens, b: [&Codes; R], c: &mut [[Sums; 2]; R]) {
-        const { assert!(R == 1 || R == 2) };
-        let sums = c.as_mut_ptr();
-        // SAFETY: `self` proves that the tiles are set up; what is read and written is in the references: 64 bytes from column `64 * step` on of
-        // tokens of 256 bytes, and two tiles, 1,024 bytes each, of every group's codes and sums.
+    pub(super) fn begin(&self) {
+        // SAFETY: `self` proves that the tiles are set up.
         unsafe {
             asm!(
                 "tilezero tmm4",
@@ -144,46 +166,70 @@ impl Tiles<64> {
                 "tilezero tmm7",
                 options(nomem, nostack, preserves_flags)
             );
-            for step in 0..4 {
+        }
+    }
+
+    /// Adds the products of columns `64 * step` and on for each of `R` groups of rows, 1 or 2, and both bytes of their codes. The lower bytes are
+    /// unsigned, the upper ones signed or not.
+    #[inline(always)]
+    pub(super) fn step<const R: usize>(&self, a: &Tokens, b: [&Codes; R], step: usize, signed: bool) {
+        const { assert!(R == 1 || R == 2) };
+        macro_rules! products {
+            ($codes:expr, $b0:literal, $c0:literal, $b1:literal, $c1:literal, $upper:literal) => {
                 asm!(
-                    "tileloadd tmm0, [{a} + {row}]",
-                    "tileloadd tmm1, [{b} + {line}]",
-                    "tdpbssd tmm4, tmm0, tmm1",
-                    "tileloadd tmm2, [{b} + {line} + 1024]",
-                    "tdpbssd tmm5, tmm0, tmm2",
-                    a = in(reg) a.0.as_ptr().cast::<i8>().add(64 * step),
-                    row = in(reg) 256usize,
-                    b = in(reg) b[0][step].as_ptr(),
+                    concat!("tileloadd ", $b0, ", [{b} + {line}]"),
+                    concat!("tdpbsud ", $c0, ", tmm0, ", $b0),
+                    concat!("tileloadd ", $b1, ", [{b} + {line} + 1024]"),
+                    concat!($upper, " ", $c1, ", tmm0, ", $b1),
+                    b = in(reg) $codes[step].as_ptr(),
                     line = in(reg) 64usize,
                     options(readonly, nostack, preserves_flags),
-                );
-                if R == 2 {
-                    asm!(
-                        "tileloadd tmm3, [{b} + {line}]",
-                        "tdpbssd tmm6, tmm0, tmm3",
-                        "tileloadd tmm1, [{b} + {line} + 1024]",
-                        "tdpbssd tmm7, tmm0, tmm1",
-                        b = in(reg) b[R - 1][step].as_ptr(),
-                        line = in(reg) 64usize,
-                        options(readonly, nostack, preserves_flags),
-                    );
+                )
+            };
+        }
+        // SAFETY: `self` proves that the tiles are set up; what is read is in the references: 64 bytes from column `64 * step` on of tokens of
+        // 256 bytes, and two tiles, 1,024 bytes each, of every group's codes.
+        unsafe {
+            asm!(
+                "tileloadd tmm0, [{a} + {row}]",
+                a = in(reg) a.0.as_ptr().cast::<i8>().add(64 * step),
+                row = in(reg) 256usize,
+                options(readonly, nostack, preserves_flags),
+            );
+            match (signed, R) {
+                (true, 1) => products!(b[0], "tmm1", "tmm4", "tmm2", "tmm5", "tdpbssd"),
+                (false, 1) => products!(b[0], "tmm1", "tmm4", "tmm2", "tmm5", "tdpbsud"),
+                (true, _) => {
+                    products!(b[0], "tmm1", "tmm4", "tmm2", "tmm5", "tdpbssd");
+                    products!(b[R - 1], "tmm3", "tmm6", "tmm1", "tmm7", "tdpbssd");
+                }
+                (false, _) => {
+                    products!(b[0], "tmm1", "tmm4", "tmm2", "tmm5", "tdpbsud");
+                    products!(b[R - 1], "tmm3", "tmm6", "tmm1", "tmm7", "tdpbsud");
                 }
             }
-            asm!(
-                "tilestored [{c} + {line}], tmm4",
-                "tilestored [{c} + {line} + 1024], tmm5",
-                c = in(reg) sums,
-                line = in(reg) 64usize,
-                options(nostack, preserves_flags),
-            );
-            if R == 2 {
+        }
+    }
+
+    /// Stores the sums for each group and both bytes of its codes. The rows of `c` after the tokens stay as they are.
+    #[inline(always)]
+    pub(super) fn end<const R: usize>(&self, c: &mut [[Sums; 2]; R]) {
+        macro_rules! store {
+            ($sums:expr, $c0:literal, $c1:literal) => {
                 asm!(
-                    "tilestored [{c} + {line}], tmm6",
-                    "tilestored [{c} + {line} + 1024], tmm7",
-                    c = in(reg) sums.add(R - 1),
+                    concat!("tilestored [{c} + {line}], ", $c0),
+                    concat!("tilestored [{c} + {line} + 1024], ", $c1),
+                    c = in(reg) $sums.as_mut_ptr(),
                     line = in(reg) 64usize,
                     options(nostack, preserves_flags),
-                );
+                )
+            };
+        }
+        // SAFETY: `self` proves that the tiles are set up; two tiles are stored into two `Sums`.
+        unsafe {
+            store!(c[0], "tmm4", "tmm5");
+            if R == 2 {
+                store!(c[R - 1], "tmm6", "tmm7");
             }
         }
     }

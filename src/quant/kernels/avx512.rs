@@ -24,21 +24,29 @@ impl Avx512 {
         op!(_mm512_sub_epi8(a, _mm512_set1_epi8(x.cast_signed())))
     }
 
-    /// Signed bytes times their lane's signed number of eight bits, cut in two: the low seven bits, and what is above them, signed.
-    /// Only -128 times -128 doesn't fit, and no format has that weight.
+    /// Products of 16 bits, without what is above.
     #[inline(always)]
-    pub(super) fn scaled_bytes(self, w: __m512i, scale: __m512i) -> [__m512i; 2] {
-        let pair = self.or(self.and(scale, self.splat(0xffff)), self.shl(scale, 16));
+    pub(super) fn mul_i16(self, a: __m512i, b: __m512i) -> __m512i {
+        op!(_mm512_mullo_epi16(a, b))
+    }
+
+    /// `sum` and the products of two numbers of 16 bits. The instruction saturates, which sums here don't reach; the compiler takes the one that
+    /// doesn't apart, into two.
+    #[inline(always)]
+    pub(super) fn add_pair(self, sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        op!(_mm512_dpwssds_epi32(sum, a, b))
+    }
+
+    /// Unsigned bytes less `zero` times the signed number of eight bits that is in each 16 bits, cut in two: the lower and the upper byte of each.
+    #[inline(always)]
+    pub(super) fn scaled_bytes(self, w: __m512i, zero: i16, scale: __m512i) -> [__m512i; 2] {
         op!({
-            let even = _mm512_mullo_epi16(_mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(w)), pair);
-            let odd = _mm512_mullo_epi16(_mm512_srai_epi16::<8>(w), pair);
-            let mask = |x: __m512i, bits: u32| _mm512_and_si512(x, _mm512_set1_epi32(bits.cast_signed()));
-            let low = _mm512_or_si512(mask(even, 0x007f_007f), mask(_mm512_slli_epi16::<8>(odd), 0x7f00_7f00));
-            let high = _mm512_or_si512(
-                mask(_mm512_srli_epi16::<7>(even), 0x00ff_00ff),
-                mask(_mm512_slli_epi16::<1>(odd), 0xff00_ff00),
-            );
-            [low, high]
+            let less = _mm512_mullo_epi16(scale, _mm512_set1_epi16(zero));
+            let even = _mm512_mullo_epi16(_mm512_and_si512(w, _mm512_set1_epi16(0xff)), scale);
+            let odd = _mm512_mullo_epi16(_mm512_srli_epi16::<8>(w), scale);
+            let (even, odd) = (_mm512_sub_epi16(even, less), _mm512_sub_epi16(odd, less));
+            let upper = |a, b| _mm512_mask_blend_epi8(0xaaaa_aaaa_aaaa_aaaa, a, b);
+            [upper(even, _mm512_slli_epi16::<8>(odd)), upper(_mm512_srli_epi16::<8>(even), odd)]
         })
     }
 }

@@ -49,7 +49,7 @@ use job::{Act, Job};
 pub(crate) use layout::{Block, Field, Layout};
 pub(crate) use number::Number;
 pub use rate::multiply_rate;
-pub use run::{Chosen, OutRows, Packed, Product, matmul, matmul_here, pack};
+pub use run::{Chosen, OutRows, Packed, Product, matmul, matmul_here, pack, scratch_bytes};
 pub(crate) use superblock::{Scales, Superblock};
 pub(crate) use vector::Vector;
 
@@ -229,9 +229,11 @@ instruction_set!(on_avx512, avx512::Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx5
 mod on_amx {
     use super::*;
 
-    /// Few tokens use a part of a tile, but their weights are unpacked once: by count, not by the clock, worth it from the third pass of
-    /// `gemv` on.
-    const FEW: usize = 2 * MAX_GEMV;
+    /// Few tokens use a part of a tile, and weights are unpacked for them all the same (Emerald Rapids, from memory, one core, GOP/s of `gemv` and
+    /// `gemm`: Q4_K eight tokens 224 and 230, twelve 253 and 330; Q6_K 157 and 136, 171 and 206),
+    const FEW_SUPERBLOCKS: usize = 2 * MAX_GEMV;
+    /// which for blocks of 32 pays later (Q4_0 twelve tokens 263 and 203, sixteen 287 and 283; Q8_0 229 and 129, 247 and 221).
+    const FEW_BLOCKS: usize = 4 * MAX_GEMV;
 
     /// # Safety
     /// As for [`tiled32::gemm`].
@@ -252,13 +254,25 @@ mod on_amx {
     /// A thread has tiles only while a kernel runs.
     pub(super) const MULTIPLY: unsafe fn(usize) -> u64 = amx::multiply_rate;
 
+    /// Of a whole job's tokens.
+    pub(super) const fn scratch_bytes(n_cols: usize) -> usize {
+        let of_blocks = n_cols.div_ceil(32) * tiled32::TOKENS_BYTES;
+        let of_superblocks = n_cols.div_ceil(256) * tiled256::TOKENS_BYTES;
+        job::MAX_TOKENS / amx::TOKENS * if of_blocks > of_superblocks { of_blocks } else { of_superblocks }
+    }
+
     pub(super) const fn block32<L: Block32>() -> Kernels {
-        Kernels { tile: (amx::TOKENS, 1), few: FEW, gemm: gemm32::<L>, ..on_avx512::kernels::<block32::Blocks<L>>() }
+        Kernels {
+            tile: (amx::TOKENS, 1),
+            few: FEW_BLOCKS,
+            gemm: gemm32::<L>,
+            ..on_avx512::kernels::<block32::Blocks<L>>()
+        }
     }
 
     pub(super) const fn superblock<L: Superblock>() -> Kernels {
         let gemv = on_avx512::kernels::<superblock::Superblocks<L>>();
-        Kernels { tile: (amx::TOKENS, 2), few: FEW, gemm: gemm256::<L>, ..gemv }
+        Kernels { tile: (amx::TOKENS, 2), few: FEW_SUPERBLOCKS, gemm: gemm256::<L>, ..gemv }
     }
 }
 

@@ -51,6 +51,16 @@ pub fn pack(format: &'static Format, isa: Isa, n_rows: usize, n_cols: usize, row
     last.copy_from_slice(rest);
 }
 
+/// Bytes that each thread keeps for itself once it has multiplied many tokens with matrices of at most `n_cols` columns: AMX wants the
+/// tokens gathered.
+pub fn scratch_bytes(isa: Isa, n_cols: usize) -> usize {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Amx => super::on_amx::scratch_bytes(n_cols),
+        _ => 0,
+    }
+}
+
 /// How matrices of a format are multiplied on an instruction set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chosen {

@@ -1,38 +1,81 @@
 //! `gemm` of the formats with superblocks of 256 weights on AMX.
 //!
 //! A superblock's sum is one integer: weights times the scales of their sub-blocks times activations. So weights are multiplied by
-//! their scales when they are unpacked, and cut into two bytes, seven bits below and the rest above. Then whole tiles of 64 bytes add up a
-//! superblock, and vectors see two sums of it, however long its sub-blocks are.
+//! their scales when they are unpacked, and cut into two bytes. Then whole tiles of 64 bytes add up a superblock, and vectors see two sums of
+//! it, however long its sub-blocks are.
 //!
-//! The count for 16 tokens, 16 rows and a superblock: 8 products of 16 cycles, beside which all else fits (10 tiles loaded at 8 cycles, 2
-//! stored at 16, 6 vector operations a token, with offsets 13 or 17). So 130 to 150 cycles, where VNNI's 1,408 operations take 700 or
-//! more. Unpacking takes some 450 cycles more than VNNI's: with 16 tokens half of the gain, with 128 a tenth.
+//! Where codes are unsigned, the scale is cut, not the product: codes times a few bits of a scale still are bytes, so that one multiplication of
+//! 16 bits makes two of them. Signed products are cut into their lower and upper byte.
 
 use super::NO_SCALE;
 use super::amx::{self, Sums, TOKENS, Tiles};
 use super::avx512::Avx512;
-use super::job::{Act, Job, MAX_TOKENS};
-use super::layout::{Ahead, Block};
+use super::job::{Job, MAX_TOKENS};
+use super::layout::Block;
 use super::superblock::{Reading, Scales, Superblock, Superblocks};
 use super::vector::Vector;
 use core::arch::x86_64::*;
 
 /// Rows of a group.
 const LANES: usize = Avx512::LANES;
-/// Groups of rows that share what is gathered of the tokens: with two of them 24 KiB, of an L1 cache of 48.
+/// Groups of rows whose sums are in tiles at the same time.
 const GROUPS: usize = 2;
 
-/// A superblock of a group, unpacked.
+/// What bytes of weights times scales are, and how their sums are put together.
+impl<L: Superblock> Superblocks<L> {
+    /// The sum of the upper bytes counts so many bits more.
+    const SHIFT: u32 = match (L::MIN, L::BITS) {
+        (false, _) => 8,
+        // The most bits of a scale with which the largest code stays below 256.
+        (true, 2) => 6,
+        (true, 4) => 4,
+        (true, 5) => 3,
+        _ => panic!("no such format"),
+    };
+}
+
+/// A superblock of a group, unpacked: weights times scales, and the rest.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Panel {
-    /// Weights times scales, in four times 64: what is below 128, then the rest.
+    /// In four times 64: lower bytes, then upper ones.
     codes: amx::Codes,
+    factors: Factors,
+}
+
+/// What a superblock's sums are multiplied by.
+#[derive(Clone, Copy)]
+struct Factors {
     /// The offsets of two sub-blocks each.
     pairs: [__m512i; 8],
     d: __m512,
     dmin: __m512,
 }
+
+impl Factors {
+    #[inline(always)]
+    fn nothing(v: Avx512) -> Self {
+        let none = v.splat_f32(NO_SCALE);
+        Self { pairs: [v.splat(0); 8], d: none, dmin: none }
+    }
+}
+
+/// The dot products of a group of rows with the tokens of each tile, so far, and a place for what is none.
+type Accumulators = [[__m512; TOKENS]; NO_TILE + 1];
+const NO_TILE: usize = MAX_TOKENS / TOKENS;
+
+/// A superblock of some tokens, gathered.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Tokens {
+    q: amx::Tokens,
+    d: [f32; TOKENS],
+    /// Two sums over sub-blocks each, negated.
+    pairs: [[i32; 8]; TOKENS],
+}
+
+/// Scratch for a tile's tokens.
+pub(super) const TOKENS_BYTES: usize = size_of::<Tokens>();
 
 /// Up to [`MAX_TOKENS`] tokens.
 ///
@@ -40,22 +83,61 @@ struct Panel {
 /// The job's promise; the processor has [`Isa::Avx512Amx`](crate::cpu::Isa), and the thread has no tiles.
 #[inline(always)]
 pub(super) unsafe fn gemm<L: Superblock>(v: Avx512, job: &Job<'_>) {
+    let n_tiles = job.x.len().div_ceil(TOKENS);
+    // SAFETY: the caller's promise; nothing below asks for more.
+    unsafe {
+        let tokens: &mut [Tokens] = amx::scratch(n_tiles * job.n_blocks);
+        gather::<L>(job, n_tiles, tokens);
+        multiply::<L>(v, job, n_tiles, tokens);
+    }
+}
+
+/// An expert's tokens lie anywhere, while a tile's rows are at one distance. What is left of other tokens in the last tile is for sums that
+/// nobody reads.
+///
+/// # Safety
+/// The job's promise.
+#[inline(always)]
+unsafe fn gather<L: Superblock>(job: &Job<'_>, n_tiles: usize, tokens: &mut [Tokens]) {
+    for (k, x) in job.x.chunks(TOKENS).enumerate() {
+        for (t, x) in x.iter().enumerate() {
+            for i in 0..job.n_blocks {
+                let to = &mut tokens[i * n_tiles + k];
+                // SAFETY: the token has this superblock, by the caller's promise.
+                unsafe {
+                    to.q.0[t] = x.q.add(256 * i).cast::<[i8; 256]>().read();
+                    to.d[t] = *x.d.add(i);
+                    if L::MIN {
+                        for j in 0..4 * Superblocks::<L>::SUBS {
+                            to.pairs[t][j] = Superblocks::<L>::sums_at(x, i, j).cast::<i32>().read_unaligned();
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As for [`gemm`], and the tokens are gathered.
+#[inline(always)]
+unsafe fn multiply<L: Superblock>(v: Avx512, job: &Job<'_>, n_tiles: usize, tokens: &[Tokens]) {
     let (zero, none) = (v.splat(0), v.splat_f32(NO_SCALE));
-    let mut panels = [Panel { codes: [[[zero; 16]; 2]; 4], pairs: [zero; 8], d: none, dmin: none }; GROUPS];
-    let mut acc = [[none; MAX_TOKENS]; GROUPS];
+    let mut panels = [Panel { codes: [[[zero; 16]; 2]; 4], factors: Factors::nothing(v) }; GROUPS];
+    let mut acc = [[[none; TOKENS]; NO_TILE + 1]; GROUPS];
     // SAFETY: the caller's promise.
     let tiles = unsafe { Tiles::<64>::new(job.x.len().min(TOKENS)) };
     let reading = Reading::new::<Avx512>(None);
     let together = job.n_groups / GROUPS * GROUPS;
     for g in (0..together).step_by(GROUPS) {
         // SAFETY: the job's promise.
-        unsafe { groups::<L, GROUPS>(v, &tiles, job, g, reading, &mut panels, &mut acc) };
+        unsafe { groups::<L, GROUPS>(v, &tiles, job, g, reading, n_tiles, tokens, &mut panels, &mut acc) };
     }
     let ([panel, ..], [acc, ..]) = (&mut panels, &mut acc);
     for g in together..job.n_groups {
         let (panel, acc) = (std::array::from_mut(panel), std::array::from_mut(acc));
         // SAFETY: the job's promise.
-        unsafe { groups::<L, 1>(v, &tiles, job, g, reading, panel, acc) };
+        unsafe { groups::<L, 1>(v, &tiles, job, g, reading, n_tiles, tokens, panel, acc) };
     }
 }
 
@@ -64,75 +146,94 @@ pub(super) unsafe fn gemm<L: Superblock>(v: Avx512, job: &Job<'_>) {
 /// # Safety
 /// The job's promise, and these groups are within it.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 unsafe fn groups<L: Superblock, const R: usize>(
     v: Avx512,
     tiles: &Tiles<64>,
     job: &Job<'_>,
     g: usize,
     reading: Reading,
+    n_tiles: usize,
+    tokens: &[Tokens],
     panels: &mut [Panel; R],
-    acc: &mut [[__m512; MAX_TOKENS]; R],
+    acc: &mut [Accumulators; R],
 ) {
     let bytes = L::BYTES * LANES;
-    let mut tokens = amx::Tokens([[0; 256]; TOKENS]);
-    // A tile's sums are used while the next one's are multiplied.
+    acc.iter_mut().for_each(|acc| acc[..n_tiles].fill([v.splat_f32(0.0); TOKENS]));
+    // A tile's sums are used while the next one's are multiplied: here they are with what they are multiplied by, and which tile it is.
     let mut sums = [[[Sums::ZERO; 2]; R]; 2];
-    acc.iter_mut().for_each(|acc| acc.fill(v.splat_f32(0.0)));
-    for i in 0..job.n_blocks {
+    let mut factors = [Factors::nothing(v); R];
+    let (mut before, mut x_before) = (NO_TILE, &tokens[0]);
+    let n_lines = bytes.div_ceil(64 * 4 * n_tiles);
+    for (i, tokens) in tokens.chunks_exact(n_tiles).enumerate() {
         let at = |r: usize, i: usize| job.w.wrapping_add(((g + r) * job.n_blocks + i) * bytes);
         for (r, panel) in panels.iter_mut().enumerate() {
             // SAFETY: the job's promise.
             open(v, unsafe { Block::<_, L>::new(v, at(r, i)) }, reading, panel);
         }
-        let mut ahead = Ahead::new(std::array::from_fn::<_, R, _>(|r| at(r, i + 1)), bytes, job.x.len());
-        let n_tiles = job.x.len().div_ceil(TOKENS);
-        for k in 0..=n_tiles {
-            if k < n_tiles {
-                let x = &job.x[TOKENS * k..job.x.len().min(TOKENS * (k + 1))];
-                ahead.ask(v, x.len());
-                for (to, x) in tokens.0.iter_mut().zip(x) {
-                    // SAFETY: the job's promise: the token has this superblock.
-                    *to = unsafe { x.q.add(256 * i).cast::<[i8; 256]>().read() };
-                }
-                tiles.multiply(&tokens, std::array::from_fn(|r| &panels[r].codes), &mut sums[k % 2]);
+        let codes: [&amx::Codes; R] = panels.each_ref().map(|p| &p.codes);
+        let mut line = 0;
+        for (k, x) in tokens.iter().enumerate() {
+            let [now, then] = &mut sums;
+            let (now, then) = if (i * n_tiles + k) % 2 == 0 { (now, then) } else { (then, now) };
+            tiles.begin();
+            macro_rules! step {
+                ($step:literal) => {
+                    tiles.step(&x.q, codes, $step, !L::MIN);
+                    add::<L, R>(v, &factors, x_before, 4 * $step, then, acc, before);
+                    for _ in 0..n_lines {
+                        (0..R).for_each(|r| v.prefetch(at(r, i + 1).wrapping_add(line)));
+                        line += 64;
+                    }
+                };
             }
-            if k > 0 {
-                let first = TOKENS * (k - 1);
-                let x = &job.x[first..job.x.len().min(TOKENS * k)];
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    // SAFETY: the job's promise: the tokens have this superblock.
-                    unsafe { add::<L>(v, &panels[r], x, i, &sums[(k - 1) % 2][r], &mut acc[first..][..x.len()]) };
-                }
+            step!(0);
+            step!(1);
+            step!(2);
+            step!(3);
+            tiles.end(now);
+            (before, x_before) = (k, x);
+            if k == 0 {
+                factors = panels.each_ref().map(|p| p.factors);
             }
         }
     }
+    let last = &sums[(job.n_blocks * n_tiles + 1) % 2];
+    (0..4).for_each(|step| add::<L, R>(v, &factors, x_before, 4 * step, last, acc, before));
     for (r, acc) in acc.iter().enumerate() {
         for t in 0..job.x.len() {
             // SAFETY: the job's promise.
-            unsafe { v.store_f32(job.out(t, (g + r) * LANES), acc[t]) };
+            unsafe { v.store_f32(job.out(t, (g + r) * LANES), acc.as_flattened()[t]) };
         }
     }
 }
 
-/// Adds superblock `i`'s part to the dot products of a group with some tokens.
-///
-/// # Safety
-/// The tokens have a superblock `i`.
+/// Adds a superblock's part to the dot products of `R` groups with four tokens, from token `first` of a tile on.
 #[inline(always)]
-unsafe fn add<L: Superblock>(v: Avx512, w: &Panel, x: &[Act], i: usize, sums: &[Sums; 2], acc: &mut [__m512]) {
-    for (t, (x, acc)) in x.iter().zip(acc).enumerate() {
-        // SAFETY: a row of the sums is a vector; the token has the superblock, by the caller's promise.
-        unsafe {
-            let [low, high] = [0, 1].map(|part| v.load(sums[part].0[t].as_ptr().cast()));
-            let sum = v.add_i32(v.shl(high, 7), low);
-            let da = v.splat_f32(*x.d.add(i));
-            *acc = v.fma(v.to_f32(sum), v.mul(w.d, da), *acc);
+fn add<L: Superblock, const R: usize>(
+    v: Avx512,
+    w: &[Factors; R],
+    x: &Tokens,
+    first: usize,
+    sums: &[[Sums; 2]; R],
+    acc: &mut [Accumulators; R],
+    tile: usize,
+) {
+    for t in first..first + 4 {
+        let da = v.splat_f32(x.d[t]);
+        let pairs: [_; 8] = std::array::from_fn(|j| v.splat(x.pairs[t][j].cast_unsigned()));
+        for r in 0..R {
+            let (part, acc) = (&sums[r], &mut acc[r][tile][t]);
+            // SAFETY: a row of the sums is a vector.
+            let (low, high) = unsafe { (v.load(part[0].0[t].as_ptr().cast()), v.load(part[1].0[t].as_ptr().cast())) };
+            let sum = v.add_i32(v.shl(high, Superblocks::<L>::SHIFT), low);
+            *acc = v.fma(v.to_f32(sum), v.mul(w[r].d, da), *acc);
             if L::MIN {
                 let mut offset = v.splat(0);
                 for j in 0..4 * Superblocks::<L>::SUBS {
-                    offset = v.dot_pairs(offset, w.pairs[j], Superblocks::<L>::sums_at(x, i, j));
+                    offset = v.add_pair(offset, w[r].pairs[j], pairs[j]);
                 }
-                *acc = v.fma(v.to_f32(offset), v.mul(w.dmin, da), *acc);
+                *acc = v.fma(v.to_f32(offset), v.mul(w[r].dmin, da), *acc);
             }
         }
     }
@@ -140,12 +241,20 @@ unsafe fn add<L: Superblock>(v: Avx512, w: &Panel, x: &[Act], i: usize, sums: &[
 
 #[inline(always)]
 fn open<L: Superblock>(v: Avx512, b: Block<Avx512, L>, reading: Reading, panel: &mut Panel) {
+    let Panel { codes, factors: to } = panel;
     let subs = Superblocks::<L>::SUBS;
-    let zero = Superblocks::<L>::zero::<Avx512>() as u8;
+    let zero = Superblocks::<L>::zero::<Avx512>() as i16;
     let head = L::head(v, b);
-    let mut scales = [v.splat(0); 16];
+    // Each scale, or its lower bits and the others, twice in 16 bits.
+    let mut scales = [[v.splat(0); 2]; 16];
     for j in 0..8 * subs {
-        scales[j] = head.scale(v, j);
+        let (scale, n) = (head.scale(v, j), Superblocks::<L>::SHIFT);
+        scales[j] = if L::MIN {
+            let (low, high) = (v.and(scale, v.splat((1 << n) - 1)), v.shr(scale, n));
+            [v.pair(low, low), v.pair(high, high)]
+        } else {
+            [v.pair(scale, scale); 2]
+        };
     }
     for half in 0..2 {
         for j in 0..reading.n_columns {
@@ -153,16 +262,20 @@ fn open<L: Superblock>(v: Avx512, b: Block<Avx512, L>, reading: Reading, panel: 
             let column = L::column(v, b, half, j % 4);
             for s in 0..8 {
                 let scale = scales[subs * s + half % subs];
-                let [low, high] = v.scaled_bytes(v.sub_u8(column[s], zero), scale);
-                panel.codes[s / 2][0][8 * (s % 2) + row] = low;
-                panel.codes[s / 2][1][8 * (s % 2) + row] = high;
+                let [low, high] = if L::MIN {
+                    [v.mul_i16(column[s], scale[0]), v.mul_i16(column[s], scale[1])]
+                } else {
+                    v.scaled_bytes(column[s], zero, scale[0])
+                };
+                codes[s / 2][0][8 * (s % 2) + row] = low;
+                codes[s / 2][1][8 * (s % 2) + row] = high;
             }
         }
     }
     if L::MIN {
         for j in 0..4 * subs {
-            panel.pairs[j] = Superblocks::<L>::pair(v, &head, 2 * j);
+            to.pairs[j] = Superblocks::<L>::pair(v, &head, 2 * j);
         }
     }
-    (panel.d, panel.dmin) = (head.d(), head.dmin(v));
+    (to.d, to.dmin) = (head.d(), head.dmin(v));
 }

@@ -7,10 +7,10 @@
 //! cycle; 16 cycles of the tiles' unit; 48 vector operations, two a cycle. So 28 cycles at best, where VNNI's 176 operations take 88.
 
 use super::NO_SCALE;
-use super::amx::{Set, Sums, TOKENS, Tiles};
+use super::amx::{self, Set, Sums, TOKENS, Tiles};
 use super::avx512::Avx512;
 use super::block32::Block32;
-use super::job::{Act, Job, MAX_TOKENS};
+use super::job::{Job, MAX_TOKENS};
 use super::layout::{Ahead, Block};
 use super::vector::Vector;
 use core::arch::x86_64::*;
@@ -19,9 +19,7 @@ use core::arch::x86_64::*;
 const LANES: usize = Avx512::LANES;
 /// Blocks that are unpacked at once.
 const DEPTH: usize = 16;
-/// Bytes of a token in so many blocks.
-const ROW: usize = 32 * DEPTH;
-/// Groups of rows that share what is gathered of the tokens. With two of them, tokens and sums it is 35 KiB, of an L1 cache of 48.
+/// Groups of rows that are multiplied with a tile of tokens while it is in the L1 cache.
 const GROUPS: usize = 2;
 /// A block's sums are used so many products later, when they have left the tile and reached the cache.
 const LATER: usize = 2;
@@ -37,39 +35,21 @@ struct Open {
 
 type Panel = [Open; DEPTH];
 
-/// Blocks of 16 tokens side by side. An expert's tokens lie anywhere, while a tile's rows are at one distance; and rows a power of
-/// two apart, as whole activations often are, would push each other out of the cache.
+/// A block of some tokens, gathered: rows at one distance, as a tile wants them.
+#[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Tokens {
-    q: [[i8; ROW]; TOKENS],
-    d: [[f32; DEPTH]; TOKENS],
-    offset: [[f32; DEPTH]; TOKENS],
+    q: [[i8; 32]; TOKENS],
+    d: [f32; TOKENS],
+    offset: [f32; TOKENS],
 }
 
-impl Tokens {
-    /// Copies `n` blocks of some tokens, at most 16, from block `first` on. What is left of other tokens is for sums that nobody reads.
-    ///
-    /// # Safety
-    /// The tokens have these blocks.
-    #[inline(always)]
-    unsafe fn gather<L: Block32>(&mut self, x: &[Act], first: usize, n: usize) {
-        for (t, x) in x.iter().enumerate() {
-            // SAFETY: the caller's promise; both sides are `n` blocks long, at most `DEPTH`.
-            unsafe {
-                self.q[t][..32 * n].copy_from_slice(std::slice::from_raw_parts(x.q.add(32 * first), 32 * n));
-                self.d[t][..n].copy_from_slice(std::slice::from_raw_parts(x.d.add(first), n));
-                if L::MIN {
-                    self.offset[t][..n].copy_from_slice(std::slice::from_raw_parts(x.offset.add(first), n));
-                }
-            }
-        }
-    }
-}
+/// Scratch for a tile's tokens.
+pub(super) const TOKENS_BYTES: usize = size_of::<Tokens>();
 
-/// The buffers of a job, set up once.
+/// The buffers of a job.
 struct Buffers {
     panels: [Panel; GROUPS],
-    tokens: Tokens,
     sums: [Sums; 2 * LATER],
     /// The dot products of each group's rows with each token, so far.
     acc: [[__m512; MAX_TOKENS]; GROUPS],
@@ -85,27 +65,59 @@ pub(super) unsafe fn gemm<L: Block32>(v: Avx512, job: &Job<'_>) {
     let nothing = Open { codes: [v.splat(0); 8], scale: none, min: none };
     let mut buffers = Buffers {
         panels: [[nothing; DEPTH]; GROUPS],
-        tokens: Tokens { q: [[0; ROW]; TOKENS], d: [[0.0; DEPTH]; TOKENS], offset: [[0.0; DEPTH]; TOKENS] },
         sums: [Sums::ZERO; 2 * LATER],
         acc: [[none; MAX_TOKENS]; GROUPS],
     };
-    // SAFETY: the caller's promise.
-    let tiles = unsafe { Tiles::<32>::new((job.x.len() - 1) % TOKENS + 1) };
-    for g in (0..job.n_groups).step_by(GROUPS) {
-        // SAFETY: the job's promise.
-        unsafe { groups::<L>(v, &tiles, job, g, GROUPS.min(job.n_groups - g), &mut buffers) };
+    // SAFETY: the caller's promise; nothing below asks for more scratch.
+    unsafe {
+        let tokens: &mut [Tokens] = amx::scratch(job.x.len().div_ceil(TOKENS) * job.n_blocks);
+        gather::<L>(job, tokens);
+        let tiles = Tiles::<32>::new((job.x.len() - 1) % TOKENS + 1);
+        for g in (0..job.n_groups).step_by(GROUPS) {
+            groups::<L>(v, &tiles, job, g, GROUPS.min(job.n_groups - g), tokens, &mut buffers);
+        }
+    }
+}
+
+/// An expert's tokens lie anywhere. What is left of others in the last tile is for sums that nobody reads.
+///
+/// # Safety
+/// The job's promise.
+#[inline(always)]
+unsafe fn gather<L: Block32>(job: &Job<'_>, tokens: &mut [Tokens]) {
+    for (x, to) in job.x.chunks(TOKENS).zip(tokens.chunks_exact_mut(job.n_blocks)) {
+        for (t, x) in x.iter().enumerate() {
+            for (i, to) in to.iter_mut().enumerate() {
+                // SAFETY: the token has this block, by the caller's promise.
+                unsafe {
+                    to.q[t] = x.q.add(32 * i).cast::<[i8; 32]>().read();
+                    to.d[t] = *x.d.add(i);
+                    if L::MIN {
+                        to.offset[t] = *x.offset.add(i);
+                    }
+                }
+            }
+        }
     }
 }
 
 /// `n` groups from group `g` on.
 ///
 /// # Safety
-/// The job's promise, and these groups are within it.
+/// The job's promise, and these groups are within it; the tokens are gathered.
 #[inline(always)]
-unsafe fn groups<L: Block32>(v: Avx512, tiles: &Tiles<32>, job: &Job<'_>, g: usize, n: usize, buffers: &mut Buffers) {
+unsafe fn groups<L: Block32>(
+    v: Avx512,
+    tiles: &Tiles<32>,
+    job: &Job<'_>,
+    g: usize,
+    n: usize,
+    tokens: &[Tokens],
+    buffers: &mut Buffers,
+) {
     let bytes = L::BYTES * LANES;
-    let Buffers { panels, tokens, sums, acc } = buffers;
-    acc.iter_mut().for_each(|acc| acc.fill(v.splat_f32(0.0)));
+    let Buffers { panels, sums, acc } = buffers;
+    acc.iter_mut().for_each(|acc| acc[..job.x.len().next_multiple_of(TOKENS)].fill(v.splat_f32(0.0)));
     for first in (0..job.n_blocks).step_by(DEPTH) {
         let depth = DEPTH.min(job.n_blocks - first);
         let at = |r: usize, i: usize| job.w.wrapping_add(((g + r) * job.n_blocks + first + i) * bytes);
@@ -117,21 +129,17 @@ unsafe fn groups<L: Block32>(v: Avx512, tiles: &Tiles<32>, job: &Job<'_>, g: usi
         }
         // The last group's again, if there is one only: it costs nothing to ask twice.
         let mut ahead = Ahead::new([at(0, depth), at(n - 1, depth)], depth * bytes, job.x.len());
-        for (i, x) in job.x.chunks(TOKENS).enumerate() {
+        for (i, (x, tokens)) in job.x.chunks(TOKENS).zip(tokens.chunks_exact(job.n_blocks)).enumerate() {
             ahead.ask(v, x.len());
-            // SAFETY: the job's promise: the tokens have these blocks.
-            unsafe { tokens.gather::<L>(x, first, depth) };
+            let tokens = &tokens[first..first + depth];
             for (panel, acc) in panels[..n].iter().zip(acc.iter_mut()) {
                 let acc = &mut acc[TOKENS * i..][..TOKENS];
-                // SAFETY: `gather` has filled in the tokens.
-                unsafe {
-                    if x.len() == TOKENS {
-                        tile::<L, TOKENS>(v, tiles, true, &panel[..depth], tokens, sums, acc);
-                    } else if x.len() > TOKENS / 2 {
-                        tile::<L, TOKENS>(v, tiles, false, &panel[..depth], tokens, sums, acc);
-                    } else {
-                        tile::<L, { TOKENS / 2 }>(v, tiles, false, &panel[..depth], tokens, sums, acc);
-                    }
+                if x.len() == TOKENS {
+                    tile::<L, TOKENS>(v, tiles, true, &panel[..depth], tokens, sums, acc);
+                } else if x.len() > TOKENS / 2 {
+                    tile::<L, TOKENS>(v, tiles, false, &panel[..depth], tokens, sums, acc);
+                } else {
+                    tile::<L, { TOKENS / 2 }>(v, tiles, false, &panel[..depth], tokens, sums, acc);
                 }
             }
         }
@@ -152,43 +160,40 @@ fn open<L: Block32>(v: Avx512, b: Block<Avx512, L>) -> Open {
 }
 
 /// Adds a panel's part to the dot products of a group of rows with `N` tokens, of which all or, if not `full`, the rest's are there.
-///
-/// # Safety
-/// The tokens have the panel's blocks.
 #[inline(always)]
-unsafe fn tile<L: Block32, const N: usize>(
+fn tile<L: Block32, const N: usize>(
     v: Avx512,
     tiles: &Tiles<32>,
     full: bool,
     panel: &[Open],
-    x: &Tokens,
+    x: &[Tokens],
     isums: &mut [Sums; 2 * LATER],
     acc: &mut [__m512],
 ) {
     let acc: &mut [__m512; N] = acc.first_chunk_mut().expect("as many tokens as a tile");
     let mut sums = *acc;
     for i in 0..panel.len() + LATER {
-        if let Some(w) = panel.get(i) {
+        if let (Some(w), Some(x)) = (panel.get(i), x.get(i)) {
             let set = match (full, i % 2) {
                 (false, _) => Set::Rest,
                 (_, 0) => Set::Even,
                 _ => Set::Odd,
             };
-            // SAFETY: the caller's promise: the tokens have block `i`; eight vectors of codes are a tile.
+            // SAFETY: 16 tokens, 32 bytes from one to the next, and eight vectors of codes are tiles.
             unsafe {
-                let q = x.q.as_ptr().cast::<i8>().add(32 * i);
-                tiles.multiply(set, q, ROW, w.codes.as_ptr().cast(), &mut isums[i % (2 * LATER)]);
+                let (q, codes) = (x.q.as_ptr().cast(), w.codes.as_ptr().cast());
+                tiles.multiply(set, q, 32, codes, &mut isums[i % (2 * LATER)]);
             }
         }
         if i >= LATER {
             let i = i - LATER;
-            let (w, isums) = (&panel[i], isums[i % (2 * LATER)].0.as_ptr());
+            let (w, x, isums) = (&panel[i], &x[i], isums[i % (2 * LATER)].0.as_ptr());
             for t in 0..N {
                 // SAFETY: the sums have a row `t`, a vector.
                 let isum = unsafe { v.load(isums.add(t).cast()) };
-                sums[t] = v.fma(v.to_f32(isum), v.mul(w.scale, v.splat_f32(x.d[t][i])), sums[t]);
+                sums[t] = v.fma(v.to_f32(isum), v.mul(w.scale, v.splat_f32(x.d[t])), sums[t]);
                 if L::MIN {
-                    sums[t] = v.fma(v.splat_f32(x.offset[t][i]), w.min, sums[t]);
+                    sums[t] = v.fma(v.splat_f32(x.offset[t]), w.min, sums[t]);
                 }
             }
         }
