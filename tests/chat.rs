@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// A chat, and the terminal that it runs in.
+/// A chat or another command, and the terminal that it runs in.
 struct Chat {
     child: Child,
     keyboard: File,
@@ -23,6 +23,17 @@ struct Chat {
 
 impl Chat {
     fn new(args: &[&str]) -> Chat {
+        Chat::at_home(args, None)
+    }
+
+    fn at_home(args: &[&str], home: Option<&Path>) -> Chat {
+        let mut chat = Chat::start(&[&["chat"], args].concat(), home);
+        chat.sees(">>> ");
+        chat
+    }
+
+    /// Any command.
+    fn start(args: &[&str], home: Option<&Path>) -> Chat {
         let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
         grantpt(&terminal).unwrap();
         unlockpt(&terminal).unwrap();
@@ -31,7 +42,8 @@ impl Chat {
             File::from(rustix::fs::open(&name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap()).into()
         };
         let mut c = Command::new(env!("CARGO_BIN_EXE_oncall"));
-        c.arg("chat").args(args).env_remove("ONCALL_MODEL").env_remove("ONCALL_LOG").env("TERM", "xterm");
+        c.args(args).env_remove("ONCALL_MODEL").env_remove("ONCALL_LOG").env("TERM", "xterm");
+        c.envs(home.iter().map(|h| ("HOME", *h)));
         let child = c.stdin(program()).stdout(program()).stderr(program()).spawn().unwrap();
         drop(c);
         let (keyboard, screen) = (File::from(terminal), Arc::new(Mutex::new(String::new())));
@@ -43,9 +55,7 @@ impl Chat {
                 to.lock().unwrap().push_str(&String::from_utf8_lossy(&bytes[..n]));
             }
         });
-        let mut chat = Chat { child, keyboard, screen, seen: 0 };
-        chat.sees(">>> ");
-        chat
+        Chat { child, keyboard, screen, seen: 0 }
     }
 
     fn types(&mut self, keys: &str) {
@@ -107,6 +117,68 @@ fn blocks_are_messages_and_bye_has_other_names() {
     chat.sees(">>> ");
     chat.types("/quit now\r");
     assert!(chat.child.wait().unwrap().success());
+}
+
+#[test]
+fn what_is_told_in_a_terminal_fits_into_it() {
+    // Nobody said how wide this one is.
+    let shown = |chat: &Chat| chat.screen.lock().unwrap().replace("\r\n", "\n");
+    let fits = |text: &str| {
+        let wide = text.lines().find(|l| anstream::adapter::strip_str(l).to_string().chars().count() > 80);
+        assert!(wide.is_none(), "{wide:?}");
+    };
+    let mut chat = Chat::new(&["-n", "1"]);
+    let before = shown(&chat).len();
+    chat.types("/help\r");
+    chat.sees("begin and end");
+    chat.sees(">>> ");
+    fits(&shown(&chat)[before..]);
+    chat.types("/set nonsense\r");
+    chat.sees("and system");
+    chat.sees(">>> ");
+    fits(&shown(&chat)[before..]);
+    let mut failed = Chat::start(&["run", "x", "--memory", "2MiB"], None);
+    assert_eq!(failed.child.wait().unwrap().code(), Some(1));
+    failed.sees("error:");
+    failed.sees("MiB");
+    std::thread::sleep(Duration::from_millis(100));
+    let text = shown(&failed);
+    assert!(text.trim().lines().count() > 1, "{text}");
+    fits(&text);
+}
+
+/// No shell is there to write it out.
+#[test]
+fn a_tilde_is_the_home() {
+    let home = tempfile::tempdir().unwrap();
+    let mut chat = Chat::at_home(&["-n", "1", "--temp", "0", "-s", "7"], Some(home.path()));
+    chat.types("hi\r");
+    chat.sees("seed 7");
+    chat.sees(">>> ");
+    chat.types("/save ~/said.json\r");
+    chat.sees("saved to");
+    chat.sees(">>> ");
+    assert_eq!(messages(&home.path().join("said.json")).len(), 2);
+    chat.types("/load ~/said.json\r");
+    chat.sees("2 messages, ");
+    chat.sees(">>> ");
+    chat.types("/load ~/other.json\r");
+    chat.sees("no such file");
+}
+
+#[test]
+fn what_takes_long_shows_how_far_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokens = vec!["500"; 8_000].join(",");
+    let logits = dir.path().join("logits");
+    let args = ["logits", "--tokens", &tokens, "-c", "8000", "-t", "1", "-o", logits.to_str().unwrap()];
+    let mut chat = Chat::start(&args, None);
+    chat.sees("computing logits");
+    chat.sees(" of 8000 tokens");
+    drop(chat);
+    let mut chat = Chat::start(&["experts", "-n", "20000", "-c", "30000", "-t", "1"], None);
+    chat.sees("writing");
+    chat.sees(" of 20000 tokens");
 }
 
 /// What is stopped before it was answered is as if it had never been said.

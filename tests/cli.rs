@@ -168,9 +168,9 @@ fn what_is_wrong_is_said_and_what_to_do() {
     }
     assert!(err(&o).contains("answers get worse"), "{}", err(&o));
     let o = run(&["run", "x", "--raw", "--top-p", "7"]);
-    assert_eq!(o.status.code(), Some(1));
-    assert!(err(&o).contains("top_p") && err(&o).contains("0 to 1"), "{}", err(&o));
-    assert!(o.stdout.is_empty(), "it is known before the prompt is read");
+    assert_eq!(o.status.code(), Some(2));
+    assert!(err(&o).contains("--top-p") && err(&o).contains("0 to 1"), "{}", err(&o));
+    assert!(o.stdout.is_empty(), "it is known before the model is read");
     let o = run(&["run", "x", "--raw", "--json-schema", r#"{"if": {}}"#]);
     assert!(o.status.code() == Some(1) && err(&o).contains("if") && o.stdout.is_empty(), "{o:?}");
     let o = run(&["run", "x", "--raw", "--system", "y"]);
@@ -397,7 +397,22 @@ fn numbers_below_nothing_and_above_everything() {
     let o = run(&["run", "--raw", "Once upon a time", "-n", "-1", "-s", "-1"]);
     assert!(out(&o).len() > 20);
     for (args, code, words) in [
-        (&["run", "x", "--top-p", "-0.1"][..], 1, "top_p is -0.1"),
+        (&["run", "x", "--top-p", "-0.1"][..], 2, "0 to 1"),
+        (&["run", "x", "--min-p", "-1"], 2, "0 to 1"),
+        (&["chat", "--typical", "1.5"], 2, "0 to 1"),
+        (&["run", "x", "--temp", "inf"], 2, "a finite number"),
+        (&["run", "x", "--temp", "NaN"], 2, "a finite number"),
+        (&["run", "x", "--repeat-penalty", "0"], 2, "above 0 and up to 100"),
+        (&["run", "x", "--repeat-last-n", "-2"], 2, "-1 (everything)"),
+        (&["run", "x", "--repeat-last-n", "9.5"], 2, "takes a number"),
+        (&["run", "x", "--presence-penalty", "101"], 2, "-100 to 100"),
+        (&["run", "x", "--frequency-penalty", "-101"], 2, "-100 to 100"),
+        (&["run", "x", "--logit-bias", "7+inf"], 2, "-inf to ban"),
+        (&["run", "x", "--experts", "0"], 2, "1 or more"),
+        (&["run", "x", "--experts", "-1"], 2, "1 or more"),
+        (&["run", "x", "--experts", "99"], 2, "this model's tokens use 2"),
+        (&["run", "x", "--drop-cold", "-0.1"], 2, "0 to 1"),
+        (&["run", "x", "--threads", "many"], 2, "from 1 to"),
         (&["run", "x", "--memory", "99999999999999999999G"], 2, "no machine"),
         (&["bench", "-p", "1", "-n", "18446744073709551615", "-d", "1", "-r", "1"], 2, "--predict"),
         (&["bench", "-c", "10", "-p", "20", "-n", "0", "-r", "1"], 2, "pp20 needs a context of 20"),
@@ -408,6 +423,47 @@ fn numbers_below_nothing_and_above_everything() {
         let o = run(args);
         assert!(o.status.code() == Some(code) && err(&o).contains(words), "{args:?}: {}", err(&o));
     }
+    let request = r#"{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Once", "max_tokens": 1}}"#;
+    let o = run_with_input(&["batch", "-i", "-", "-o", "-", "--experts", "99"], request);
+    assert!(o.status.code() == Some(2) && err(&o).contains("this model's tokens use 2"), "{}", err(&o));
+}
+
+/// Where a terminal is as wide as most. Help is clap's, which wraps by itself.
+#[test]
+fn what_is_printed_fits_into_80_columns() {
+    for args in [
+        &["show", "--tensors", "--kernels"][..],
+        &["doctor", "--dir", "."],
+        &["experts", "-n", "4", "--experts", "1"],
+        &["plan"],
+    ] {
+        let text = out(&run(args));
+        let wide = text.lines().find(|l| l.chars().count() > 80);
+        assert!(wide.is_none() && text.lines().count() > 5, "{args:?}: {wide:?}");
+    }
+    // A script may look for a line as it is.
+    let o = run(&["run", "x", "--prefer-resident", "0.1", "--memory", "2MiB"]);
+    assert!(err(&o).lines().count() == 1 && err(&o).len() > 80, "{}", err(&o));
+}
+
+#[test]
+fn a_prompt_may_come_from_a_file_or_from_stdin_by_its_name() {
+    let more = ["--raw", "-n", "5", "--temp", "0", "-s", "1"];
+    let given = out(&run(&[&["run", "Once upon a time"], &more[..]].concat()));
+    assert_eq!(out(&run_with_input(&[&["run", "-f", "-"], &more[..]].concat(), "Once upon a time\n")), given);
+    let dir = tempfile::tempdir().unwrap();
+    let latin1 = dir.path().join("latin1.txt");
+    std::fs::write(&latin1, b"caf\xe9").unwrap();
+    let missing = dir.path().join("missing.txt");
+    for (path, words) in [(&missing, "check its name"), (&latin1, "UTF-8"), (&dir.path().to_path_buf(), "directory")] {
+        let path = path.to_str().unwrap();
+        for args in [&["run", "-f", path][..], &["perplexity", "-f", path], &["run", "x", "--grammar-file", path]] {
+            let o = run(args);
+            assert!(!o.status.success() && err(&o).contains(path) && err(&o).contains(words), "{args:?}: {}", err(&o));
+        }
+    }
+    let o = run(&["replay", "--trace", missing.to_str().unwrap()]);
+    assert!(err(&o).contains("missing.txt: there is no such file"), "{}", err(&o));
 }
 
 #[test]
@@ -417,6 +473,13 @@ fn one_is_told_as_one() {
     assert!(err(&o).contains(", wrote 1, "), "one token takes no pass, so it has no rate: {}", err(&o));
     let text = out(&run(&["bench", "-p", "2", "-n", "0", "-r", "1", "-t", "1"]));
     assert!(text.contains(", 1 thread, "), "{text}");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    changed_model(&path, |w| {
+        w.set("general.tags", vec!["stories".to_string()]);
+    });
+    let text = out(&run(&["show", path.to_str().unwrap(), "--metadata"]));
+    assert!(text.contains("[\"stories\"] (1 value)\n") && text.contains(" values)"), "{text}");
 }
 
 #[test]

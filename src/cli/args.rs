@@ -1,12 +1,13 @@
 //! Flags that several commands share. Names and defaults are llama.cpp's.
 
 use super::Failure;
+use crate::arch::ModelError;
 use crate::cpu::Cores;
-use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, Engine, EngineOptions, GenerationParams, Memory};
+use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, Engine, EngineError, EngineOptions, GenerationParams, Memory};
 use crate::moe::Lossy;
 use crate::ops::kv::KvType;
 use crate::session::grammar::Grammar;
-use crate::session::sampler::SamplingParams;
+use crate::session::sampler::{SamplerError, SamplingParams};
 use clap::{Args, Parser, ValueEnum};
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
@@ -114,13 +115,13 @@ pub(super) struct ModelArgs {
     #[arg(long)]
     pub no_heat: bool,
     /// Lossy: each token uses only its N best experts
-    #[arg(long, value_name = "N", value_parser = parse_count, help_heading = "Lossy: less to read, another answer")]
+    #[arg(long, value_name = "N", value_parser = parse_experts, allow_negative_numbers = true, help_heading = "Lossy: less to read, another answer")]
     pub experts: Option<usize>,
     /// Lossy: drop an expert that isn't in memory if its share of the token's weight is below this, e.g. 0.05
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = parse_share, help_heading = "Lossy: less to read, another answer")]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = parse_share, allow_negative_numbers = true, help_heading = "Lossy: less to read, another answer")]
     pub drop_cold: f32,
     /// Lossy: take an expert in memory for one that isn't, if it's at most this much less probable, e.g. 0.2; never for a token's two best
-    #[arg(long, value_name = "MARGIN", default_value_t = 0.0, value_parser = parse_share, help_heading = "Lossy: less to read, another answer")]
+    #[arg(long, value_name = "MARGIN", default_value_t = 0.0, value_parser = parse_share, allow_negative_numbers = true, help_heading = "Lossy: less to read, another answer")]
     pub prefer_resident: f32,
 }
 
@@ -194,20 +195,28 @@ impl ModelArgs {
     }
 
     fn read(&self, options: &EngineOptions) -> Result<Engine, Failure> {
-        let Some(path) = &self.model else { return Ok(Engine::embedded(options)?) };
+        let Some(path) = &self.model else { return Engine::embedded(options).map_err(of_engine) };
         let bar = super::output::bar("reading the model", "bytes");
         let engine = Engine::load(path, options, &|done, total| {
             bar.set_length(total);
             bar.set_position(done);
         });
         bar.finish_and_clear();
-        Ok(engine?)
+        engine.map_err(of_engine)
     }
 
     /// The model's name for people.
     pub fn name(&self) -> String {
         let file = self.model.as_deref().and_then(|p| p.file_name()).map(|n| n.to_string_lossy().into_owned());
         file.unwrap_or_else(|| EMBEDDED_NAME.into())
+    }
+}
+
+/// A number of experts that is out of its range is wrong usage, though only the model says what the range is.
+pub(super) fn of_engine(e: EngineError) -> Failure {
+    match e {
+        EngineError::Model { source: ModelError::FewerExperts { .. }, .. } => Failure::usage(e.to_string()),
+        e => e.into(),
     }
 }
 
@@ -233,32 +242,32 @@ fn parse_count(s: &str) -> Result<usize, String> {
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Sampling")]
 pub(super) struct SamplingArgs {
-    /// Randomness: 0 takes the most likely token always
-    #[arg(long, value_name = "X", default_value_t = 0.8, allow_negative_numbers = true)]
+    /// Randomness: 0 (or less, as in llama.cpp) takes the most likely token always
+    #[arg(long, value_name = "X", default_value_t = 0.8, value_parser = ranged(|p, x| p.temp = x), allow_negative_numbers = true)]
     temp: f32,
     /// Only the best N tokens; 0 for all
     #[arg(long, value_name = "N", default_value_t = 40, allow_negative_numbers = true)]
     top_k: i32,
-    /// Only the best tokens that together reach this probability
-    #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true)]
+    /// Only the best tokens that together reach this probability, from 0 to 1; 1 for all
+    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = ranged(|p, x| p.top_p = x), allow_negative_numbers = true)]
     top_p: f32,
-    /// Only tokens at least this fraction as likely as the best
-    #[arg(long, value_name = "P", default_value_t = 0.05, allow_negative_numbers = true)]
+    /// Only tokens at least this fraction as likely as the best, from 0 to 1; 0 for all
+    #[arg(long, value_name = "P", default_value_t = 0.05, value_parser = ranged(|p, x| p.min_p = x), allow_negative_numbers = true)]
     min_p: f32,
-    /// Locally typical sampling; 1 is off
-    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
+    /// Locally typical sampling, from 0 to 1; 1 is off
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = ranged(|p, x| p.typical_p = x), allow_negative_numbers = true)]
     typical: f32,
     /// Penalise tokens of the last --repeat-last-n by this factor; 1 is off
-    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = ranged(|p, x| p.repeat_penalty = x), allow_negative_numbers = true)]
     repeat_penalty: f32,
     /// The window of the penalties; -1 for everything so far
-    #[arg(long, value_name = "N", default_value_t = 64, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = ranged(|p, x: i32| p.repeat_last_n = x), allow_negative_numbers = true)]
     repeat_last_n: i32,
     /// Taken from the logit of every token in the window
-    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = ranged(|p, x| p.presence_penalty = x), allow_negative_numbers = true)]
     presence_penalty: f32,
     /// Taken from a token's logit for each time that it's in the window
-    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = ranged(|p, x| p.frequency_penalty = x), allow_negative_numbers = true)]
     frequency_penalty: f32,
     /// The same seed writes the same text; -1 for a random one [default: -1]
     #[arg(short, long, value_name = "N", allow_negative_numbers = true)]
@@ -344,6 +353,33 @@ impl SamplingArgs {
     }
 }
 
+/// A parser of a sampling parameter that `set` sets, with the sampler's own range.
+fn ranged<T: FromStr + Copy + Send + Sync + 'static>(
+    set: fn(&mut SamplingParams, T),
+) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync {
+    move |s| {
+        let value: T = s.parse().map_err(|_| "it takes a number")?;
+        let mut params = SamplingParams::default();
+        set(&mut params, value);
+        in_range(&params).map(|()| value)
+    }
+}
+
+fn in_range(params: &SamplingParams) -> Result<(), String> {
+    params.validate().map_err(|e| match e {
+        SamplerError::Parameter { range, .. } => format!("it must be {range}"),
+        e => e.to_string(),
+    })
+}
+
+/// A number of experts that a token uses. How many there are only the model says.
+fn parse_experts(s: &str) -> Result<usize, String> {
+    match parse_count(s) {
+        Ok(0) | Err(_) => Err("it takes a whole number: 1 or more, and no more than the model uses".into()),
+        n => n,
+    }
+}
+
 /// A number from 0 to 1.
 fn parse_share(s: &str) -> Result<f32, String> {
     s.parse().ok().filter(|x| (0.0..=1.0).contains(x)).ok_or_else(|| "it takes a number from 0 to 1".into())
@@ -361,7 +397,8 @@ fn parse_grammar(s: &str) -> Result<Grammar, String> {
 
 /// A file in Lark.
 fn read_grammar(path: &str) -> Result<Grammar, String> {
-    let source = std::fs::read_to_string(path).map_err(|e| e.to_string())?;
+    // clap names the file.
+    let source = std::fs::read_to_string(path).map_err(|e| super::unreadable(&e))?;
     Grammar::lark(source.trim_start_matches('\u{feff}')).map_err(|e| e.to_string())
 }
 
@@ -406,7 +443,7 @@ const MAX_TURNS: usize = 8;
 pub(super) fn parse_threads(s: &str) -> Result<u16, String> {
     let here = Cores::count().allowed;
     let most = here.saturating_mul(MAX_TURNS).min(1024) as u16;
-    let n: u16 = s.parse().map_err(|_| "it takes a number".to_string())?;
+    let n: u16 = s.parse().map_err(|_| format!("it takes a whole number from 1 to {most}"))?;
     if !(1..=most).contains(&n) {
         let processors = super::output::counted(here, "processor");
         return Err(format!(
@@ -421,6 +458,7 @@ fn parse_bias(s: &str) -> Result<(u32, f32), String> {
     let at = s.find(['+', '-']).ok_or("it takes a token and a signed number, as 15043+1")?;
     let token = s[..at].parse().map_err(|_| format!("{:?} isn't a token's number", &s[..at]))?;
     let bias = s[at..].parse().map_err(|_| format!("{:?} isn't a number", &s[at..]))?;
+    in_range(&SamplingParams { logit_bias: vec![(token, bias)], ..SamplingParams::default() })?;
     Ok((token, bias))
 }
 
@@ -471,6 +509,7 @@ mod tests {
     fn biases() {
         assert_eq!(parse_bias("15043+1"), Ok((15043, 1.0)));
         assert_eq!(parse_bias("7-inf"), Ok((7, f32::NEG_INFINITY)));
+        assert!(parse_bias("7+inf").is_err() && parse_bias("7+nan").is_err());
         assert!(parse_bias("7").is_err() && parse_bias("x+1").is_err() && parse_bias("7+x").is_err());
     }
 }

@@ -1,6 +1,6 @@
 //! `oncall batch`: a file of requests, answered many at a time.
 
-use super::args::ModelArgs;
+use super::args::{ModelArgs, of_engine};
 use super::{Failure, figures, output};
 use crate::batch::{self, BatchError, Figures, Files, Job};
 use crate::engine::{EMBEDDED_NAME, EngineOptions, embedded_bytes, plan_batch};
@@ -165,7 +165,7 @@ fn options(a: &BatchArgs, job: &Job) -> Result<EngineOptions, Failure> {
         Some(Sequences::Given(n)) => Some(n),
         Some(Sequences::Auto) | None => None,
     };
-    let plan = plan_batch(&gguf, &options, &job.shape(), given)?;
+    let plan = plan_batch(&gguf, &options, &job.shape(), given).map_err(of_engine)?;
     if given.is_none() {
         output::note(&plan.why);
     }
@@ -177,7 +177,7 @@ fn line(f: &Figures) -> String {
     let total = f.total.map_or(String::new(), |t| format!("/{t}"));
     let mut line = format!("{}{total} done", f.done);
     if f.failed > 0 {
-        line += &format!(", {} error{}", f.failed, if f.failed == 1 { "" } else { "s" });
+        line += &format!(", {}", output::counted(f.failed as usize, "error"));
     }
     line += &format!(", {:.0} tokens/s in, {:.0} out", f.tokens_in_per_s, f.tokens_out_per_s);
     if let Some(rate) = f.hit_rate {

@@ -2,7 +2,7 @@
 
 use super::args::{ModelArgs, SamplingArgs};
 use super::run::answer;
-use super::{Failure, output};
+use super::{Failure, output, unreadable};
 use crate::engine::{Account, Engine, Finish, Session};
 use crate::gguf::{PartFile, WriteError};
 use crate::session::template::{ChatTemplate, Message};
@@ -10,7 +10,7 @@ use clap::Args;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use std::io::{IsTerminal, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Flags of `chat`.
 #[derive(Args)]
@@ -31,13 +31,15 @@ pub(super) struct ChatArgs {
 
 const HELP: &str = "\
 /help                 this list
-/set NAME VALUE       a sampling parameter (temp, top-k, top-p, min-p, seed, predict, ...) or system TEXT;
-                      seed, predict and system without a value are as if they had never been set
-/save FILE            write the conversation to a file
+/set NAME VALUE       a sampling parameter (temp, top-k, top-p, min-p, seed,
+                      predict, ...) or system TEXT; seed, predict and system
+                      without a value are as if they had never been set
+/save FILE            write the conversation to a file; ~ is your home
 /load FILE            go on with a conversation from a file
 /clear                forget the conversation
 /bye                  leave, as Ctrl-D, /quit and /exit do
-\"\"\"                   begin and end a text of several lines, or one that begins with /
+\"\"\"                   begin and end a text of several lines, or one that begins
+                      with /
 ";
 
 struct Chat {
@@ -197,10 +199,15 @@ impl Chat {
                 }
                 Ok(if value.is_empty() { format!("{name} isn't set") } else { format!("{name} is {value}") })
             }
-            "save" if !rest.is_empty() => self.save(Path::new(rest)).map(|()| format!("saved to {rest}")),
-            "load" if !rest.is_empty() => self
-                .load(Path::new(rest))
-                .map(|()| format!("{} messages, {} tokens", self.messages.len(), self.session.tokens().len())),
+            "save" if !rest.is_empty() => {
+                let file = from_home(rest)?;
+                self.save(&file).map(|()| format!("saved to {}", file.display()))
+            }
+            "load" if !rest.is_empty() => self.load(&from_home(rest)?).map(|()| {
+                let [messages, tokens] = [(self.messages.len(), "message"), (self.session.tokens().len(), "token")]
+                    .map(|(n, what)| output::counted(n, what));
+                format!("{messages}, {tokens}")
+            }),
             "save" | "load" => Err("it takes a file".into()),
             _ => Err(format!("there is no /{name}; /help lists the commands")),
         }
@@ -253,10 +260,21 @@ impl Chat {
     }
 }
 
+/// A file's name as it was typed, where no shell writes out `~`.
+fn from_home(name: &str) -> Result<PathBuf, String> {
+    let Some(rest) = name.strip_prefix('~').filter(|rest| rest.is_empty() || rest.starts_with(std::path::is_separator))
+    else {
+        return Ok(name.into());
+    };
+    let home = std::env::home_dir().filter(|home| !home.as_os_str().is_empty());
+    let home = home.ok_or("nothing says where your home is: give the file's whole name, without ~")?;
+    Ok(home.join(rest.trim_start_matches(std::path::is_separator)))
+}
+
 /// The messages of a conversation that was saved.
 fn saved_messages(path: &Path) -> Result<Vec<Message>, String> {
     let name = path.display();
-    let text = std::fs::read_to_string(path).map_err(|e| format!("{name}: {e}"))?;
+    let text = std::fs::read_to_string(path).map_err(|e| format!("{name}: {}", unreadable(&e)))?;
     serde_json::from_str(&text).map_err(|e| format!("{name} isn't a conversation that /save wrote: {e}"))
 }
 

@@ -103,7 +103,7 @@ pub(super) fn run(a: DoctorArgs) -> Result<(), Failure> {
     if a.json {
         return output::json(&report);
     }
-    output::text(&print(&report, model.as_deref())?)
+    output::text(&print(&report, model.as_deref(), output::width())?)
 }
 
 /// A file of random bytes without a name: however this process ends, it's gone.
@@ -213,12 +213,17 @@ fn limits(r: &Report) -> Vec<String> {
     let (direct, buffered) = (best(&r.disk, Mode::Direct), best(&r.disk, Mode::Buffered));
     let best = [direct, buffered].into_iter().flatten().max_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s));
     if let (Some(b), Some(of_memory)) = (best, r.memory_rate[1]) {
-        out.push(format!(
-            "The disk is {:.0} times slower than memory: a model that fits writes that much faster than one of which every \
-             expert is read. 100 MB read a token allow {:.1} tokens/s.",
-            of_memory / b.bytes_per_s,
-            b.bytes_per_s / 100e6
-        ));
+        let times = of_memory / b.bytes_per_s;
+        let slower = if times < 1.5 {
+            "The disk, or a cache of it, is about as fast as memory here: a model that doesn't fit loses little.".into()
+        } else {
+            format!(
+                "The disk is {times:.*} times slower than memory: a model that fits writes that much faster than one of which every \
+                 expert is read.",
+                usize::from(times < 10.0)
+            )
+        };
+        out.push(format!("{slower} 100 MB read a token allow {:.1} tokens/s.", b.bytes_per_s / 100e6));
     }
     match (direct, buffered) {
         (Some(d), Some(b)) if b.bytes_per_s > 1.1 * d.bytes_per_s => out.push(format!(
@@ -289,9 +294,10 @@ fn limits(r: &Report) -> Vec<String> {
     out
 }
 
-fn print(r: &Report, model: Option<&Path>) -> Result<String, std::fmt::Error> {
+fn print(r: &Report, model: Option<&Path>, width: usize) -> Result<String, std::fmt::Error> {
     let mut out = String::new();
-    let mut line = |name: &str, value: String| writeln!(out, "{name:<16} {value}");
+    let mut line =
+        |name: &str, value: String| writeln!(out, "{}", output::wrap_at(&format!("{name:<16} {value}"), 17, width));
     line("instructions", format!("{} (there are {})", r.isa, r.isas.join(", ")))?;
     let quota = r.cores.quota.map_or(String::new(), |q| format!(", limited to {q:.1}"));
     let Cores { online, allowed, physical, .. } = r.cores;
@@ -307,7 +313,8 @@ fn print(r: &Report, model: Option<&Path>) -> Result<String, std::fmt::Error> {
     line("pages", format!("{} bytes; huge ones: {huge}", r.page_bytes))?;
     line("read-ahead", r.read_ahead.map_or_else(unknown, output::size))?;
     let on = model.map_or("a temporary file".into(), |m| printable(&m.display().to_string()));
-    writeln!(out, "\nRandom reads on {on}, of what was read shortly before, in MB/s\n")?;
+    let heading = format!("\nRandom reads on {on}, of what was read shortly before, in MB/s\n");
+    writeln!(out, "{}", output::wrap(&heading, width))?;
     writeln!(out, "{:<10} {:>9}{:>9} in flight:{}", "", "size", "", IN_FLIGHT.map(|n| format!("{n:>8}")).concat())?;
     for (mode, name) in [(Mode::Direct, "direct"), (Mode::Buffered, "buffered")] {
         for read_bytes in SIZES.into_iter().filter(|_| mode == Mode::Buffered || r.no_direct.is_none()) {
@@ -322,7 +329,7 @@ fn print(r: &Report, model: Option<&Path>) -> Result<String, std::fmt::Error> {
     }
     writeln!(out, "\nWhat limits")?;
     for l in &r.limits {
-        writeln!(out, "  - {l}")?;
+        writeln!(out, "{}", output::wrap(&format!("  - {l}"), width))?;
     }
     Ok(out)
 }

@@ -18,8 +18,9 @@ use std::path::PathBuf;
 #[derive(Args)]
 #[command(
     after_help = "A row is a layer, a column one expert or a few neighbours; the darker, the more it was used: a blank was never used, ░ \
-less than half as often as all experts equal, ▒ about as often, ▓ up to three times, █ more. In colours what is in a slot in the end is \
-green, with a dot where it wasn't used. A layer that uses hardly more experts than a token takes has collapsed: it is named.
+less than half as often as if all were used alike, ▒ about as often, ▓ up to three times, █ more. In colours an expert that is resident \
+(in memory) in the end is green, with a dot where it wasn't used. A layer that uses hardly more experts than a token takes has collapsed: \
+it is named.
 
 Examples:
   oncall experts -m model.gguf \"Write a poem about the sea\"
@@ -86,7 +87,21 @@ pub(super) fn run(a: ExpertsArgs) -> Result<(), Failure> {
     };
     let mut session = engine.session();
     let mut account = Account::default();
-    answer(&mut session, &tokens, &params, &mut account, &mut |_| Ok(()))?;
+    let mut bar = None;
+    let written = answer(&mut session, &tokens, &params, &mut account, &mut |piece| {
+        // From the first token on: until then the prompt's own bar is there.
+        let bar = bar.get_or_insert_with(|| {
+            let bar = output::bar("writing", "tokens");
+            bar.set_length(a.n_predict as u64);
+            bar
+        });
+        bar.inc(u64::from(piece.token.is_some()));
+        Ok(())
+    });
+    if let Some(bar) = bar {
+        bar.finish_and_clear();
+    }
+    written?;
     let uses = engine.expert_uses().unwrap_or_default();
     let layers = uses.chunks(n_expert).enumerate().map(|(i, of_layer)| layer(i, of_layer, n_expert_used));
     let map = Map {
@@ -101,10 +116,9 @@ pub(super) fn run(a: ExpertsArgs) -> Result<(), Failure> {
     if a.json {
         output::json(&map)?;
     } else {
-        let width = terminal_size::terminal_size().map_or(80, |s| usize::from(s.0.0));
         let colour = std::io::stdout().is_terminal()
             && anstream::AutoStream::choice(&std::io::stdout()) != anstream::ColorChoice::Never;
-        output::text(&draw(&map, width, colour)?)?;
+        output::text(&draw(&map, output::width(), colour)?)?;
     }
     if let Some(mut file) = picture {
         file.write_all(svg(&map)?.as_bytes()).map_err(|e| file.error(e))?;
@@ -152,15 +166,15 @@ fn draw(map: &Map, width: usize, colour: bool) -> Result<String, std::fmt::Error
     let mut out = String::new();
     let room = width.saturating_sub(5 + 3 + 28).max(8);
     let merged = map.n_expert.div_ceil(room);
-    writeln!(
-        out,
+    let heading = format!(
         "{}: {} a layer, {} used; {}{}",
         printable(&map.model),
         output::counted(map.n_expert, "expert"),
         map.n_expert_used,
         output::counted(map.tokens, "token"),
         if merged > 1 { format!("; a column is {merged} experts") } else { String::new() }
-    )?;
+    );
+    writeln!(out, "{}", output::wrap(&heading, width))?;
     let green = anstyle::AnsiColor::Green.on_default();
     for l in &map.layers {
         let total: u64 = l.uses.iter().sum();
@@ -176,22 +190,22 @@ fn draw(map: &Map, width: usize, colour: bool) -> Result<String, std::fmt::Error
             }
         }
         let (used, here) = (l.uses.iter().filter(|&&n| n > 0).count(), l.resident.iter().filter(|&&h| h).count());
-        writeln!(out, "| {used:>4} used, {here:>4} in slots{}", if l.collapsed { " !" } else { "" })?;
+        writeln!(out, "| {used:>4} used, {here:>4} resident{}", if l.collapsed { " !" } else { "" })?;
     }
     writeln!(out, "░ less than half of all alike, ▒ about that,\n▓ up to three times, █ more")?;
     if colour {
-        writeln!(out, "{green}green{green:#}: in a slot (· unused)")?;
+        writeln!(out, "{green}green{green:#}: resident (in memory), · unused")?;
     }
     if let Some(losses) = losses(map.losses) {
-        writeln!(out, "{losses}")?;
+        writeln!(out, "{}", output::wrap(&losses, width))?;
     }
     for l in map.layers.iter().filter(|l| l.collapsed) {
-        writeln!(
-            out,
+        let collapsed = format!(
             "layer {}: routing has collapsed: {:.1} experts' worth of {} do the work; if the text is an ordinary one, the file \
              is damaged or badly quantised",
             l.layer, l.effective, map.n_expert
-        )?;
+        );
+        writeln!(out, "{}", output::wrap(&collapsed, width))?;
     }
     Ok(out)
 }
@@ -209,7 +223,7 @@ fn svg(map: &Map) -> Result<String, std::fmt::Error> {
     )?;
     writeln!(out, r##"<rect width="{w}" height="{h}" fill="#fff"/>"##)?;
     let tokens = output::counted(map.tokens, "token");
-    let title = format!("{}: uses of experts by {tokens}; outlined: in a slot", printable(&map.model));
+    let title = format!("{}: uses of experts by {tokens}; outlined: resident", printable(&map.model));
     writeln!(out, r##"<text x="{left}" y="14">{}</text>"##, escape(&title))?;
     for (row, l) in map.layers.iter().enumerate() {
         let (y, total) = (top + CELL * row, l.uses.iter().sum::<u64>());
@@ -258,7 +272,7 @@ mod tests {
         assert!((m.layers[1].effective - 8.0).abs() < 0.1);
         let text = draw(&m, 80, false).unwrap();
         assert!(text.contains("layer 0: routing has collapsed") && !text.contains("layer 1: "), "{text}");
-        assert!(text.contains("   0 |██░     |    3 used,    2 in slots !"), "{text}");
+        assert!(text.contains("   0 |██░     |    3 used,    2 resident !"), "{text}");
         assert!(text.contains("   1 |▒▒▒▒▒▒▒▒|"), "{text}");
         assert!(text.contains("░ less than half") && text.contains("lossy: uses of experts 3 dropped"), "{text}");
         assert!(!text.contains('\u{1b}') && draw(&m, 80, true).unwrap().contains('\u{1b}'));

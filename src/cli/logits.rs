@@ -31,18 +31,23 @@ pub(super) fn run(mut a: LogitsArgs) -> Result<(), Failure> {
     let mut session = engine.session();
     let mut file = PartFile::replace(&a.output)?;
     let mut written = Ok(());
+    let n_vocab = engine.config().n_vocab;
+    let bar = output::bar("computing logits", "tokens");
+    bar.set_length(a.tokens.len() as u64);
     for part in a.tokens.chunks(a.model.ubatch_size as usize) {
         session.feed_all(part, &mut |_, logits| {
             if written.is_ok() {
                 written = logits.iter().try_for_each(|l| file.write_all(&l.to_le_bytes()));
             }
+            bar.inc((logits.len() / n_vocab) as u64);
         })?;
         if output::stopped() {
             return Err(Failure::interrupted());
         }
     }
+    bar.finish_and_clear();
     written.map_err(|e| file.error(e))?;
     file.commit()?;
-    output::note(&format!("{} x {} logits in {}", a.tokens.len(), engine.config().n_vocab, a.output.display()));
+    output::note(&format!("{} x {n_vocab} logits in {}", a.tokens.len(), a.output.display()));
     Ok(())
 }

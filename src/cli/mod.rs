@@ -84,6 +84,18 @@ impl Failure {
     }
 }
 
+/// Why a file couldn't be read, and what to do.
+fn unreadable(e: &std::io::Error) -> String {
+    use std::io::ErrorKind::{InvalidData, IsADirectory, NotADirectory, NotFound, PermissionDenied};
+    match e.kind() {
+        NotFound | NotADirectory => "there is no such file: check its name and its directory".into(),
+        PermissionDenied => "you may not read it: `chmod u+r` on it if it's yours, or give another file".into(),
+        IsADirectory => "it is a directory: give a file in it".into(),
+        InvalidData => "it isn't UTF-8 text: convert it first (`iconv -t UTF-8`)".into(),
+        _ => e.to_string(),
+    }
+}
+
 impl<E: std::error::Error> From<E> for Failure {
     fn from(e: E) -> Self {
         Failure::new(e.to_string())

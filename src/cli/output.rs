@@ -38,13 +38,79 @@ pub(super) fn tell(line: &str) {
 /// Lines about the work on stderr, dimmed in a terminal. Names of files in them do nothing to it.
 pub(super) fn note(lines: &str) {
     let style = anstyle::Style::new().dimmed();
-    tell(&format!("{style}{}{style:#}", printable_lines(lines)));
+    tell(&format!("{style}{}{style:#}", for_stderr(&printable_lines(lines))));
 }
 
 /// Why a command failed, on stderr.
 pub(super) fn error(why: &str) {
     let style = anstyle::AnsiColor::Red.on_default().bold();
-    tell(&format!("{style}error:{style:#} {}", printable_lines(why)));
+    let line = for_stderr(&format!("error: {}", printable_lines(why)));
+    tell(&format!("{style}error:{style:#}{}", &line["error:".len()..]));
+}
+
+/// Wraps lines at words where they are read in a terminal. Elsewhere a script may look for them.
+fn for_stderr(lines: &str) -> String {
+    if std::io::stderr().is_terminal() { wrap(lines, columns(std::io::stderr())) } else { lines.into() }
+}
+
+/// Columns where a terminal is as wide as most, or there's none.
+const USUAL_COLUMNS: usize = 80;
+
+/// How wide this terminal is.
+#[cfg(unix)]
+fn columns(stream: impl std::os::fd::AsFd) -> usize {
+    terminal_size::terminal_size_of(stream).map_or(USUAL_COLUMNS, |s| usize::from(s.0.0))
+}
+
+#[cfg(windows)]
+fn columns(stream: impl std::os::windows::io::AsHandle) -> usize {
+    terminal_size::terminal_size_of(stream).map_or(USUAL_COLUMNS, |s| usize::from(s.0.0))
+}
+
+/// How wide what is printed to stdout may be.
+pub(super) fn width() -> usize {
+    columns(std::io::stdout())
+}
+
+/// Lines of at most `width` columns, cut at blanks: what comes after a cut stands as far in as its line, and a list's item as its text.
+/// A word that's longer stays whole, so that it can be copied; lines that fit stay as they are.
+pub(super) fn wrap(lines: &str, width: usize) -> String {
+    let wrapped: Vec<String> = lines.split('\n').map(|line| wrap_line(line, width)).collect();
+    wrapped.join("\n")
+}
+
+fn wrap_line(line: &str, width: usize) -> String {
+    let fits = |text: &str| text.chars().count() <= width;
+    if fits(line) {
+        return line.into();
+    }
+    let text = line.trim_start();
+    let indent = line.len() - text.len() + if text.starts_with("- ") { 2 } else { 0 };
+    wrap_at(line, indent, width)
+}
+
+/// One line as several, of which all but the first stand `indent` columns in.
+pub(super) fn wrap_at(line: &str, indent: usize, width: usize) -> String {
+    // Between the words of a line that is aligned may be more blanks than one.
+    let mut out = String::new();
+    let mut column = 0;
+    for word in line.split_inclusive(' ') {
+        let n = word.trim_end().chars().count();
+        if column > indent && column + n > width {
+            out.truncate(out.trim_end().len());
+            out += "\n";
+            out += &" ".repeat(indent);
+            column = indent;
+        }
+        // A blank that would begin a line.
+        if n > 0 || column > indent || !out.contains('\n') {
+            out += word;
+            column += word.chars().count();
+        }
+    }
+    // The last word's blanks.
+    out.truncate(out.trim_end().len());
+    out
 }
 
 fn printable_lines(text: &str) -> String {
@@ -58,9 +124,7 @@ pub(super) fn bar(what: &str, unit: &str) -> ProgressBar {
         if unit == "bytes" { "{bytes} of {total_bytes}".to_string() } else { format!("{{pos}} of {{len}} {unit}") };
     // What stands beside the bar takes up to so many columns; a line that reaches the edge couldn't be cleared after a `^C`.
     const BESIDE: usize = 45;
-    let (terminal_size::Width(width), _) = terminal_size::terminal_size_of(std::io::stderr())
-        .unwrap_or((terminal_size::Width(80), terminal_size::Height(24)));
-    let cells = usize::from(width).saturating_sub(what.len() + BESIDE).clamp(1, 30);
+    let cells = columns(std::io::stderr()).saturating_sub(what.len() + BESIDE).clamp(1, 30);
     if let Ok(style) = ProgressStyle::with_template(&format!("{{msg}} {{bar:{cells}}} {counts}{{left}}")) {
         // Nothing is known before the first step.
         bar.set_style(style.with_key("left", |s: &ProgressState, out: &mut dyn std::fmt::Write| {
@@ -191,6 +255,22 @@ pub(super) fn count(n: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_are_cut_at_words() {
+        assert_eq!(wrap("short\n", 5), "short\n");
+        assert_eq!(wrap("one two three", 7), "one two\nthree");
+        assert_eq!(wrap("  - one two three", 9), "  - one\n    two\n    three");
+        assert_eq!(wrap("a /a/very/long/name b", 8), "a\n/a/very/long/name\nb", "a name stays whole");
+        assert_eq!(wrap("a  |  b", 7), "a  |  b", "what fits is left alone");
+        assert_eq!(wrap_at("disk   one two", 7, 11), "disk   one\n       two");
+        let text = "The disk is 29 times slower than memory: a model that fits writes faster. ".repeat(9);
+        for width in 20..100 {
+            let wrapped = wrap(&text, width);
+            assert!(wrapped.lines().all(|l| l.chars().count() <= width), "{wrapped}");
+            assert_eq!(wrapped.split_whitespace().collect::<Vec<_>>(), text.split_whitespace().collect::<Vec<_>>());
+        }
+    }
 
     #[test]
     fn a_least_size_is_rounded_up() {

@@ -3,7 +3,7 @@
 
 use super::args::ModelArgs;
 use super::figures::{Held, losses};
-use super::{Failure, output};
+use super::{Failure, output, unreadable};
 use crate::engine::Engine;
 use crate::gguf::PartFile;
 use crate::moe::Losses;
@@ -22,7 +22,7 @@ use std::path::PathBuf;
 To compare two models, write the logits of one with --save-logits and give them to the other with --kl-base.
 
 What --drop-cold and --prefer-resident cost shows only with -ub 1, a token at a time as when a text is written: of many tokens read together, \
-most find the experts at hand that the others want.",
+most find their experts in memory already, because the others want them too.",
     mut_arg("ctx_size", |a| a.help("Tokens of a chunk; 0 for the model's own context [default: 512]"))
 )]
 pub(super) struct PerplexityArgs {
@@ -86,7 +86,7 @@ const MAGIC: &[u8; 8] = b"oncallL1";
 pub(super) fn run(mut a: PerplexityArgs) -> Result<(), Failure> {
     // llama.cpp's default: chunks of 512.
     a.model.ctx_size = a.model.ctx_size.or(Some(512));
-    let file = File::open(&a.file).map_err(|e| Failure::new(format!("{}: {e}", a.file.display())))?;
+    let file = File::open(&a.file).map_err(|e| Failure::new(format!("{}: {}", a.file.display(), unreadable(&e))))?;
     let engine = a.model.load()?;
     if engine.n_ctx() < 4 {
         let n_ctx = engine.n_ctx();
@@ -167,13 +167,13 @@ impl<'a> Text<'a> {
             file.by_ref().take(window).read_until(b'\n', &mut bytes)?;
             Ok(file.fill_buf()?.is_empty())
         };
-        let ends = read().map_err(|e: std::io::Error| e.to_string())?;
+        let ends = read().map_err(|e: std::io::Error| unreadable(&e))?;
         if bytes.is_empty() {
             return Ok(false);
         }
         if let Err(e) = std::str::from_utf8(&bytes) {
             if e.error_len().is_some() || ends {
-                return Err("it isn't UTF-8 text".into());
+                return Err(unreadable(&ErrorKind::InvalidData.into()));
             }
             self.cut = bytes.split_off(e.valid_up_to());
         }
@@ -298,7 +298,7 @@ fn open_base(a: &PerplexityArgs, engine: &Engine) -> Result<Base, Failure> {
         return Ok(Base::Write(file));
     }
     let Some(path) = &a.kl_base else { return Ok(Base::None) };
-    let at = |e: std::io::Error| Failure::new(format!("{}: {e}", path.display()));
+    let at = |e: std::io::Error| Failure::new(format!("{}: {}", path.display(), unreadable(&e)));
     let mut r = BufReader::new(File::open(path).map_err(at)?);
     let mut found = vec![0; head.len()];
     r.read_exact(&mut found).map_err(|e| match e.kind() {

@@ -22,9 +22,9 @@ use std::time::Duration;
 #[command(
     after_help = "Only the file's header is read, so a download that isn't finished will do. The machine is measured for about two \
 seconds: matrices of the model's formats and random reads of an expert's size on the model's disk, each alone and both together \
-(`oncall doctor` shows more). Computing and reading go on together and slow each other down, layer by layer. Which experts find \
-themselves at hand is a forecast: from made-up routing that is as unequal as trained models', from a trace of a real run (--trace), or \
-for the worst case (--routing uniform).
+(`oncall doctor` shows more). Computing and reading go on together and slow each other down, layer by layer. How often an expert is \
+resident (in memory) when a token needs it, a cache hit, is a forecast: from simulated routing, in which some experts are as much more \
+popular than others as in trained models, from a trace of a real run (--trace), or for the worst case (--routing uniform).
 
 Examples:
   oncall plan -m model.gguf                     a table of budgets
@@ -141,6 +141,19 @@ impl Budgets {
         Ok(Budgets { spare: Memory::Auto.resolve().map(|m| m.0), asked })
     }
 
+    /// The table's rows, from the smallest budget to the whole model.
+    fn with_steps(self, smallest: u64, whole: u64, has_experts: bool) -> Vec<u64> {
+        // Without experts there is nothing to choose between.
+        let steps = if has_experts { 8 } else { 1 };
+        let between = (0..=steps).map(|i| smallest + (u128::from(whole - smallest) * i / steps) as u64);
+        // More than it can use changes nothing, but who asks gets an answer.
+        let own = self.asked.or(self.spare.filter(|b| (smallest..whole).contains(b)));
+        let mut budgets: Vec<u64> = between.chain(own).collect();
+        budgets.sort_unstable();
+        budgets.dedup();
+        budgets
+    }
+
     /// The one that is marked in the table.
     fn marked(self) -> Option<u64> {
         self.asked.or(self.spare)
@@ -174,7 +187,8 @@ fn check_trace(h: &TraceHeader, name: &str, o: &Outline, (n, used): (usize, usiz
         ));
     }
     if h.n_layer != o.config.n_layer {
-        return Err(format!("it was recorded with {} layers, but this model has {}", h.n_layer, o.config.n_layer));
+        let layers = output::counted(h.n_layer, "layer");
+        return Err(format!("it was recorded with {layers}, but this model has {}", o.config.n_layer));
     }
     // Other tools may leave the sizes out. Another quantisation of the model routes nearly alike.
     let same = |(trace, model): (&(u64, u64), &(u64, u64))| trace.0 == 0 || trace.0 == model.0;
@@ -193,12 +207,18 @@ const MEMORY_TIME: Duration = Duration::from_millis(100);
 
 fn plan(gguf: &Gguf, o: &Outline, routing: &Routing, assumption: Assumption, own: Budgets) -> Result<Plan, Failure> {
     let needs = &o.needs;
+    let bar = output::bar("measuring and forecasting", "steps");
+    // The memory, the matrices, the disk; and the budgets when their number is known.
+    bar.set_length(3 + 10);
     let memory_rate = probe::memory_rate(o.n_threads, MEMORY_TIME)?;
+    bar.inc(1);
     let n_seen = o.n_ctx.min(SEEN);
     let kv_s = memory_rate.map(|rate| (o.kv_per_1k as f64 * n_seen as f64 / 1024.0) / rate);
     let n_kv_blocks = n_seen.div_ceil(KV_BLOCK) as u64;
     let compute_s = o.measure_compute()?.zip(kv_s).map(|(matrices, kv)| matrices + kv);
+    bar.inc(1);
     let reading = reading(gguf, o, compute_s);
+    bar.inc(1);
     let used = o.config.moe.as_ref().map(|m| (m.router.n_expert, m.router.n_expert_used));
     let cost = Cost {
         compute_s,
@@ -208,14 +228,14 @@ fn plan(gguf: &Gguf, o: &Outline, routing: &Routing, assumption: Assumption, own
         reading: reading.as_ref().ok().copied(),
     };
     let (smallest, whole) = (needs.smallest(), needs.no_reads());
-    // Without experts there is nothing to choose between.
-    let steps = if used.is_some() { 8 } else { 1 };
-    let between = (0..=steps).map(|i| smallest + (u128::from(whole - smallest) * i / steps) as u64);
-    // More than it can use changes nothing, but who asks gets an answer.
-    let own = own.asked.or(own.spare.filter(|b| (smallest..whole).contains(b)));
-    let mut budgets: Vec<u64> = between.chain(own).collect();
-    budgets.sort_unstable();
-    budgets.dedup();
+    let budgets = own.with_steps(smallest, whole, used.is_some());
+    bar.set_length(3 + budgets.len() as u64);
+    let forecast = |b| {
+        bar.inc(1);
+        forecast(needs, &cost, routing, b, n_kv_blocks)
+    };
+    let budgets = budgets.into_iter().filter_map(forecast).collect();
+    bar.finish_and_clear();
     Ok(Plan {
         model: gguf.name().into(),
         incomplete: gguf.tensors().iter().any(|t| t.offset + t.n_bytes > gguf.files()[t.file].n_bytes()),
@@ -234,7 +254,7 @@ fn plan(gguf: &Gguf, o: &Outline, routing: &Routing, assumption: Assumption, own
         cost,
         memory_rate,
         no_disk_rate: reading.err(),
-        budgets: budgets.into_iter().filter_map(|b| forecast(needs, &cost, routing, b, n_kv_blocks)).collect(),
+        budgets,
     })
 }
 
@@ -265,7 +285,12 @@ fn print(p: &Plan, o: &Outline, budgets: Budgets) -> Result<String, std::fmt::Er
     line("dense weights", format!("{}, always in memory", memory(p.dense_bytes)))?;
     line(
         "KV cache",
-        format!("{} for {} tokens, {} for each 1024", memory(p.kv_bytes), p.n_ctx, memory(p.kv_bytes_per_1k)),
+        format!(
+            "{} for {}, {} for each 1024",
+            memory(p.kv_bytes),
+            output::counted(p.n_ctx, "token"),
+            memory(p.kv_bytes_per_1k)
+        ),
     )?;
     line(
         "buffers",
@@ -310,13 +335,14 @@ fn print(p: &Plan, o: &Outline, budgets: Budgets) -> Result<String, std::fmt::Er
         line("budget asked for", format!("{}{more}", memory(asked)))?;
     }
     let assumed = match p.routing {
-        Assumption::Typical => "made-up routing, as uneven as a trained model's",
+        Assumption::Typical => "simulated routing, as uneven as a trained model's",
         Assumption::Uniform => "all experts used alike: the worst case",
         Assumption::Trace => "the trace",
     };
     line("hit rates from", assumed.into())?;
     let seen = p.n_ctx.min(SEEN);
-    line("table", format!("for writing with {seen} tokens in the context; a longer one takes"))?;
+    let seen = output::counted(seen, "token");
+    line("table", format!("for writing with {seen} in the context; a longer one takes"))?;
     line("", "memory from the slots. At first: with the disk's cache cold".into())?;
     table(p, budgets, &mut out)?;
     Ok(out)

@@ -1,6 +1,6 @@
 //! `oncall replay`: what a cache of experts would have hit in a recorded run.
 
-use super::{Failure, output};
+use super::{Failure, output, unreadable};
 use crate::gguf::printable;
 use crate::moe::policy::{self, POLICIES};
 use crate::moe::replay::{Outcome, Sharing, optimum, replay};
@@ -72,7 +72,7 @@ struct Row {
 /// Opens and reads a trace that has tokens; the errors name the file.
 pub(super) fn read_trace(path: &Path) -> Result<Trace, Failure> {
     let fail = |e: &dyn std::fmt::Display| Failure::new(format!("{}: {e}", path.display()));
-    let file = std::fs::File::open(path).map_err(|e| fail(&e))?;
+    let file = std::fs::File::open(path).map_err(|e| fail(&unreadable(&e)))?;
     let trace = Trace::read(BufReader::new(file)).map_err(|e| fail(&e))?;
     if trace.n_tokens() == 0 {
         return Err(fail(&"there are no tokens in it: record a run that reads or writes some"));

@@ -2,15 +2,15 @@
 
 use super::args::{ModelArgs, SamplingArgs};
 use super::figures::Figures;
-use super::{Failure, output};
+use super::{Failure, output, unreadable};
 use crate::arch::PassError;
 use crate::engine::{Account, EngineError, Finish, Generation, GenerationParams, Piece, Session};
 use crate::session::template::Message;
 use clap::Args;
 use serde::Serialize;
 use std::fs::File;
-use std::io::{IsTerminal, Read};
-use std::path::PathBuf;
+use std::io::{ErrorKind, IsTerminal, Read};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Flags of `run`.
@@ -22,7 +22,7 @@ pub(super) struct RunArgs {
     /// The prompt, as in llama.cpp
     #[arg(short, long = "prompt", value_name = "TEXT", conflicts_with = "prompt")]
     prompt_flag: Option<String>,
-    /// Read the prompt from a file
+    /// Read the prompt from a file; - for the standard input
     #[arg(short, long, value_name = "FILE", conflicts_with_all = ["prompt", "prompt_flag"])]
     file: Option<PathBuf>,
     /// What the model is told to be, where it has a chat template (-sys)
@@ -102,12 +102,14 @@ fn prompt(a: &RunArgs) -> Result<String, Failure> {
     if let Some(p) = a.prompt.as_ref().or(a.prompt_flag.as_ref()) {
         return Ok(p.clone());
     }
-    if let Some(path) = &a.file {
+    let dash = a.file.as_deref().is_some_and(|path| path == Path::new("-"));
+    if let Some(path) = a.file.as_ref().filter(|_| !dash) {
         let name = path.display().to_string();
-        let file = File::open(path).map_err(|e| Failure::new(format!("{name}: {e}")))?;
+        let file = File::open(path).map_err(|e| Failure::new(format!("{name}: {}", unreadable(&e))))?;
         return read_prompt(file, &name);
     }
-    if std::io::stdin().is_terminal() {
+    // Who asks for it by its name may type a prompt.
+    if std::io::stdin().is_terminal() && !dash {
         return Err(Failure::usage(
             "there is no prompt: give one as an argument, with -f FILE or on the standard input; \
              to talk, use `oncall chat`",
@@ -123,11 +125,11 @@ const MAX_PROMPT: u64 = 16 << 20;
 fn read_prompt(from: impl Read, name: &str) -> Result<String, Failure> {
     let fail = |why: &dyn std::fmt::Display| Failure::new(format!("{name}: {why}"));
     let mut bytes = Vec::new();
-    from.take(MAX_PROMPT + 1).read_to_end(&mut bytes).map_err(|e| fail(&e))?;
+    from.take(MAX_PROMPT + 1).read_to_end(&mut bytes).map_err(|e| fail(&unreadable(&e)))?;
     if bytes.len() as u64 > MAX_PROMPT {
         return Err(fail(&format!("a prompt of more than {} MiB fits no context; shorten it", MAX_PROMPT >> 20)));
     }
-    let mut text = String::from_utf8(bytes).map_err(|e| fail(&e))?;
+    let mut text = String::from_utf8(bytes).map_err(|_| fail(&unreadable(&ErrorKind::InvalidData.into())))?;
     if text.ends_with('\n') {
         text.pop();
     }

@@ -107,7 +107,7 @@ pub(super) fn run(a: ShowArgs) -> Result<(), Failure> {
     let mut out = String::new();
     print(&mut out, &s)?;
     if let Some(rows) = &s.kernels {
-        kernels::print(&mut out, rows)?;
+        kernels::print(&mut out, rows, output::width())?;
     }
     if a.metadata {
         out.push('\n');
@@ -117,19 +117,25 @@ pub(super) fn run(a: ShowArgs) -> Result<(), Failure> {
     }
     if a.tensors {
         out.push('\n');
-        for t in gguf.tensors() {
-            let shape: Vec<String> = t.shape().iter().map(u64::to_string).collect();
-            writeln!(
-                out,
-                "{:<44} {:<8} {:>22} {:>10}",
-                printable(&t.name),
-                t.format.name,
-                shape.join(" x "),
-                output::size(t.n_bytes)
-            )?;
-        }
+        list_tensors(&mut out, gguf.tensors())?;
     }
     output::text(&out)
+}
+
+/// A line for each tensor: columns as wide as what stands in them, so that names of the usual lengths fit into 80.
+fn list_tensors(out: &mut String, tensors: &[Tensor]) -> std::fmt::Result {
+    let row = |t: &Tensor| {
+        let shape: Vec<String> = t.shape().iter().map(u64::to_string).collect();
+        [printable(&t.name), t.format.name.to_string(), shape.join(" x "), output::size(t.n_bytes)]
+    };
+    let rows: Vec<[String; 4]> = tensors.iter().map(row).collect();
+    let widest = |i: usize| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0);
+    // One long name doesn't move all others' columns.
+    let [name_w, format_w, shape_w, size_w] = [widest(0).min(40), widest(1), widest(2), widest(3)];
+    for [name, format, shape, size] in &rows {
+        writeln!(out, "{name:<name_w$} {format:<format_w$} {shape:>shape_w$} {size:>size_w$}")?;
+    }
+    Ok(())
 }
 
 fn summary(gguf: &Gguf) -> Result<Summary, Failure> {
@@ -201,7 +207,9 @@ fn part_of(name: &str) -> &'static str {
 }
 
 fn print(out: &mut String, s: &Summary) -> Result<(), std::fmt::Error> {
-    let mut line = |name: &str, value: String| writeln!(out, "{name:<16} {value}");
+    let width = output::width();
+    let mut line =
+        |name: &str, value: String| writeln!(out, "{}", output::wrap_at(&format!("{name:<16} {value}"), 17, width));
     line("file", format!("{}, GGUF v{}, {}", printable(&s.file), s.gguf_version, output::size(s.bytes)))?;
     line("model", format!("{}{}", s.architecture, s.name.as_ref().map_or(String::new(), |n| format!(", {n:?}"))))?;
     line(
@@ -224,12 +232,12 @@ fn print(out: &mut String, s: &Summary) -> Result<(), std::fmt::Error> {
     } else {
         line("experts", "none: every token uses the whole model".into())?;
     }
-    line("vocabulary", format!("{} tokens", s.n_vocab))?;
+    line("vocabulary", output::counted(s.n_vocab, "token"))?;
     line(
         "context",
         format!(
-            "{} tokens; the KV cache takes {} for each 1024 (f16)",
-            s.n_ctx_train,
+            "{}; the KV cache takes {} for each 1024 (f16)",
+            output::counted(s.n_ctx_train, "token"),
             output::memory(s.kv_bytes_per_1k)
         ),
     )?;
@@ -278,7 +286,8 @@ fn shorten(value: &Value<'_>) -> String {
     match value {
         Value::Array(a) => {
             let first: Vec<String> = a.iter().take(6).map(|v| shorten(&v)).collect();
-            format!("[{}{}] ({} values)", first.join(", "), if a.len() > 6 { ", …" } else { "" }, a.len())
+            let n = output::counted(a.len(), "value");
+            format!("[{}{}] ({n})", first.join(", "), if a.len() > 6 { ", …" } else { "" })
         }
         v => match (v.as_str(), v.as_bool(), v.as_integer(), v.as_float()) {
             (Some(s), ..) => cut(format!("{s:?}")),

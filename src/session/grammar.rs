@@ -3,6 +3,8 @@
 //! A grammar is written in llguidance's variant of Lark, or is a JSON schema. It is untrusted input: what compiling it and each mask may cost
 //! is bounded by llguidance's limits, and what it doesn't support is an error, never ignored.
 
+mod references;
+
 use super::tokenizer::Tokenizer;
 use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{InferenceCapabilities, SimpleVob, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
@@ -99,8 +101,9 @@ impl Grammar {
         if source.lines().any(is_gbnf) {
             return Err(GrammarError::Gbnf);
         }
-        let n_levels = lark_levels(source)?;
-        let grammar = TopLevelGrammar::from_lark(source.to_string());
+        let source = references::resolve_embedded(source);
+        let n_levels = lark_levels(&source)?;
+        let grammar = TopLevelGrammar::from_lark(source);
         Ok(Grammar(Arc::new(Source { grammar, n_levels })))
     }
 
@@ -116,9 +119,10 @@ impl Grammar {
     /// As [`Grammar::json_schema`], for a schema that was read already.
     ///
     /// # Errors
-    /// If it isn't an object or a boolean, or is too long or too deep.
+    /// If it isn't an object or a boolean, is too long or too deep, or refers to what isn't in it.
     pub fn schema(mut schema: Value) -> Result<Self, GrammarError> {
         check_len(SCHEMA, schema.to_string().len())?;
+        references::resolve(&mut schema)?;
         let n_levels = schema_levels(&schema)?;
         match &mut schema {
             // Between tokens of JSON a space, or a new line and its indentation: a weak model would write white space for ever.
@@ -141,6 +145,8 @@ impl Grammar {
 }
 
 const SCHEMA: &str = "the JSON schema";
+/// What stands before a schema in a grammar.
+const EMBEDDED: &str = "%json";
 
 fn check_len(what: &'static str, len: usize) -> Result<(), GrammarError> {
     if len > MAX_SOURCE { Err(GrammarError::TooLong { what, len }) } else { Ok(()) }
@@ -163,7 +169,7 @@ fn lark_levels(source: &str) -> Result<usize, GrammarError> {
         serde_json::Deserializer::from_str(&source[at + word.len()..]).into_iter::<Value>().next()?.ok()
     };
     // They are compiled one after the other.
-    let schemas = source.match_indices("%json").filter_map(schema);
+    let schemas = source.match_indices(EMBEDDED).filter_map(schema);
     schemas.map(|s| schema_levels(&s)).try_fold(own, |most, n| Ok(most.max(n?)))
 }
 
@@ -182,11 +188,7 @@ fn schema_levels(schema: &Value) -> Result<usize, GrammarError> {
         check_levels(SCHEMA, n, MAX_SCHEMA_LEVELS)?;
         // As llguidance finds it: parts aren't unescaped, and the whole is also `#/`.
         let parts = reference.strip_prefix("#/").filter(|path| !path.is_empty()).into_iter().flat_map(|p| p.split('/'));
-        let to = parts.clone().try_fold(schema, |at, part| match at {
-            Value::Array(list) => list.get(part.parse::<usize>().ok()?),
-            other => other.get(part),
-        });
-        n += 1 + to.map_or(0, |to| levels(to, &mut HashSet::new()));
+        n += 1 + references::find(schema, parts).map_or(0, |to| levels(to, &mut HashSet::new()));
     }
     check_levels(SCHEMA, n, MAX_SCHEMA_LEVELS)
 }
@@ -200,8 +202,9 @@ fn check_numbers(schema: &Value) -> Result<(), GrammarError> {
             Value::Number(n) if OF_NUMBERS.contains(&&**name) && n.as_f64().is_none_or(|x| x.abs() > LARGEST) => {
                 Err(GrammarError::Schema(format!("{name} {n} isn't supported: it's beyond 2^53")))
             }
+            Value::Object(named) if references::NAMED.contains(&&**name) => named.values().try_for_each(check_numbers),
             // Data, not schemas.
-            _ if ["enum", "const", "default", "examples"].contains(&&**name) => Ok(()),
+            _ if references::DATA.contains(&&**name) => Ok(()),
             _ => check_numbers(v),
         }),
         Value::Array(list) => list.iter().try_for_each(check_numbers),
@@ -439,6 +442,53 @@ mod tests {
             prop_assert!(v["a"].is_boolean() && (3..=12).contains(&v["n"].as_i64().unwrap()), "{text}");
             prop_assert_eq!(v.as_object().unwrap().len(), 2);
         }
+    }
+
+    /// RFC 6901: `/` and `~` in names are `~1` and `~0`; in a reference, bytes may be percent-encoded besides.
+    #[test]
+    fn references_have_escapes() {
+        let follows = |grammar: Grammar| wander(&grammar, &[0; 8]).0;
+        for reference in
+            ["a~1b", "a%7E1b", "c~0d", "c%7e0d", "100%25", "r%C3%BCck", "x~01y", "plain", "deep~1er/properties/e~1f"]
+        {
+            let schema = json!({
+                "$ref": format!("#/$defs/{reference}"),
+                "$defs": {
+                    "a/b": { "const": "yes" }, "c~d": { "const": "yes" }, "100%": { "const": "yes" }, "rück": { "const": "yes" },
+                    "x~1y": { "const": "yes" }, "plain": { "const": "yes" }, "deep/er": { "properties": { "e/f": { "$ref": "#/$defs/c~0d" } } },
+                },
+            });
+            let lark = Grammar::lark(&format!("start: %json {schema}\n")).unwrap();
+            for grammar in [Grammar::schema(schema).unwrap(), lark] {
+                assert_eq!(follows(grammar), "\"yes\"", "{reference}");
+            }
+        }
+        // One that leads to where it stands; its definition's copy has a name of its own.
+        let list = json!({ "type": "array", "items": { "$ref": "#/$defs/a~1b" }, "minItems": 1, "maxItems": 1 });
+        let defs = json!({ "a/b": { "anyOf": [{ "const": "yes" }, list] }, "copy 0": { "const": "no" } });
+        let recursive = json!({ "$ref": "#/$defs/a%7E1b", "$defs": defs });
+        assert!(follows(Grammar::schema(recursive).unwrap()).contains("yes"));
+        // Data is no reference, and a property may have any name.
+        let data = json!({ "properties": { "default": { "$ref": "#/$defs/a~1b" }, "x": { "const": { "$ref": "a~2" } } },
+            "$defs": { "a/b": { "type": "null" } } });
+        Grammar::schema(data).unwrap();
+        for (reference, words) in [
+            ("#/$defs/a~2", "~0"),
+            ("#/$defs/a~", "~0"),
+            ("#/$defs/a%7", "%25"),
+            ("#/$defs/a%ff", "UTF-8"),
+            ("#/$defs/a~1c", "nothing in the schema"),
+            ("other.json#/a", "into the schema itself"),
+            ("#anchor", "anchor"),
+        ] {
+            let e = Grammar::schema(json!({ "items": { "$ref": reference }, "$defs": {} })).unwrap_err().to_string();
+            assert!(e.contains(reference) && e.contains(words), "{e}");
+        }
+        let large = json!({ "a/b": { "enum": ["x".repeat(MAX_SOURCE * 2 / 3)] } });
+        let e = Grammar::schema(json!({ "$ref": "#/$defs/a~1b", "$defs": large })).unwrap_err();
+        assert!(matches!(e, GrammarError::TooLong { .. }), "{e}");
+        let beyond = json!({ "properties": { "default": { "maximum": 1e300 } } });
+        assert!(Grammar::schema(beyond).is_err(), "a property of that name has a schema");
     }
 
     #[test]

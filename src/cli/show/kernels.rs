@@ -1,5 +1,6 @@
 //! `oncall show --kernels`: which kernels each kind of tensor is multiplied by on this machine.
 
+use super::super::output;
 use super::part_of;
 use crate::cpu::Isa;
 use crate::gguf::{Gguf, Tensor, printable};
@@ -84,15 +85,16 @@ fn kind_of(name: &str) -> &str {
     name.strip_prefix("blk.").and_then(|n| n.split_once('.')).map_or(name, |n| n.1)
 }
 
-pub(super) fn print(out: &mut String, rows: &[Row]) -> std::fmt::Result {
+/// A tensor a line, and below it what multiplies it.
+pub(super) fn print(out: &mut String, rows: &[Row], width: usize) -> std::fmt::Result {
     writeln!(out, "\nKernels")?;
     for r in rows {
-        let what = format!("{} ({} of {})", printable(&r.tensor), r.n, r.shape);
-        write!(out, "  {what:<52} {:<7} {}", r.format, r.layout)?;
+        let what = format!("  {} ({} of {}): {}, {}", printable(&r.tensor), r.n, r.shape, r.format, r.layout);
+        writeln!(out, "{}", output::wrap_at(&what, 6, width))?;
         if let (Some(acts), Some(gemv), Some(gemm)) = (&r.activations, &r.gemv, &r.gemm) {
-            write!(out, "; {gemv}; {gemm}; activations {acts}")?;
+            let how = format!("      {gemv}; {gemm}; activations {acts}");
+            writeln!(out, "{}", output::wrap_at(&how, 6, width))?;
         }
-        out.push('\n');
     }
     Ok(())
 }
