@@ -81,7 +81,7 @@ impl Draw {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (u128::from(z ^ z >> 31) * u128::from(n) >> 64) as u64
+        ((u128::from(z ^ z >> 31) * u128::from(n)) >> 64) as u64
     }
 
     fn one<'a, T>(&mut self, of: &'a [T]) -> &'a T {
@@ -129,7 +129,8 @@ fn budgets_hold_inside_control_groups_and_change_no_byte() {
     let mut wants: HashMap<PathBuf, serde_json::Value> = HashMap::new();
     for i in 0..n {
         let model = draw.one(&models).clone();
-        let n_ctx = 64 + draw.below(961) as u32;
+        // The prompt and the answer are of 142 tokens.
+        let n_ctx = 160 + draw.below(865) as u32;
         let (least, enough) = bounds(&model, n_ctx);
         // Squares: most budgets are tight ones.
         let x = draw.below(1001) as f64 / 1000.0;
@@ -444,12 +445,11 @@ fn limits_are_measured_inside_the_budget() {
         let mut c = run(&budget.to_string(), 256, 12);
         c.arg("--stats");
         let v = json(&group.run(&c).unwrap());
-        let memory = &v["reached"]["memory"];
-        assert_eq!(memory["limit_bytes_per_s"].is_number(), is_enough, "{v}");
-        assert_eq!(memory["not_measured"].is_string(), !is_enough, "{v}");
-        assert!(memory["bytes_per_s"].as_f64().unwrap() > 1e6, "{v}");
-        assert!(v["reached"]["disk"]["bytes_per_s"].as_f64().unwrap() > 1e6, "{v}");
-        // Nothing was held beyond what the group allows, the measurement included: the kernel reclaims page cache before it kills.
+        for reach in [&v["reached"]["memory"], &v["reached"]["disk"]] {
+            let is_measured = reach["limit_bytes_per_s"].is_number();
+            assert!(reach["bytes_per_s"].as_f64().unwrap() > 1e6, "{v}");
+            assert!(is_measured != reach["not_measured"].is_string() && (is_measured || !is_enough), "{v}");
+        }
         let peak = v["peak_memory"].as_u64().unwrap();
         assert!(peak <= budget + 32 * MIB, "{} MiB held, {} MiB given", peak / MIB, budget / MIB);
     }
