@@ -4,14 +4,17 @@ mod common;
 
 use common::cgroup::MemoryGroup;
 use oncall::arch::ModelError;
+use oncall::engine::outline::Outline;
 use oncall::engine::{Engine, EngineError, EngineOptions, Memory};
-use oncall::gguf::mixture;
+use oncall::gguf::{Gguf, mixture};
 use oncall::moe::{IoMode, Lossy};
-use oncall::synth::{self, Preset};
+use oncall::synth::{self, PRESETS, Preset};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 const MIB: u64 = 1 << 20;
 
@@ -62,39 +65,93 @@ fn run_of(model: &Path, memory: &str, n_ctx: u32, n_predict: u32) -> Command {
     c
 }
 
-/// Budgets from the smallest to more than enough, for two models and three contexts, each inside a control group of that size and
-/// 32 MiB: nothing is killed, the process holds no more than it was given, and the text is always the same. ONCALL_TEST_BUDGETS says
-/// how many.
+/// The least budget, and the one from which on nothing is read twice.
+fn bounds(model: &Path, n_ctx: u32) -> (u64, u64) {
+    let o = EngineOptions { n_ctx: Some(n_ctx as usize), ..EngineOptions::default() };
+    let needs = Outline::new(&Gguf::open_header(model).unwrap(), &o).unwrap().needs;
+    (needs.smallest(), needs.no_reads())
+}
+
+/// Numbers from a seed (splitmix64).
+struct Draw(u64);
+
+impl Draw {
+    /// Below `n`.
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((u128::from(z ^ z >> 31) * u128::from(n)) >> 64) as u64
+    }
+
+    fn one<'a, T>(&mut self, of: &'a [T]) -> &'a T {
+        &of[self.below(of.len() as u64) as usize]
+    }
+
+    /// A model of any architecture with experts, in formats and of a depth that are drawn: some tens of megabytes at most.
+    fn model(&mut self, dir: &Path, no: u64) -> PathBuf {
+        let moe: Vec<_> = PRESETS.iter().filter(|p| p.is_tiny() && p.moe.is_some()).collect();
+        let preset = self.one(&moe);
+        let mixture = mixture::by_name(self.one::<&str>(&["q4_0", "q4_k_m", "q8_0", "f16"])).unwrap();
+        // How some architectures know a file of theirs is the number of layers.
+        let n_layer = if preset.n_layer > 4 { preset.n_layer } else { 2 + self.below(5) as u32 };
+        let options = synth::Options {
+            mixture,
+            seed: self.below(1 << 32),
+            router_skew: self.below(3) as f32 / 2.0,
+            n_layer: Some(n_layer),
+            ..synth::Options::default()
+        };
+        let path = dir.join(format!("{no}-{}-{}.gguf", preset.name, mixture.name));
+        synth::write_with(preset, &options, &path, false, &mut |_, _| ()).unwrap();
+        path
+    }
+}
+
+fn of_env(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|n| n.parse().unwrap_or_else(|e| panic!("{name}: {e}")))
+}
+
+/// Budgets from the smallest to more than enough, contexts and models, all drawn from a seed, each inside a control group of that size
+/// and 32 MiB: nothing is killed, the process holds no more than it was given, and the text is the same as with all the memory that there
+/// is. ONCALL_TEST_BUDGETS says how many, ONCALL_TEST_SEED which.
 #[test]
 fn budgets_hold_inside_control_groups_and_change_no_byte() {
-    let n: u64 = std::env::var("ONCALL_TEST_BUDGETS").ok().and_then(|n| n.parse().ok()).unwrap_or(8);
-    let least = |model, n_ctx| {
-        let o = EngineOptions { n_ctx: Some(n_ctx), memory: Memory::Bytes(1), ..EngineOptions::default() };
-        match Engine::load(model, &o, &|_, _| ()) {
-            Err(EngineError::Budget { smallest, .. }) => smallest,
-            other => panic!("a byte is too little: {:?}", other.err()),
-        }
-    };
-    let contexts = [256, 512, 1024];
-    let models = [model(), latent()];
-    let wants = models.map(|m| json(&run_of(m, "4GiB", 512, 12).output().unwrap())["text"].clone());
+    let n = of_env("ONCALL_TEST_BUDGETS").unwrap_or(8);
+    let clock = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64 % 1_000_000_007;
+    let seed = of_env("ONCALL_TEST_SEED").unwrap_or_else(clock);
+    println!("budgets are drawn with ONCALL_TEST_SEED={seed} ONCALL_TEST_BUDGETS={n}");
+    let mut draw = Draw(seed);
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    // The two large ones are where most is paged.
+    let mut models = vec![model().to_path_buf(), latent().to_path_buf()];
+    models.extend((0..n / 8 + 2).map(|no| draw.model(dir.path(), no)));
+    let mut wants: HashMap<PathBuf, serde_json::Value> = HashMap::new();
     for i in 0..n {
-        let (model, want) = (models[i as usize % 2], &wants[i as usize % 2]);
-        let (round, rounds) = (i / 2, n.div_ceil(2));
-        let n_ctx = contexts[(round % 3) as usize];
+        let model = draw.one(&models).clone();
+        // The prompt and the answer are of 142 tokens.
+        let n_ctx = 160 + draw.below(865) as u32;
+        let (least, enough) = bounds(&model, n_ctx);
         // Squares: most budgets are tight ones.
-        let x = (round * 7 % rounds) as f64 / rounds as f64;
-        let budget = least(model, n_ctx as usize) + (x * x * 600e6) as u64;
+        let x = draw.below(1001) as f64 / 1000.0;
+        let budget = least + (x * x * 1.1 * (enough - least) as f64) as u64;
+        let want = wants
+            .entry(model.clone())
+            .or_insert_with(|| json(&run_of(&model, "4GiB", 512, 12).output().unwrap())["text"].clone());
+        let model = model.as_path();
         let group = match MemoryGroup::new(&format!("paging-{i}"), budget + 32 * MIB) {
             Ok(group) => group,
             Err(e) => {
                 return eprintln!("note: no memory control group to be had here ({e}): budgets weren't held to one");
             }
         };
-        let v = json(&group.run(&run_of(model, &budget.to_string(), n_ctx, 12)).unwrap());
-        assert_eq!(v["text"], *want, "{model:?}, budget {budget}, context {n_ctx}");
+        let o = group.run(&run_of(model, &budget.to_string(), n_ctx, 12)).unwrap();
+        let what = format!("seed {seed}, {i}: {model:?}, budget {budget}, context {n_ctx}");
+        assert!(o.status.success(), "{what}: {:?}: {}", o.status, String::from_utf8_lossy(&o.stderr));
+        let v = json(&o);
+        assert_eq!(v["text"], *want, "{what}");
         let peak = v["peak_memory"].as_u64().unwrap();
-        assert!(peak <= budget + 32 * MIB, "{} MiB held, {} MiB given", peak / MIB, budget / MIB);
+        assert!(peak <= budget + 32 * MIB, "{what}: {} MiB held, {} MiB given", peak / MIB, budget / MIB);
     }
 }
 
@@ -373,4 +430,27 @@ fn a_process_without_addresses_for_the_experts_says_so() {
     let text = String::from_utf8_lossy(&o.stderr);
     assert_eq!(o.status.code(), Some(1), "{:?}: {text}", o.status);
     assert!(text.contains("slots") && text.contains("ulimit -v") && text.contains("Cannot allocate memory"), "{text}");
+}
+
+/// Measuring what memory and the disk give comes after the answer, and takes no more than the budget leaves: where that's too little it
+/// says so.
+#[test]
+fn limits_are_measured_inside_the_budget() {
+    let (least, enough) = bounds(model(), 256);
+    for (budget, is_enough) in [(least, false), (least + (enough - least) / 2, true)] {
+        let group = match MemoryGroup::new("limits", budget + 32 * MIB) {
+            Ok(group) => group,
+            Err(e) => return eprintln!("note: no memory control group to be had here ({e}): nothing was held to one"),
+        };
+        let mut c = run(&budget.to_string(), 256, 12);
+        c.arg("--stats");
+        let v = json(&group.run(&c).unwrap());
+        for reach in [&v["reached"]["memory"], &v["reached"]["disk"]] {
+            let is_measured = reach["limit_bytes_per_s"].is_number();
+            assert!(reach["bytes_per_s"].as_f64().unwrap() > 1e6, "{v}");
+            assert!(is_measured != reach["not_measured"].is_string() && (is_measured || !is_enough), "{v}");
+        }
+        let peak = v["peak_memory"].as_u64().unwrap();
+        assert!(peak <= budget + 32 * MIB, "{} MiB held, {} MiB given", peak / MIB, budget / MIB);
+    }
 }

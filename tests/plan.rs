@@ -319,6 +319,52 @@ fn a_split_model_s_disk_is_measured_where_its_experts_are() {
     assert!(report.contains("split-00002-of-00002.gguf"), "{report}");
 }
 
+/// Half of a model's files: which tensors the others have stands in them alone.
+#[test]
+fn a_plan_of_a_split_model_says_what_is_missing_and_what_would_do() {
+    let dir = tempfile::tempdir_in(".").unwrap();
+    let whole = Gguf::open(&model(dir.path(), "q8_0")).unwrap();
+    let name = |no: usize| dir.path().join(format!("split-{no:05}-of-00003.gguf"));
+    let parts = [&whole.tensors()[..0], &whole.tensors()[..5], &whole.tensors()[5..]];
+    for (i, tensors) in parts.into_iter().enumerate() {
+        let mut w = GgufWriter::new();
+        if i == 0 {
+            w.set_all(whole.metadata());
+        }
+        w.set("split.no", i as u16).set("split.count", 3u16);
+        for t in tensors {
+            w.tensor(&t.name, t.shape(), t.format);
+        }
+        let mut out = w.create(&name(i + 1), false).unwrap();
+        for t in tensors {
+            let mut bytes = vec![0; t.n_bytes as usize];
+            whole.read_at(t, 0, &mut bytes).unwrap();
+            out.write(&bytes).unwrap();
+        }
+        out.finish().unwrap();
+    }
+    let first = name(1);
+    let args = ["plan", "-m", first.to_str().unwrap()];
+    let all = json(&args);
+    // Of a download that has only begun the first half of a megabyte is there.
+    let begun = |no: usize| {
+        let bytes = std::fs::read(name(no)).unwrap();
+        std::fs::write(name(no), &bytes[..bytes.len().min(500_000)]).unwrap();
+    };
+    begun(2);
+    begun(3);
+    let plan = json(&args);
+    assert!(plan["incomplete"] == true && plan["smallest_bytes"] == all["smallest_bytes"], "{plan}");
+    std::fs::remove_file(name(3)).unwrap();
+    let o = oncall(&args);
+    let says = |o: &Output, words: &[&str]| {
+        assert!(o.status.code() == Some(1) && words.iter().all(|w| err(o).contains(w)), "{}", err(o));
+    };
+    says(&o, &["split-00003-of-00003.gguf\" is missing: ", "get the rest", "a download that has only begun"]);
+    std::fs::remove_file(name(2)).unwrap();
+    says(&oncall(&args), &["split-00002-of-00003.gguf\" is missing (and number 3): "]);
+}
+
 #[test]
 fn a_plan_says_below_which_budget_a_token_s_experts_don_t_all_fit() {
     let plan = json(&["plan"]);
@@ -400,6 +446,85 @@ fn losses_are_in_every_figure() {
     assert!(o.status.code() == Some(1) && err(&o).contains("without --experts"), "{}", err(&o));
     let o = oncall(&["replay", "--trace", trace.to_str().unwrap(), "--slots", "8"]);
     assert!(text(&o).contains("One token's cycle is 1 slot a layer"), "{}", text(&o));
+}
+
+/// The same account of every command that runs a model, for scripts and for people.
+#[test]
+fn the_account_is_in_every_figure() {
+    let dir = tempfile::tempdir_in(".").unwrap();
+    let path = model(dir.path(), "q8_0");
+    let (story, input) = (dir.path().join("story.txt"), dir.path().join("in.jsonl"));
+    std::fs::write(&story, "Once upon a time there was a dog. ".repeat(9)).unwrap();
+    let body = serde_json::json!({ "prompt": "Once", "max_tokens": 4, "ignore_eos": true });
+    let request = serde_json::json!({ "custom_id": "a", "url": "/v1/completions", "body": body });
+    std::fs::write(&input, format!("{request}\n")).unwrap();
+    let plan = json(&["plan", "-m", path.to_str().unwrap(), "-c", "64"]);
+    let memory = (plan["smallest_bytes"].as_u64().unwrap() + (256 << 20)).to_string();
+    let [story, input] = [&story, &input].map(|p| p.to_str().unwrap());
+    for (i, args) in [
+        vec!["run", "--raw", "-n", "4", "--ignore-eos", "Once upon"],
+        vec!["perplexity", "-f", story],
+        vec!["bench", "-p", "0", "-n", "4", "-r", "1"],
+        vec!["batch", "-i", input],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let out = |n: usize| dir.path().join(format!("out-{i}-{n}")).to_str().unwrap().to_string();
+        let with = |n: usize, more: &[&str]| {
+            let out = if args[0] == "batch" { vec!["-o".to_string(), out(n)] } else { Vec::new() };
+            let model = ["-m", path.to_str().unwrap(), "-c", "64", "--memory", &memory, "--no-heat"];
+            let out: Vec<&str> = out.iter().map(String::as_str).collect();
+            let o = oncall(&[&args[..], &model[..], &out[..], more].concat());
+            (text(&o), err(&o))
+        };
+        let v: Value = serde_json::from_str(&with(0, &["--json", "--stats"]).0).unwrap();
+        let number = |of: &Value, name: &str| of[name].as_f64().unwrap_or_else(|| panic!("{name}: {v}"));
+        let loading = &v["loading"];
+        assert!(number(loading, "total_s") >= number(loading, "read_s") && number(loading, "bytes") > 1e5, "{v}");
+        assert!(number(&v, "peak_memory") > 1e6 && number(&v["budget"], "bytes") > 1e6, "{v}");
+        let phase = if args[0] == "perplexity" { &v["prefill"] } else { &v["decode"] };
+        assert!(number(phase, "tokens") > 2.0 && number(phase, "compute_s") > 0.0 && number(phase, "uses") > 0.0);
+        let Reached { memory, disk } = Reached::of(&v);
+        assert_eq!(memory.is_some(), args[0] != "perplexity", "{v}");
+        memory.inspect(|r| assert!(r.limit.is_some_and(|l| l > 1e8), "{v}"));
+        // The experts were read once, whatever the disk allows to measure.
+        let disk = disk.unwrap_or_else(|| panic!("{v}"));
+        assert!(disk.limit.is_some_and(|l| l > 1e5) || v["reached"]["disk"]["not_measured"].is_string(), "{v}");
+        // Nothing is measured unless it's asked for; bench always says what memory gives.
+        let v: Value = serde_json::from_str(&with(1, &["--json"]).0).unwrap();
+        assert!(v["reached"]["disk"]["limit_bytes_per_s"].is_null() && v["loading"]["bytes"].is_u64(), "{v}");
+        assert_eq!(v["reached"]["memory"]["limit_bytes_per_s"].is_number(), args[0] == "bench", "{v}");
+        let (out, table) = with(2, &["--stats"]);
+        for words in ["weights from memory", "  of the memory's", "while reading", "  of the disk's", "ready after"] {
+            assert!(table.contains(words), "{words}: {table}");
+        }
+        assert!(args[0] != "bench" || out.contains(" % of memory's rate") && out.contains("memory reads"), "{out}");
+    }
+}
+
+/// A rate that was reached, and its limit.
+struct Reach {
+    limit: Option<f64>,
+}
+
+/// What a command's JSON says of memory and of the disk; `None` where nothing was read.
+struct Reached {
+    memory: Option<Reach>,
+    disk: Option<Reach>,
+}
+
+impl Reached {
+    fn of(v: &Value) -> Self {
+        let of = |name: &str| {
+            let r = &v["reached"][name];
+            let (rate, limit) = (r["bytes_per_s"].as_f64()?, r["limit_bytes_per_s"].as_f64());
+            let share = limit.map(|l| rate / l);
+            assert!(share.is_none_or(|s| (r["share"].as_f64().unwrap() / s - 1.0).abs() < 1e-6), "{r}");
+            Some(Reach { limit })
+        };
+        Reached { memory: of("memory"), disk: of("disk") }
+    }
 }
 
 #[test]

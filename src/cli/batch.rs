@@ -1,11 +1,13 @@
 //! `oncall batch`: a file of requests, answered many at a time.
 
 use super::args::{ModelArgs, of_engine};
-use super::{Failure, figures, output};
+use super::figures::{self, Stats};
+use super::{Failure, output};
 use crate::batch::{self, BatchError, Figures, Files, Job};
 use crate::engine::{EMBEDDED_NAME, EngineOptions, embedded_bytes, plan_batch};
 use crate::gguf::Gguf;
 use clap::Args;
+use serde::Serialize;
 use std::io::{ErrorKind, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -32,6 +34,9 @@ pub(super) struct BatchArgs {
     /// Sequences that are written together [default: auto, from the memory that there is]
     #[arg(long, value_name = "N|auto", value_parser = parse_sequences)]
     sequences: Option<Sequences>,
+    /// Say in the end where the time went and what was reached of the machine's limits, as `run --stats` does
+    #[arg(long)]
+    stats: bool,
     /// Print the figures as one JSON object in the end: on the standard output, or the standard error if that's where the
     /// results go
     #[arg(long)]
@@ -64,23 +69,26 @@ pub(super) fn run(a: BatchArgs) -> Result<(), Failure> {
     }
     refuse_same_files(&a)?;
     let job = Job::open(&files)?;
-    let figures = match job.finished() {
+    let report = match job.finished() {
         Some(figures) => {
             output::note(&format!("nothing is left to do: {} done", output::counted(figures.done as usize, "request")));
-            figures
+            Report { figures, stats: None }
         }
         None => {
-            let figures = work(&a, &files, job)?;
-            output::note(&line(&figures));
-            figures
+            let report = work(&a, &files, job)?;
+            output::note(&line(&report.figures));
+            report
         }
     };
-    if a.json && files.output.is_some() {
-        output::json(&figures)?;
-    } else if a.json {
-        output::tell(&serde_json::to_string(&figures)?);
+    if let Some(stats) = report.stats.as_ref().filter(|_| a.stats) {
+        output::note(stats.table().trim_end());
     }
-    match &figures {
+    if a.json && files.output.is_some() {
+        output::json(&report)?;
+    } else if a.json {
+        output::tell(&serde_json::to_string(&report)?);
+    }
+    match &report.figures {
         f if f.interrupted => {
             if files.output.is_some() {
                 output::note("stopped; the same command with --resume does the rest");
@@ -95,18 +103,34 @@ pub(super) fn run(a: BatchArgs) -> Result<(), Failure> {
     }
 }
 
+/// What is told in the end.
+#[derive(Serialize)]
+struct Report {
+    #[serde(flatten)]
+    figures: Figures,
+    /// `None` if there was nothing to do.
+    #[serde(flatten)]
+    stats: Option<Stats>,
+}
+
 /// Loads the model and does the job.
-fn work(a: &BatchArgs, files: &Files, job: Job) -> Result<Figures, Failure> {
+fn work(a: &BatchArgs, files: &Files, job: Job) -> Result<Report, Failure> {
     let engine = a.model.load_with(&options(a, &job)?)?;
     let mut progress = Progress::new(files.output.is_none());
     let result = batch::run(&engine, job, &mut |f| progress.show(f), &output::stopped);
     progress.clear();
-    match result {
+    let figures = match result {
         Err(BatchError::Io { name, source }) if source.kind() == ErrorKind::BrokenPipe => {
-            Err(Failure::new(format!("{name}: nobody reads the results any more; not all were written")))
+            return Err(Failure::new(format!("{name}: nobody reads the results any more; not all were written")));
         }
-        other => Ok(other?),
+        other => other?,
+    };
+    // Prompts and answers go on beside each other: neither has a time of its own besides its passes.
+    let mut stats = Stats::new(&engine, engine.account(), [None, None]);
+    if a.stats && !figures.interrupted {
+        stats.measure(&engine, true);
     }
+    Ok(Report { figures, stats: Some(stats) })
 }
 
 /// A job that writes over what it reads, or writes two things to one file, loses one of them.

@@ -1,7 +1,7 @@
 //! `oncall bench`: how fast prompts are read and texts are written.
 
 use super::args::ModelArgs;
-use super::figures::{Held, losses};
+use super::figures::{Stats, losses, percent, rate};
 use super::{Failure, output};
 use crate::engine::{Engine, EngineError, Input, Session, Want};
 use crate::gguf::printable;
@@ -14,7 +14,8 @@ use std::time::Instant;
 #[derive(Args)]
 #[command(
     after_help = "pp512 is reading a prompt of 512 tokens, tg128 writing 128 tokens, tg128 @ d8192 writing them when 8192 are in the \
-context already; in tokens a second. GB/s are over the active bytes: the weights that one token must read.",
+context already; in tokens a second. GB/s are over the active bytes: the weights that one token must read; beside them the share of the rate \
+at which all threads read memory here, measured at the beginning.",
     mut_arg("no_heat", |a| a.hide(true)),
     mut_arg("ctx_size", |a| a.help("Context in tokens; 0 for the model's own [default: what the longest test needs]"))
 )]
@@ -31,6 +32,9 @@ pub(super) struct BenchArgs {
     /// Runs of each, after one that isn't counted
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repetitions: u32,
+    /// Say below each row where the time went and what was reached of the machine's limits, as `run --stats` does
+    #[arg(long)]
+    stats: bool,
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
@@ -50,11 +54,11 @@ struct Row {
     /// Weight bytes that one token must read, times tokens a second: only where each token reads them for itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     gb_per_s: Option<f64>,
-    /// In all runs.
+    /// In all runs, also the one that isn't counted.
     #[serde(flatten)]
     losses: Losses,
     #[serde(flatten)]
-    held: Held,
+    stats: Stats,
 }
 
 /// What is measured in one row of the table.
@@ -118,44 +122,67 @@ pub(super) fn run(mut a: BenchArgs) -> Result<(), Failure> {
             engine.n_ctx()
         )));
     }
-    let active = engine.active_bytes();
+    // Slots are empty yet, and whatever is measured disturbs no run.
+    let memory = engine.measure_memory(true);
     if !a.json {
         output::text(&format!(
-            "{}, {}, {}, {} active bytes a token\n",
+            "{}, {}, {}, {} active bytes a token\nmemory reads {}\n",
             printable(&a.model.name()),
             engine.isa(),
             output::counted(engine.n_threads(), "thread"),
-            output::size(active)
+            output::size(engine.active_bytes()),
+            memory.as_ref().map_or_else(|why| format!("at a rate that isn't measured: {why}"), |r| rate(*r))
         ))?;
     }
     let mut session = engine.session();
     for test in tests {
-        let before = engine.account();
-        let (mean, deviation) = mean_and_deviation(&rates(&mut session, test, a.repetitions)?);
-        let row = Row {
-            model: a.model.name(),
-            bytes: engine.gguf().total_bytes(),
-            isa: engine.isa().to_string(),
-            threads: engine.n_threads(),
-            test: test.to_string(),
-            tokens_per_s: mean,
-            deviation,
-            gb_per_s: matches!(test, Test::Write { .. }).then_some(mean * active as f64 / 1e9),
-            losses: engine.account().since(&before).store().losses(),
-            held: Held::now(&engine),
-        };
+        let row = row(&a, &mut session, test, &memory)?;
         if a.json {
             output::json(&row)?;
         } else {
-            let gb = row.gb_per_s.map_or(String::new(), |g| format!("   {g:6.2} GB/s"));
-            let lossy = losses(row.losses).map_or(String::new(), |l| format!("   {l}"));
-            output::text(&format!(
-                "{:<14} {:9.2} ± {:<7.2} tokens/s{gb}{lossy}\n",
-                row.test, row.tokens_per_s, row.deviation
-            ))?;
+            output::text(&row.line())?;
+        }
+        if a.stats {
+            output::note(row.stats.table().trim_end());
         }
     }
     Ok(())
+}
+
+/// Runs a test; `memory` is what the threads read of it a second.
+fn row(a: &BenchArgs, session: &mut Session, test: Test, memory: &Result<f64, String>) -> Result<Row, Failure> {
+    let engine = session.engine().clone();
+    let before = engine.account();
+    let (mean, deviation) = mean_and_deviation(&rates(session, test, a.repetitions)?);
+    let bytes_per_s = matches!(test, Test::Write { .. }).then_some(mean * engine.active_bytes() as f64);
+    let mut stats = Stats::new(&engine, engine.account().since(&before), [None, None]);
+    // The row's own rate, without the run that isn't counted.
+    stats.reached.memory.bytes_per_s = bytes_per_s;
+    stats.reached.memory.against(memory.clone());
+    if a.stats {
+        stats.measure(&engine, true);
+    }
+    Ok(Row {
+        model: a.model.name(),
+        bytes: engine.gguf().total_bytes(),
+        isa: engine.isa().to_string(),
+        threads: engine.n_threads(),
+        test: test.to_string(),
+        tokens_per_s: mean,
+        deviation,
+        gb_per_s: bytes_per_s.map(|b| b / 1e9),
+        losses: stats.account.store().losses(),
+        stats,
+    })
+}
+
+impl Row {
+    fn line(&self) -> String {
+        let share = self.stats.reached.memory.share.map_or("?".into(), percent);
+        let gb = self.gb_per_s.map_or(String::new(), |g| format!("   {g:6.2} GB/s   {share:>5} of memory's rate"));
+        let lossy = losses(self.losses).map_or(String::new(), |l| format!("   {l}"));
+        format!("{:<14} {:9.2} ± {:<7.2} tokens/s{gb}{lossy}\n", self.test, self.tokens_per_s, self.deviation)
+    }
 }
 
 /// Tokens a second in so many runs, after one that isn't counted.

@@ -1,6 +1,7 @@
 //! `oncall chat`: a conversation in the terminal.
 
 use super::args::{ModelArgs, SamplingArgs};
+use super::figures::Figures;
 use super::run::answer;
 use super::{Failure, output, unreadable};
 use crate::engine::{Account, Engine, Finish, Session};
@@ -37,6 +38,7 @@ const HELP: &str = "\
 /save FILE            write the conversation to a file; ~ is your home
 /load FILE            go on with a conversation from a file
 /clear                forget the conversation
+/stats                where the last answer's time went
 /bye                  leave, as Ctrl-D, /quit and /exit do
 \"\"\"                   begin and end a text of several lines, or one that begins
                       with /
@@ -50,6 +52,8 @@ struct Chat {
     messages: Vec<Message>,
     /// What the engine did up to the last figures.
     told: Account,
+    /// Of the last answer.
+    figures: Option<Figures>,
     sampling: SamplingArgs,
 }
 
@@ -62,7 +66,8 @@ pub(super) fn run(a: ChatArgs) -> Result<(), Failure> {
     }
     let messages = a.system.iter().map(|s| Message::new("system", s.as_str())).collect();
     let session = engine.session();
-    let mut chat = Chat { engine, session, template, messages, told: Account::default(), sampling: a.sampling };
+    let mut chat =
+        Chat { engine, session, template, messages, told: Account::default(), figures: None, sampling: a.sampling };
     if let Some(message) = piped {
         chat.turn(&message, &mut output::text)?;
         return if output::stopped() { Err(Failure::interrupted()) } else { Ok(()) };
@@ -175,6 +180,7 @@ impl Chat {
                 output::note("stopped before the answer began: the message was taken back");
             }
         }
+        self.figures = Some(figures);
         Ok(())
     }
 
@@ -188,6 +194,12 @@ impl Chat {
                 self.messages.retain(|m| m.role == "system");
                 self.session.truncate(0);
                 Ok("forgotten".into())
+            }
+            "stats" => {
+                let figures = self.figures.as_mut().ok_or("nothing was answered yet")?;
+                // The next answer wants the experts that are at hand.
+                figures.stats.measure(&self.engine, false);
+                Ok(figures.table())
             }
             "set" => {
                 let (name, value) = rest.split_once(char::is_whitespace).unwrap_or((rest, ""));
@@ -351,6 +363,7 @@ mod tests {
             template: None,
             messages: Vec::new(),
             told: Account::default(),
+            figures: None,
             sampling,
         }
     }
@@ -365,6 +378,21 @@ mod tests {
         assert_eq!(chat.session.tokens(), first);
         chat.turn(" and", &mut |_| Ok(())).unwrap();
         assert_eq!(chat.session.tokens()[..first.len()], first);
+    }
+
+    #[test]
+    fn the_last_answer_can_be_accounted_for() {
+        let mut chat = without_template();
+        assert!(chat.command("stats").unwrap_err().contains("nothing was answered"));
+        chat.turn("Once upon a time", &mut |_| Ok(())).unwrap();
+        chat.turn(" and", &mut |_| Ok(())).unwrap();
+        let slots = chat.engine.n_slots();
+        let table = chat.command("stats").unwrap();
+        // Four of the five tokens went through the model, and so did the last answer's fifth.
+        let row = |name: &str| table.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim().to_string();
+        assert!(row("tokens computed").ends_with(" 4"), "{table}");
+        assert!(row("weights from memory").ends_with("/s") && table.contains("  of the memory's"), "{table}");
+        assert!(chat.engine.n_slots() == slots, "whatever is measured, the next answer's experts stay");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! predictions are from another run's.
 
 use super::args::ModelArgs;
-use super::figures::{Held, losses};
+use super::figures::{Stats, losses};
 use super::{Failure, output, unreadable};
 use crate::engine::Engine;
 use crate::gguf::PartFile;
@@ -14,6 +14,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::path::PathBuf;
+use std::time::Instant;
 
 /// Flags of `perplexity`.
 #[derive(Args)]
@@ -38,6 +39,9 @@ pub(super) struct PerplexityArgs {
     /// Compare with logits that --save-logits wrote: mean Kullback-Leibler divergence, and how often the best token agrees
     #[arg(long, value_name = "FILE", conflicts_with = "save_logits")]
     kl_base: Option<PathBuf>,
+    /// Say where the time went and what was reached of the machine's limits, as `run --stats` does
+    #[arg(long)]
+    stats: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -61,7 +65,7 @@ struct Report {
     #[serde(flatten)]
     losses: Losses,
     #[serde(flatten)]
-    held: Held,
+    stats: Stats,
 }
 
 /// Running sums over the scored tokens.
@@ -101,7 +105,7 @@ pub(super) fn run(mut a: PerplexityArgs) -> Result<(), Failure> {
     let mut text = Text::new(file, engine.tokenizer());
     let mut base = open_base(&a, &engine)?;
     let (mut sums, mut n_chunks) = (Sums::default(), 0);
-    let bar = output::bar("reading the text", "chunks");
+    let (bar, began) = (output::bar("reading the text", "chunks"), Instant::now());
     while a.chunks.is_none_or(|most| n_chunks < most as usize) {
         let chunk = text.next(n_ctx).map_err(|e| Failure::new(format!("{}: {e}", a.file.display())))?;
         let Some(chunk) = chunk else { break };
@@ -127,7 +131,11 @@ pub(super) fn run(mut a: PerplexityArgs) -> Result<(), Failure> {
     if let Base::Write(file) = base {
         file.commit()?;
     }
-    report(&a, &engine, n_chunks, &sums, compared)
+    let mut stats = Stats::new(&engine, engine.account(), [Some(began.elapsed().as_secs_f64()), None]);
+    if a.stats {
+        stats.measure(&engine, true);
+    }
+    report(&a, stats, n_chunks, &sums, compared)
 }
 
 /// Bytes of text that are made tokens of together: longer texts needn't fit into memory, and may have another token or two where they are
@@ -192,7 +200,7 @@ impl<'a> Text<'a> {
     }
 }
 
-fn report(a: &PerplexityArgs, engine: &Engine, chunks: usize, s: &Sums, compared: bool) -> Result<(), Failure> {
+fn report(a: &PerplexityArgs, stats: Stats, chunks: usize, s: &Sums, compared: bool) -> Result<(), Failure> {
     let n = s.n as f64;
     let mean = s.nll / n;
     let variance = (s.nll_squared / n - mean * mean).max(0.0);
@@ -206,8 +214,8 @@ fn report(a: &PerplexityArgs, engine: &Engine, chunks: usize, s: &Sums, compared
         scored_tokens: s.n,
         kl_divergence: compared.then_some(s.kl / n),
         same_best_token: compared.then_some(s.same_top as f64 / n),
-        losses: engine.account().store().losses(),
-        held: Held::now(engine),
+        losses: stats.account.store().losses(),
+        stats,
     };
     if a.json {
         return output::json(&r);
@@ -225,6 +233,9 @@ fn report(a: &PerplexityArgs, engine: &Engine, chunks: usize, s: &Sums, compared
     }
     if let (Some(kl), Some(same)) = (r.kl_divergence, r.same_best_token) {
         output::text(&format!("KL divergence {kl:.6} nats, the best token is the same for {:.2} %\n", 100.0 * same))?;
+    }
+    if a.stats {
+        output::note(r.stats.table().trim_end());
     }
     Ok(())
 }

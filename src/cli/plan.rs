@@ -6,7 +6,7 @@ use super::{Failure, output};
 use crate::cpu::probe::{self, DiskProbe, Mode};
 use crate::engine::outline::{Outline, experts_file};
 use crate::engine::{DEFAULT_CHUNK, EMBEDDED_NAME, EngineError, EngineOptions, Memory};
-use crate::gguf::{Gguf, printable};
+use crate::gguf::{Gguf, GgufError, printable};
 use crate::moe::planner::{Cost, Forecast, Reading, Routing, forecast, typical_trace};
 use crate::moe::trace::{self, TraceHeader};
 use crate::ops::kv::KV_BLOCK;
@@ -20,7 +20,7 @@ use std::time::Duration;
 /// Flags of `plan`.
 #[derive(Args)]
 #[command(
-    after_help = "Only the file's header is read, so a download that isn't finished will do. The machine is measured for about two \
+    after_help = "Only the file's header is read (of a split model each file's), so a download that isn't finished will do. The machine is measured for about two \
 seconds: matrices of the model's formats and random reads of an expert's size on the model's disk, each alone and both together \
 (`oncall doctor` shows more). Computing and reading go on together and slow each other down, layer by layer. How often an expert is \
 resident (in memory) when a token needs it, a cache hit, is a forecast: from simulated routing, in which some experts are as much more \
@@ -106,7 +106,12 @@ struct Plan {
 
 pub(super) fn run(a: PlanArgs) -> Result<(), Failure> {
     let gguf = match &a.model {
-        Some(path) => Gguf::open_header(path)?,
+        Some(path) => Gguf::open_header(path).map_err(|e| match e {
+            GgufError::MissingShard { .. } => Failure::new(format!(
+                "{e}. For a plan the beginning of each will do: a download that has only begun, under the file's own name"
+            )),
+            e => e.into(),
+        })?,
         None => Gguf::from_static(EMBEDDED_NAME, crate::engine::embedded_bytes())?,
     };
     let options = EngineOptions {

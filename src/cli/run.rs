@@ -31,7 +31,8 @@ pub(super) struct RunArgs {
     /// Continue the prompt as it stands, even where the model has a chat template
     #[arg(long)]
     raw: bool,
-    /// Say where the time went: computing, waiting for the disk, everything else; hits, bytes read, memory
+    /// Say where the time went: computing, waiting for the disk, everything else; hits, bytes read, memory. And measure for some
+    /// tenths of a second what memory and disk would give, which --json says too then
     #[arg(long)]
     stats: bool,
     /// Print one JSON object with the text and the figures instead of streaming
@@ -65,7 +66,7 @@ pub(super) fn run(a: RunArgs) -> Result<(), Failure> {
     // Once it's read: it may not fit, and a progress bar can't be drawn behind it.
     let mut echo = (!chat && !a.json).then_some(&prompt);
     let mut text = String::new();
-    let figures = answer(&mut session, &tokens, &params, &mut Account::default(), &mut |piece| {
+    let mut figures = answer(&mut session, &tokens, &params, &mut Account::default(), &mut |piece| {
         if a.json {
             text.push_str(&piece.text);
             return Ok(());
@@ -78,6 +79,12 @@ pub(super) fn run(a: RunArgs) -> Result<(), Failure> {
     if let Some(prompt) = echo.filter(|_| !output::stopped()) {
         output::text(prompt)?;
     }
+    if !a.json {
+        output::text("\n")?;
+    }
+    if a.stats && !output::stopped() {
+        figures.stats.measure(&engine, true);
+    }
     if a.json {
         #[derive(Serialize)]
         struct Answer<'a> {
@@ -88,8 +95,7 @@ pub(super) fn run(a: RunArgs) -> Result<(), Failure> {
         }
         output::json(&Answer { model: a.model.name(), text: &text, figures: &figures })?;
     } else {
-        output::text("\n")?;
-        output::note(if a.stats { figures.table() } else { figures.line() }.trim_end());
+        output::note(&if a.stats { figures.table() } else { figures.line() });
         if figures.finish == Some(Finish::ContextFull) {
             output::note(&format!("stopped: the context of {} tokens is full (-c takes a longer one)", engine.n_ctx()));
         }

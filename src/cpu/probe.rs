@@ -163,7 +163,15 @@ pub const UNCACHED: (u64, u64) = (64 << 20, 192 << 20);
 /// # Errors
 /// When the system has no memory for it.
 pub fn memory_rate(n_threads: usize, time: Duration) -> io::Result<Option<f64>> {
-    let Some(n_bytes) = for_measuring(UNCACHED.0, UNCACHED.1) else { return Ok(None) };
+    memory_rate_within(u64::MAX, n_threads, time)
+}
+
+/// As [`memory_rate`], with so many bytes at most.
+///
+/// # Errors
+/// When the system has no memory for it.
+pub fn memory_rate_within(most: u64, n_threads: usize, time: Duration) -> io::Result<Option<f64>> {
+    let Some(n_bytes) = for_measuring(UNCACHED.0, UNCACHED.1.min(most)) else { return Ok(None) };
     let mut pages = Pages::new(n_bytes as usize)?;
     // Written once: untouched pages are all the same zero page, which is in the cache.
     pages.chunks_mut(BLOCK).for_each(|p| p[0] = 1);

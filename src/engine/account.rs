@@ -14,6 +14,27 @@ pub struct Account {
     pub between: StoreStats,
 }
 
+/// How a model came into memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+pub struct Loading {
+    /// Seconds from opening the file until the engine was ready.
+    pub total_s: f64,
+    /// Of these, seconds in which the weights that stay in memory were read and laid out.
+    pub read_s: f64,
+    /// Their bytes. Experts come later, when they are used.
+    pub bytes: u64,
+    /// Bytes of them a second of `read_s`; `None` if that took no time.
+    pub bytes_per_s: Option<f64>,
+}
+
+impl Loading {
+    pub(super) fn new(total: Duration, read: Duration, bytes: u64) -> Self {
+        let read_s = read.as_secs_f64();
+        let bytes_per_s = (read_s > 0.0).then(|| bytes as f64 / read_s);
+        Loading { total_s: total.as_secs_f64(), read_s, bytes, bytes_per_s }
+    }
+}
+
 /// Passes of one kind.
 #[derive(Clone, Debug, Default)]
 pub struct Phase {
@@ -95,7 +116,12 @@ impl Phase {
 
     /// Says how long the whole phase took, what happened outside of passes included.
     pub fn took(&mut self, seconds: f64) {
-        self.other_s = Some((seconds - self.compute_s - self.stalled_s).max(0.0));
+        self.other_s = Some((seconds - self.pass_s()).max(0.0));
+    }
+
+    /// Seconds of the passes, waiting included.
+    pub fn pass_s(&self) -> f64 {
+        self.compute_s + self.stalled_s
     }
 
     /// Bytes read for each token.

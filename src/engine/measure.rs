@@ -1,8 +1,10 @@
-//! What the planner measures: how fast a token's matrices are computed, alone and beside the lanes that read experts.
+//! What the planner measures: how fast a token's matrices are computed, alone and beside the lanes that read experts. And what an
+//! engine is held against: how fast memory and the model's disk are read here.
 
-use super::outline::{Active, Outline};
-use super::{EngineError, READ_LANES};
-use crate::cpu::probe::{DiskProbe, Rate, UNCACHED};
+use super::outline::{self, Active, Outline};
+use super::{Engine, EngineError, Phase, READ_LANES};
+use crate::arch::Buffers;
+use crate::cpu::probe::{self, DiskProbe, Mode, Rate, UNCACHED};
 use crate::cpu::{Isa, Pages, Team, memory};
 use crate::moe::planner::Reading;
 use crate::ops::matmul::{Acts, MAX_LANES, OutRows, Packed, Product, matmul, pack};
@@ -92,6 +94,88 @@ impl Outline {
         }))
     }
 }
+
+/// How long memory is measured, and each of two rounds of reading.
+const LIMIT_TIME: Duration = Duration::from_millis(100);
+/// What a measurement takes besides its buffers: its threads' stacks, small things.
+const ASIDE: u64 = 4 << 20;
+
+impl Engine {
+    /// Bytes of weights that a phase's passes read from memory: of each pass every matrix once, of experts those that were used. What a pass
+    /// of one token reads is [`Engine::active_bytes`].
+    pub fn weights_read(&self, phase: &Phase) -> f64 {
+        let n = outline::n_experts(self.config()).0;
+        let dense: u64 = outline::active(self.gguf(), n, 0).iter().map(|a| a.bytes).sum();
+        phase.passes as f64 * dense as f64 + phase.store.uses as f64 * outline::expert_bytes(self.gguf(), n)
+    }
+
+    /// Bytes a second at which the engine's threads read memory that no cache holds, measured for a tenth of a second within what the budget
+    /// leaves. Where that's too little, experts leave their slots for it, if they `may_evict`; otherwise it isn't measured.
+    ///
+    /// # Errors
+    /// Why it isn't measured.
+    pub fn measure_memory(&self, may_evict: bool) -> Result<f64, String> {
+        let rate = self.with_room(UNCACHED.0, may_evict, |most| {
+            probe::memory_rate_within(most, self.n_threads(), LIMIT_TIME).map_err(|e| e.to_string())
+        })?;
+        rate?.ok_or_else(|| TOO_LITTLE.into())
+    }
+
+    /// Bytes a second of random direct reads on the model's disk, as large and as many at a time as the engine reads experts, without what
+    /// becomes of them. In two rounds of a tenth of a second, within the budget as [`Engine::measure_memory`].
+    ///
+    /// # Errors
+    /// Why it isn't measured.
+    pub fn measure_disk(&self, may_evict: bool) -> Result<Rate, String> {
+        let n = outline::n_experts(self.config()).0;
+        let part = outline::largest_part(self.gguf(), n).ok_or("the model has no experts to read")?;
+        let file = outline::experts_file(self.gguf()).filter(|f| f.in_memory().is_none());
+        let path = file.ok_or("the model is in the program, not on a disk")?.path();
+        // Buffered reads would be the page cache's, or cost the model its place there.
+        let probe = DiskProbe::open(path, Mode::Direct).map_err(|e| format!("no direct reads: {e}"))?;
+        let n_bytes = part.piece_rows() * part.row_bytes();
+        let least = DiskProbe::room_for(n_bytes, READ_LANES) as u64;
+        self.with_room(least, may_evict, |_| {
+            probe.rate(n_bytes, READ_LANES, LIMIT_TIME, &|_, _| ()).map_err(|e| e.to_string())
+        })?
+    }
+
+    /// Does something that takes up to so many bytes as it is told, at least `least`, while no pass runs.
+    fn with_room<T>(&self, least: u64, may_evict: bool, f: impl FnOnce(u64) -> T) -> Result<T, String> {
+        let e = &*self.0;
+        let mut buffers = e.buffers.lock().unwrap_or_else(|e| e.into_inner());
+        let mut spare = self.spare();
+        let evicts = spare < least && may_evict;
+        if evicts {
+            *buffers = Buffers::default();
+            e.room.lock().unwrap_or_else(|e| e.into_inner()).buffers_dropped();
+            e.store.as_ref().inspect(|s| s.resize(0));
+            spare = self.spare();
+        }
+        let done = (spare >= least).then(|| f(spare));
+        if let Some(store) = e.store.as_ref().filter(|_| evicts) {
+            let room = e.room.lock().unwrap_or_else(|e| e.into_inner());
+            store.resize(e.options.expert_bytes.unwrap_or_else(|| room.slots(&self.budget())));
+        }
+        done.ok_or_else(|| TOO_LITTLE.into())
+    }
+
+    /// What the budget leaves, now and when all slots are filled, which happens in the background.
+    fn spare(&self) -> u64 {
+        let Some(bytes) = self.budget().bytes else { return u64::MAX };
+        let e = &*self.0;
+        let empty = e.store.as_ref().map_or(0, |store| {
+            let filled = store.residency().into_iter().filter(|&r| r).count();
+            let (n, all) = store.n_slots();
+            let room = e.room.lock().unwrap_or_else(|e| e.into_inner());
+            room.needs().all_slots / all.max(1) as u64 * n.saturating_sub(filled) as u64
+        });
+        let held = memory::resident().unwrap_or(bytes);
+        bytes.saturating_sub(held).saturating_sub(empty).saturating_sub(ASIDE)
+    }
+}
+
+const TOO_LITTLE: &str = "the budget leaves too little memory to measure";
 
 fn system(source: io::Error) -> EngineError {
     EngineError::System { what: "threads, or memory for a measurement", source }
@@ -203,6 +287,7 @@ impl Made {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::{EngineOptions, Memory};
 
     #[test]
     fn slots_come_one_after_the_other_and_hold_pieces_of_any_size() {
@@ -210,6 +295,40 @@ mod tests {
         let at = |slots: &mut Slots, n: usize| slots.next(n).as_ptr() as usize - slots.pages.as_ptr() as usize;
         assert_eq!([at(&mut slots, 100), at(&mut slots, 100), at(&mut slots, 8192)], [0, 128, 0]);
         assert_eq!([slots.next(8192).len(), slots.next(8192).len()], [8192; 2]);
+    }
+
+    /// A pass of one token reads what is said to be active.
+    #[test]
+    fn what_a_token_reads_is_what_is_active() {
+        let o = EngineOptions { n_ctx: Some(64), n_threads: Some(1), ..Default::default() };
+        let engine = Engine::embedded(&o).unwrap();
+        engine.session().feed(&[5], &mut |_| true).unwrap();
+        engine.session().feed(&[7], &mut |_| true).unwrap();
+        let read = engine.weights_read(&engine.account().prefill);
+        assert!((read / (2 * engine.active_bytes()) as f64 - 1.0).abs() < 1e-6, "{read}");
+    }
+
+    /// Measuring takes no more than the budget leaves, and slots come back.
+    #[test]
+    fn limits_are_measured_within_the_budget() {
+        let o = EngineOptions { n_ctx: Some(64), n_threads: Some(1), ..Default::default() };
+        let engine = Engine::embedded(&o).unwrap();
+        let rate = engine.measure_memory(false).unwrap();
+        assert!((1e8..1e13).contains(&rate), "{rate}");
+        assert!(engine.measure_disk(true).unwrap_err().contains("in the program"));
+        let mut session = engine.session();
+        session.feed(&[5, 6, 7], &mut |_| true).unwrap();
+        let (slots, logits) = (engine.n_slots(), session.logits().to_vec());
+        engine.set_memory_budget(Memory::Bytes(engine.budget().least)).unwrap();
+        // This test's process may hold less than is set aside for it, but not 64 MiB less besides.
+        let little = engine.n_slots();
+        assert!(engine.spare() < UNCACHED.0 && little < slots);
+        assert_eq!(engine.measure_memory(true).unwrap_err(), TOO_LITTLE);
+        assert_eq!(engine.n_slots(), little);
+        engine.set_memory_budget(Memory::Auto).unwrap();
+        session.truncate(0);
+        session.feed(&[5, 6, 7], &mut |_| true).unwrap();
+        assert!(session.logits() == logits);
     }
 
     /// A header may claim any number of bytes between two waits.

@@ -14,7 +14,7 @@ mod scheduler;
 mod timeline;
 
 use account::Ledger;
-pub use account::{Account, Histogram, Phase};
+pub use account::{Account, Histogram, Loading, Phase};
 pub use batch_plan::{BatchPlan, BatchShape, plan_batch};
 use budget::Room;
 pub use budget::{Budget, Memory};
@@ -108,6 +108,20 @@ fn recorder(gguf: &Gguf, model: &Decoder, o: &EngineOptions) -> Result<Option<Re
     Ok(Some(Recorder::new(&header, o.record.as_deref())?))
 }
 
+/// Slots of so many bytes for a model's experts, if it has some.
+fn store(
+    gguf: &Arc<Gguf>,
+    model: &Decoder,
+    o: &EngineOptions,
+    isa: Isa,
+    bytes: u64,
+) -> std::io::Result<Option<ExpertStore>> {
+    let Some(layout) = model.store_layout() else { return Ok(None) };
+    let source = Arc::new(DiskSource::new(gguf.clone(), o.io));
+    let options = StoreOptions { bytes, isa, policy: o.policy, lanes: READ_LANES, lookahead: o.lookahead };
+    ExpertStore::new(layout, &options, source).map(Some)
+}
+
 struct Inner {
     gguf: Arc<Gguf>,
     model: Decoder,
@@ -124,6 +138,7 @@ struct Inner {
     budget: Mutex<Budget>,
     room: Mutex<Room>,
     ledger: Mutex<Ledger>,
+    loading: Loading,
     /// One pass at a time; its buffers stay.
     buffers: Mutex<Buffers>,
     queue: OnceLock<scheduler::Closes>,
@@ -167,7 +182,8 @@ impl Engine {
         options: &EngineOptions,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Self, EngineError> {
-        Self::from_gguf(Gguf::open(path)?, options, progress)
+        let began = Instant::now();
+        Self::ready(began, Gguf::open(path)?, options, progress)
     }
 
     /// Loads the model that is in the program itself.
@@ -175,7 +191,8 @@ impl Engine {
     /// # Errors
     /// As [`Engine::load`].
     pub fn embedded(options: &EngineOptions) -> Result<Self, EngineError> {
-        Self::from_gguf(Gguf::from_static(EMBEDDED_NAME, EMBEDDED)?, options, &|_, _| ())
+        let began = Instant::now();
+        Self::ready(began, Gguf::from_static(EMBEDDED_NAME, EMBEDDED)?, options, &|_, _| ())
     }
 
     /// Loads the model of a file that is open already.
@@ -183,6 +200,16 @@ impl Engine {
     /// # Errors
     /// As [`Engine::load`].
     pub fn from_gguf(gguf: Gguf, o: &EngineOptions, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Self, EngineError> {
+        Self::ready(Instant::now(), gguf, o, progress)
+    }
+
+    /// Loads a model whose file was about to be opened when it `began`.
+    fn ready(
+        began: Instant,
+        gguf: Gguf,
+        o: &EngineOptions,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Self, EngineError> {
         let gguf = Arc::new(gguf);
         let of_model = |source| EngineError::Model { file: gguf.name().into(), source };
         let system = |what| move |source| EngineError::System { what, source };
@@ -197,20 +224,14 @@ impl Engine {
         let room = Room::new(budget::needs(o, &model, total, n_ctx)?);
         let budget = Budget::new(room.needs(), o, o.memory)?;
         let kv = KvPool::new(&model.kv_layers(), o.type_k, o.type_v, n_blocks)?;
-        let done = std::sync::atomic::AtomicU64::new(0);
+        let (done, began_reading) = (std::sync::atomic::AtomicU64::new(0), Instant::now());
         let dense = loader
             .read(o.stop.as_deref(), &|n| progress(done.fetch_add(n, std::sync::atomic::Ordering::Relaxed) + n, total))
             .map_err(of_model)?;
-        let store = match model.store_layout() {
-            None => None,
-            Some(layout) => {
-                let bytes = o.expert_bytes.unwrap_or_else(|| room.slots(&budget));
-                let source = Arc::new(DiskSource::new(gguf.clone(), o.io));
-                let options = StoreOptions { bytes, isa, policy: o.policy, lanes: READ_LANES, lookahead: o.lookahead };
-                let store = ExpertStore::new(layout, &options, source);
-                Some(store.map_err(system("addresses for slots of all experts (ulimit -v bounds them), or threads"))?)
-            }
-        };
+        let read = began_reading.elapsed();
+        let bytes = o.expert_bytes.unwrap_or_else(|| room.slots(&budget));
+        let store = store(&gguf, &model, o, isa, bytes)
+            .map_err(system("addresses for slots of all experts (ulimit -v bounds them), or threads"))?;
         warn_of_unused_layers(&gguf, model.config.n_layer);
         let recorder = recorder(&gguf, &model, o)?;
         let heat = o.heat.then(|| known_heat(&gguf, &model)).flatten();
@@ -236,6 +257,7 @@ impl Engine {
             budget: Mutex::new(budget),
             room: Mutex::new(room),
             ledger: Mutex::default(),
+            loading: Loading::new(began.elapsed(), read, done.into_inner()),
             buffers: Mutex::default(),
             queue: OnceLock::new(),
             grammars: OnceLock::new(),
@@ -360,6 +382,11 @@ impl Engine {
     /// Where the time of all passes so far went.
     pub fn account(&self) -> Account {
         self.ledger().account(self.store_stats())
+    }
+
+    /// How it was loaded.
+    pub fn loading(&self) -> Loading {
+        self.0.loading
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {

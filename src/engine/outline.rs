@@ -73,7 +73,7 @@ impl Outline {
             used_expert_bytes: all / n * used,
             active: active(gguf, n, used),
             layer_bytes: layer_bytes(gguf, model.config.n_layer, n as usize),
-            part: experts.iter().max_by_key(|t| t.n_bytes).map(|t| part(t, n)),
+            part: largest_part(gguf, n),
             n_threads: o.n_threads_here(),
             config: model.config,
         })
@@ -99,6 +99,18 @@ pub fn experts_file(gguf: &Gguf) -> Option<&ModelFile> {
 
 fn is_expert(t: &Tensor) -> bool {
     t.name.contains("_exps.weight")
+}
+
+/// The largest matrix of one of `n` experts.
+pub(super) fn largest_part(gguf: &Gguf, n: u64) -> Option<Part> {
+    gguf.tensors().iter().filter(|t| is_expert(t)).max_by_key(|t| t.n_bytes).map(|t| part(t, n))
+}
+
+/// Bytes of an expert, in the mean of all layers; 0 for a dense model.
+pub(super) fn expert_bytes(gguf: &Gguf, n: u64) -> f64 {
+    let experts = || gguf.tensors().iter().filter(|t| is_expert(t));
+    let n_layers = experts().filter(|t| t.name.contains("ffn_down_exps")).count();
+    experts().map(|t| t.n_bytes as f64).sum::<f64>() / (n as f64 * n_layers as f64).max(1.0)
 }
 
 /// One of `n` experts' matrices, in a file of its own.

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::split;
 use super::value::ValueType;
 use crate::quant;
 
@@ -54,13 +55,17 @@ pub enum GgufError {
         count: u64,
     },
     /// A shard isn't beside the others.
-    #[error("{path:?} is missing: shard {no} of {count} must lie beside the others")]
+    #[error(
+        "{path:?} is missing{}: the model is in {count} files, each of which says itself which tensors it has; get the rest, and \
+         put all into one folder",
+        split::more(missing)
+    )]
     MissingShard {
-        /// Where it was expected.
+        /// Where the first of them was expected.
         path: PathBuf,
-        /// Its number, from 1.
-        no: u32,
-        /// How many there are.
+        /// Their numbers, from 1.
+        missing: Vec<u32>,
+        /// How many there are, with those that aren't missing.
         count: u32,
     },
     /// A shard's metadata contradicts its name or the other shards.

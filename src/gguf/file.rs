@@ -364,20 +364,16 @@ fn open_shards(
     let name = ShardName::of(path)
         .filter(|name| u64::from(name.count) == count)
         .ok_or_else(|| GgufError::SplitName { path: path.into(), count })?;
+    let missing = name.missing(path);
+    if let Some(&no) = missing.first() {
+        return Err(GgufError::MissingShard { path: name.sibling(path, no), missing, count: name.count });
+    }
     let mut opened = Some(opened);
     let mut shards = Vec::new();
     for no in 1..=name.count {
         let shard = match opened.take_if(|_| no == name.no) {
             Some(shard) => shard,
-            None => {
-                let path = name.sibling(path, no);
-                open_one(&path, extent).map_err(|e| match e {
-                    GgufError::Open { path, error } if error.kind() == io::ErrorKind::NotFound => {
-                        GgufError::MissingShard { path, no, count: name.count }
-                    }
-                    e => e,
-                })?
-            }
+            None => open_one(&name.sibling(path, no), extent)?,
         };
         expect_key(&shard, "split.no", u64::from(no - 1))?;
         expect_key(&shard, "split.count", count)?;

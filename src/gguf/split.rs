@@ -27,6 +27,23 @@ impl ShardName {
     pub(super) fn sibling(&self, path: &Path, no: u32) -> PathBuf {
         path.with_file_name(format!("{}-{no:05}-of-{:05}.gguf", self.prefix, self.count))
     }
+
+    /// The numbers of the shards that aren't beside `path`.
+    pub(super) fn missing(&self, path: &Path) -> Vec<u32> {
+        let gone = |&no: &u32| matches!(self.sibling(path, no).try_exists(), Ok(false));
+        (1..=self.count).filter(gone).collect()
+    }
+}
+
+/// Which others are missing besides the first, in words: ` (and 3 and 5)`; of many the first few.
+pub(super) fn more(missing: &[u32]) -> String {
+    const TOLD: usize = 8;
+    let Some((_, rest @ [_, ..])) = missing.split_first() else { return String::new() };
+    let told: Vec<String> = rest.iter().take(TOLD).map(u32::to_string).collect();
+    match rest.len() - told.len() {
+        0 => format!(" (and number {})", told.join(", ")),
+        n => format!(" (and number {} and {n} more)", told.join(", ")),
+    }
 }
 
 /// Five digits, as the tools write them.

@@ -55,8 +55,19 @@ fn a_missing_shard_is_named() {
     let gone = name(dir.path(), 2, 3);
     fs::remove_file(&gone).unwrap();
     let error = Gguf::open(&name(dir.path(), 3, 3)).unwrap_err();
-    assert!(matches!(&error, GgufError::MissingShard { path, no: 2, count: 3 } if *path == gone));
-    assert!(error.to_string().contains("m-00002-of-00003.gguf"), "{error}");
+    assert!(matches!(&error, GgufError::MissingShard { path, missing, count: 3 } if *path == gone && missing == &[2]));
+    let text = error.to_string();
+    assert!(text.contains("m-00002-of-00003.gguf\" is missing: ") && text.contains("get the rest"), "{text}");
+    fs::remove_file(name(dir.path(), 3, 3)).unwrap();
+    let text = Gguf::open_header(&name(dir.path(), 1, 3)).unwrap_err().to_string();
+    assert!(text.contains("m-00002-of-00003.gguf\" is missing (and number 3): "), "{text}");
+    // A name may claim as many as there are digits for.
+    let many = dir.path().join("m-00001-of-99999.gguf");
+    let mut w = GgufWriter::new();
+    w.set("split.no", 0u16).set("split.count", 99_999u32);
+    w.create(&many, false).unwrap().finish().unwrap();
+    let text = Gguf::open(&many).unwrap_err().to_string();
+    assert!(text.contains("(and number 3, 4, 5, 6, 7, 8, 9, 10 and 99989 more)"), "{text}");
 }
 
 #[test]
