@@ -112,7 +112,7 @@ struct Run {
     rate: f64,
     /// Seconds of computing a token.
     compute_s: f64,
-    /// The share of expert uses that were at hand.
+    /// The share of expert uses that were cache hits.
     hit_rate: Option<f64>,
     bytes_per_token: f64,
 }
@@ -205,7 +205,7 @@ fn together(a: &Args, name: &str, path: &Path, budget: &str, n: usize) {
     let theirs = row.theirs.map_or(String::new(), |t| format!(", llama.cpp {t:.1}"));
     let bound = row.bound.map_or(String::new(), |b| format!(", {:.0} % of the bound", 100.0 * b));
     let read = row.hit_rate.zip(row.mb_per_token).filter(|_| row.bound.is_some());
-    let read = read.map_or(String::new(), |(h, mb)| format!(", {:.1} % at hand, {mb:.1} MB a token", 100.0 * h));
+    let read = read.map_or(String::new(), |(h, mb)| format!(", {:.1} % cache hits, {mb:.1} MB a token", 100.0 * h));
     println!(
         "{} {} {} sequences: {:.1} tokens/s, one {:.2}, ratio {:.2}{theirs}{bound}{read}, peak {} MiB",
         row.model, row.budget, n, row.ours, row.single, row.ratio, row.peak_mib

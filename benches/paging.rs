@@ -130,7 +130,7 @@ fn report(a: &Args, r: &Row) {
     let start = r.start.map_or(String::new(), |(s, dense)| format!(", starts in {s:.2} s, dense weights {dense:.2} s"));
     let load = r.load.map_or(String::new(), |(us, them)| format!(", after loading for {us:.2} and {them:.2} s"));
     println!(
-        "{} {} {} read-ahead {} KiB: ours {:.2}, llama.cpp {:.2} tokens/s{load}, ratio {:.2}{bound}{forecast}, {:.1} % at hand, {:.0} MB a token, peak {} MiB{start}",
+        "{} {} {} read-ahead {} KiB: ours {:.2}, llama.cpp {:.2} tokens/s{load}, ratio {:.2}{bound}{forecast}, {:.1} % cache hits, {:.0} MB a token, peak {} MiB{start}",
         r.model,
         r.budget,
         r.phase,

@@ -223,7 +223,7 @@ impl Table<'_> {
             self.row(name, &|p| p.stalls.quantile(q).map_or("-".into(), |d| seconds(d.as_secs_f64())));
         }
         self.row("experts used", &|p| p.store.uses.to_string());
-        self.row("  at hand", &|p| p.store.hit_rate().map_or("-".into(), |h| format!("{:.1} %", 100.0 * h)));
+        self.row("  cache hits", &|p| p.store.hit_rate().map_or("-".into(), |h| format!("{:.1} %", 100.0 * h)));
         self.row("  because read ahead", &|p| p.store.ahead_hits.to_string());
         self.row("  missing", &|p| p.store.misses().to_string());
         self.row("read when missing", &|p| output::size(p.store.demand_bytes));
@@ -336,7 +336,8 @@ impl Figures {
         );
         let store = self.stats.account.store();
         if let Some(hit_rate) = store.hit_rate() {
-            line += &format!(", experts {:.1}% at hand, {} read", 100.0 * hit_rate, output::size(store.bytes_read()));
+            line +=
+                &format!(", experts {:.1}% cache hits, {} read", 100.0 * hit_rate, output::size(store.bytes_read()));
         }
         let between = self.stats.account.between.bytes_read();
         if between > 0 {

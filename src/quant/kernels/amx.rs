@@ -46,27 +46,29 @@ pub(super) enum Set {
 #[repr(C, align(64))]
 pub(super) struct Tokens(pub [[i8; 256]; TOKENS]);
 
-/// `n` values of a type for which any bytes are right, left of whatever this thread did before. Not a closure's argument, since a closure
-/// wouldn't have the instruction set of the function that it's in.
+/// A head and `n` values, of types for which any bytes are right, left of whatever this thread did before. Not a closure's arguments, since a
+/// closure wouldn't have the instruction set of the function that it's in; and not on the stack, where they would be cleared for each job (a
+/// twentieth of a small model's time).
 ///
 /// # Safety
 /// Until they are no longer used, this thread doesn't ask for others.
-pub(super) unsafe fn scratch<'a, T>(n: usize) -> &'a mut [T] {
+pub(super) unsafe fn scratch<'a, H, T>(n: usize) -> (&'a mut H, &'a mut [T]) {
     #[derive(Clone)]
     #[repr(align(64))]
     struct Line(#[allow(dead_code)] [u8; 64]);
     thread_local! {
         static LINES: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
     }
-    const { assert!(align_of::<T>() <= align_of::<Line>()) };
+    const { assert!(align_of::<H>() == align_of::<Line>() && align_of::<T>() == align_of::<Line>()) };
     LINES.with_borrow_mut(|lines| {
-        let n_lines = (n * size_of::<T>()).div_ceil(64);
+        let n_lines = (size_of::<H>() + n * size_of::<T>()).div_ceil(64);
         if lines.len() < n_lines {
             lines.resize(n_lines, Line([0; 64]));
         }
+        let head = lines.as_mut_ptr().cast::<H>();
         // SAFETY: the lines are initialised, long enough and aligned, and any bytes are right. They stay where they are until more are asked for,
         // which doesn't happen meanwhile, by the caller's promise, and the thread has no other reference to them.
-        unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), n) }
+        unsafe { (&mut *head, std::slice::from_raw_parts_mut(head.add(1).cast(), n)) }
     })
 }
 

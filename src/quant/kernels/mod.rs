@@ -254,11 +254,9 @@ mod on_amx {
     /// A thread has tiles only while a kernel runs.
     pub(super) const MULTIPLY: unsafe fn(usize) -> u64 = amx::multiply_rate;
 
-    /// Of a whole job's tokens.
-    pub(super) const fn scratch_bytes(n_cols: usize) -> usize {
-        let of_blocks = n_cols.div_ceil(32) * tiled32::TOKENS_BYTES;
-        let of_superblocks = n_cols.div_ceil(256) * tiled256::TOKENS_BYTES;
-        job::MAX_TOKENS / amx::TOKENS * if of_blocks > of_superblocks { of_blocks } else { of_superblocks }
+    /// See [`run::scratch_bytes`].
+    pub(super) fn scratch_bytes(n_cols: usize) -> usize {
+        tiled32::scratch_bytes(n_cols).max(tiled256::scratch_bytes(n_cols))
     }
 
     pub(super) const fn block32<L: Block32>() -> Kernels {

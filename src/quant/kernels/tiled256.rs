@@ -74,8 +74,17 @@ struct Tokens {
     pairs: [[i32; 8]; TOKENS],
 }
 
-/// Scratch for a tile's tokens.
-pub(super) const TOKENS_BYTES: usize = size_of::<Tokens>();
+/// The buffers of a job.
+#[repr(C, align(64))]
+struct Buffers {
+    panels: [Panel; GROUPS],
+    acc: [Accumulators; GROUPS],
+}
+
+/// What a thread keeps of scratch, for matrices of so many columns.
+pub(super) const fn scratch_bytes(n_cols: usize) -> usize {
+    size_of::<Buffers>() + MAX_TOKENS / TOKENS * n_cols.div_ceil(256) * size_of::<Tokens>()
+}
 
 /// Up to [`MAX_TOKENS`] tokens.
 ///
@@ -86,9 +95,9 @@ pub(super) unsafe fn gemm<L: Superblock>(v: Avx512, job: &Job<'_>) {
     let n_tiles = job.x.len().div_ceil(TOKENS);
     // SAFETY: the caller's promise; nothing below asks for more.
     unsafe {
-        let tokens: &mut [Tokens] = amx::scratch(n_tiles * job.n_blocks);
+        let (buffers, tokens) = amx::scratch::<Buffers, Tokens>(n_tiles * job.n_blocks);
         gather::<L>(job, n_tiles, tokens);
-        multiply::<L>(v, job, n_tiles, tokens);
+        multiply::<L>(v, job, n_tiles, tokens, buffers);
     }
 }
 
@@ -121,19 +130,17 @@ unsafe fn gather<L: Superblock>(job: &Job<'_>, n_tiles: usize, tokens: &mut [Tok
 /// # Safety
 /// As for [`gemm`], and the tokens are gathered.
 #[inline(always)]
-unsafe fn multiply<L: Superblock>(v: Avx512, job: &Job<'_>, n_tiles: usize, tokens: &[Tokens]) {
-    let (zero, none) = (v.splat(0), v.splat_f32(NO_SCALE));
-    let mut panels = [Panel { codes: [[[zero; 16]; 2]; 4], factors: Factors::nothing(v) }; GROUPS];
-    let mut acc = [[[none; TOKENS]; NO_TILE + 1]; GROUPS];
+unsafe fn multiply<L: Superblock>(v: Avx512, job: &Job<'_>, n_tiles: usize, tokens: &[Tokens], buffers: &mut Buffers) {
+    let Buffers { panels, acc } = buffers;
     // SAFETY: the caller's promise.
     let tiles = unsafe { Tiles::<64>::new(job.x.len().min(TOKENS)) };
     let reading = Reading::new::<Avx512>(None);
     let together = job.n_groups / GROUPS * GROUPS;
     for g in (0..together).step_by(GROUPS) {
         // SAFETY: the job's promise.
-        unsafe { groups::<L, GROUPS>(v, &tiles, job, g, reading, n_tiles, tokens, &mut panels, &mut acc) };
+        unsafe { groups::<L, GROUPS>(v, &tiles, job, g, reading, n_tiles, tokens, panels, acc) };
     }
-    let ([panel, ..], [acc, ..]) = (&mut panels, &mut acc);
+    let ([panel, ..], [acc, ..]) = (panels, acc);
     for g in together..job.n_groups {
         let (panel, acc) = (std::array::from_mut(panel), std::array::from_mut(acc));
         // SAFETY: the job's promise.
@@ -175,7 +182,7 @@ unsafe fn groups<L: Superblock, const R: usize>(
         let mut line = 0;
         for (k, x) in tokens.iter().enumerate() {
             let [now, then] = &mut sums;
-            let (now, then) = if (i * n_tiles + k) % 2 == 0 { (now, then) } else { (then, now) };
+            let (now, then) = if (i * n_tiles + k).is_multiple_of(2) { (now, then) } else { (then, now) };
             tiles.begin();
             macro_rules! step {
                 ($step:literal) => {
