@@ -32,15 +32,6 @@ struct Config {
     rows: [u8; 16],
 }
 
-/// Which tiles a product goes through. Two sets for 16 tokens, so that a product needn't wait for the one before; one set for
-/// the fewer tokens that are left.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Set {
-    Even,
-    Odd,
-    Rest,
-}
-
 /// Tokens' activations of a superblock.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -98,47 +89,44 @@ impl<const K: usize> Tiles<K> {
 }
 
 impl Tiles<32> {
-    /// `rest` is the number of tokens that [`Set::Rest`] takes, 1 to 16.
+    /// For `n_tokens` tokens, 1 to 16, at a time.
     ///
     /// # Safety
     /// As for [`configure`](Self::configure).
-    pub(super) unsafe fn new(rest: usize) -> Self {
-        // Tiles 0, 3: A; 1, 4: B; 2, 5: C; 6, 7: A and C of the rest, whose B is tile 1.
-        let (a, b, c) = ((TOKENS, 32), (8, 64), (TOKENS, 64));
+    pub(super) unsafe fn new(n_tokens: usize) -> Self {
+        // Tiles 0, 3: A; 1, 4: B; 2, 5: C.
+        let (a, b, c) = ((n_tokens, 32), (8, 64), (n_tokens, 64));
         // SAFETY: the caller's promise.
-        unsafe { Self::configure([a, b, c, a, b, c, (rest, 32), (rest, 64)]) }
+        unsafe { Self::configure([a, b, c, a, b, c, a, b]) }
     }
 
-    /// `c` becomes the products' sums: of the bytes at `a`, 32 a token, from one token to the next `a_stride`, with those at `b`,
-    /// 8 times 64 bytes. Both are signed. `Set::Rest` leaves the rows of `c` after its tokens as they are.
-    ///
-    /// # Safety
-    /// `a` can be read for as many tokens as the set has, and `b`.
+    /// `c` becomes the products' sums: of the bytes at `a`, 32 a token, with those at `b`, 8 times 64 bytes. Both are signed. The rows of `c` after the
+    /// tokens stay as they are. There are two sets of tiles, so that a product needn't wait for the one before.
     #[inline(always)]
-    pub(super) unsafe fn multiply(&self, set: Set, a: *const i8, a_stride: usize, b: *const u8, c: &mut Sums) {
+    pub(super) fn multiply(&self, is_odd: bool, a: &[[i8; 32]; TOKENS], b: &[__m512i; 8], c: &mut Sums) {
         macro_rules! product {
             ($a:literal, $b:literal, $c:literal) => {
                 asm!(
                     concat!("tileloadd ", $b, ", [{b} + {line}]"),
-                    concat!("tileloadd ", $a, ", [{a} + {stride}]"),
+                    concat!("tileloadd ", $a, ", [{a} + {row}]"),
                     concat!("tilezero ", $c),
                     concat!("tdpbssd ", $c, ", ", $a, ", ", $b),
                     concat!("tilestored [{c} + {line}], ", $c),
-                    a = in(reg) a,
-                    stride = in(reg) a_stride,
-                    b = in(reg) b,
+                    a = in(reg) a.as_ptr(),
+                    row = in(reg) 32usize,
+                    b = in(reg) b.as_ptr(),
                     c = in(reg) c,
                     line = in(reg) 64usize,
                     options(nostack, preserves_flags),
                 )
             };
         }
-        // SAFETY: `self` proves that the tiles are set up; that the operands can be read is the caller's promise, and `c` is 16 rows of 64 bytes.
+        // SAFETY: `self` proves that the tiles are set up; what is read and written is in the references.
         unsafe {
-            match set {
-                Set::Even => product!("tmm0", "tmm1", "tmm2"),
-                Set::Odd => product!("tmm3", "tmm4", "tmm5"),
-                Set::Rest => product!("tmm6", "tmm1", "tmm7"),
+            if is_odd {
+                product!("tmm3", "tmm4", "tmm5");
+            } else {
+                product!("tmm0", "tmm1", "tmm2");
             }
         }
     }

@@ -15,6 +15,7 @@ use super::layout::Block;
 use super::superblock::{Reading, Scales, Superblock, Superblocks};
 use super::vector::Vector;
 use core::arch::x86_64::*;
+use std::ops::Range;
 
 /// Rows of a group.
 const LANES: usize = Avx512::LANES;
@@ -86,6 +87,16 @@ pub(super) const fn scratch_bytes(n_cols: usize) -> usize {
     size_of::<Buffers>() + MAX_TOKENS / TOKENS * n_cols.div_ceil(256) * size_of::<Tokens>()
 }
 
+/// Tokens of a job, gathered: an expert's lie anywhere, while a tile's rows are at one distance.
+#[derive(Clone, Copy)]
+struct Gathered<'a> {
+    /// `(n_blocks, n_tiles)`
+    tokens: &'a [Tokens],
+    n_tiles: usize,
+    /// Tokens of each tile; the last may have fewer, and others' are left there, for sums that nobody reads.
+    n: usize,
+}
+
 /// Up to [`MAX_TOKENS`] tokens.
 ///
 /// # Safety
@@ -93,22 +104,29 @@ pub(super) const fn scratch_bytes(n_cols: usize) -> usize {
 #[inline(always)]
 pub(super) unsafe fn gemm<L: Superblock>(v: Avx512, job: &Job<'_>) {
     let n_tiles = job.x.len().div_ceil(TOKENS);
-    // SAFETY: the caller's promise; nothing below asks for more.
+    // All tiles have as many, since a product takes as long as a tile has tokens.
+    let n = job.x.len().div_ceil(n_tiles);
+    // SAFETY: the caller's promise; nothing below asks for more scratch.
     unsafe {
-        let (buffers, tokens) = amx::scratch::<Buffers, Tokens>(n_tiles * job.n_blocks);
-        gather::<L>(job, n_tiles, tokens);
-        multiply::<L>(v, job, n_tiles, tokens, buffers);
+        let (Buffers { panels, acc }, tokens) = amx::scratch::<Buffers, Tokens>(n_tiles * job.n_blocks);
+        gather::<L>(job, n_tiles, n, tokens);
+        let (x, tiles) = (Gathered { tokens, n_tiles, n }, Tiles::<64>::new(n));
+        let together = job.n_groups / GROUPS * GROUPS;
+        for g in (0..together).step_by(GROUPS) {
+            groups::<L, GROUPS>(v, &tiles, job, g, x, panels, acc);
+        }
+        let ([panel, ..], [acc, ..]) = (panels, acc);
+        for g in together..job.n_groups {
+            groups::<L, 1>(v, &tiles, job, g, x, std::array::from_mut(panel), std::array::from_mut(acc));
+        }
     }
 }
 
-/// An expert's tokens lie anywhere, while a tile's rows are at one distance. What is left of other tokens in the last tile is for sums that
-/// nobody reads.
-///
 /// # Safety
 /// The job's promise.
 #[inline(always)]
-unsafe fn gather<L: Superblock>(job: &Job<'_>, n_tiles: usize, tokens: &mut [Tokens]) {
-    for (k, x) in job.x.chunks(TOKENS).enumerate() {
+unsafe fn gather<L: Superblock>(job: &Job<'_>, n_tiles: usize, n: usize, tokens: &mut [Tokens]) {
+    for (k, x) in job.x.chunks(n).enumerate() {
         for (t, x) in x.iter().enumerate() {
             for i in 0..job.n_blocks {
                 let to = &mut tokens[i * n_tiles + k];
@@ -127,52 +145,28 @@ unsafe fn gather<L: Superblock>(job: &Job<'_>, n_tiles: usize, tokens: &mut [Tok
     }
 }
 
-/// # Safety
-/// As for [`gemm`], and the tokens are gathered.
-#[inline(always)]
-unsafe fn multiply<L: Superblock>(v: Avx512, job: &Job<'_>, n_tiles: usize, tokens: &[Tokens], buffers: &mut Buffers) {
-    let Buffers { panels, acc } = buffers;
-    // SAFETY: the caller's promise.
-    let tiles = unsafe { Tiles::<64>::new(job.x.len().min(TOKENS)) };
-    let reading = Reading::new::<Avx512>(None);
-    let together = job.n_groups / GROUPS * GROUPS;
-    for g in (0..together).step_by(GROUPS) {
-        // SAFETY: the job's promise.
-        unsafe { groups::<L, GROUPS>(v, &tiles, job, g, reading, n_tiles, tokens, panels, acc) };
-    }
-    let ([panel, ..], [acc, ..]) = (panels, acc);
-    for g in together..job.n_groups {
-        let (panel, acc) = (std::array::from_mut(panel), std::array::from_mut(acc));
-        // SAFETY: the job's promise.
-        unsafe { groups::<L, 1>(v, &tiles, job, g, reading, n_tiles, tokens, panel, acc) };
-    }
-}
-
 /// `R` groups from group `g` on.
 ///
 /// # Safety
 /// The job's promise, and these groups are within it.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 unsafe fn groups<L: Superblock, const R: usize>(
     v: Avx512,
     tiles: &Tiles<64>,
     job: &Job<'_>,
     g: usize,
-    reading: Reading,
-    n_tiles: usize,
-    tokens: &[Tokens],
+    x: Gathered<'_>,
     panels: &mut [Panel; R],
     acc: &mut [Accumulators; R],
 ) {
-    let bytes = L::BYTES * LANES;
-    acc.iter_mut().for_each(|acc| acc[..n_tiles].fill([v.splat_f32(0.0); TOKENS]));
+    let (bytes, reading) = (L::BYTES * LANES, Reading::new::<Avx512>(None));
+    acc.iter_mut().for_each(|acc| acc[..x.n_tiles].fill([v.splat_f32(0.0); TOKENS]));
     // A tile's sums are used while the next one's are multiplied: here they are with what they are multiplied by, and which tile it is.
     let mut sums = [[[Sums::ZERO; 2]; R]; 2];
     let mut factors = [Factors::nothing(v); R];
-    let (mut before, mut x_before) = (NO_TILE, &tokens[0]);
-    let n_lines = bytes.div_ceil(64 * 4 * n_tiles);
-    for (i, tokens) in tokens.chunks_exact(n_tiles).enumerate() {
+    let (mut before, mut x_before) = (NO_TILE, &x.tokens[0]);
+    let n_lines = bytes.div_ceil(64 * 4 * x.n_tiles);
+    for (i, tokens) in x.tokens.chunks_exact(x.n_tiles).enumerate() {
         let at = |r: usize, i: usize| job.w.wrapping_add(((g + r) * job.n_blocks + i) * bytes);
         for (r, panel) in panels.iter_mut().enumerate() {
             // SAFETY: the job's promise.
@@ -180,14 +174,14 @@ unsafe fn groups<L: Superblock, const R: usize>(
         }
         let codes: [&amx::Codes; R] = panels.each_ref().map(|p| &p.codes);
         let mut line = 0;
-        for (k, x) in tokens.iter().enumerate() {
+        for (k, tile) in tokens.iter().enumerate() {
             let [now, then] = &mut sums;
-            let (now, then) = if (i * n_tiles + k).is_multiple_of(2) { (now, then) } else { (then, now) };
+            let (now, then) = if (i * x.n_tiles + k).is_multiple_of(2) { (now, then) } else { (then, now) };
             tiles.begin();
             macro_rules! step {
                 ($step:literal) => {
-                    tiles.step(&x.q, codes, $step, !L::MIN);
-                    add::<L, R>(v, &factors, x_before, 4 * $step, then, acc, before);
+                    tiles.step(&tile.q, codes, $step, !L::MIN);
+                    add::<L, R>(v, &factors, x_before, of_step($step, x.n), then, acc, before);
                     for _ in 0..n_lines {
                         (0..R).for_each(|r| v.prefetch(at(r, i + 1).wrapping_add(line)));
                         line += 64;
@@ -199,34 +193,43 @@ unsafe fn groups<L: Superblock, const R: usize>(
             step!(2);
             step!(3);
             tiles.end(now);
-            (before, x_before) = (k, x);
+            (before, x_before) = (k, tile);
             if k == 0 {
                 factors = panels.each_ref().map(|p| p.factors);
             }
         }
     }
-    let last = &sums[(job.n_blocks * n_tiles + 1) % 2];
-    (0..4).for_each(|step| add::<L, R>(v, &factors, x_before, 4 * step, last, acc, before));
+    let last = &sums[(job.n_blocks * x.n_tiles + 1) % 2];
+    add::<L, R>(v, &factors, x_before, 0..x.n, last, acc, before);
     for (r, acc) in acc.iter().enumerate() {
-        for t in 0..job.x.len() {
-            // SAFETY: the job's promise.
-            unsafe { v.store_f32(job.out(t, (g + r) * LANES), acc.as_flattened()[t]) };
+        for (first, acc) in (0..job.x.len()).step_by(x.n).zip(acc) {
+            for (t, acc) in (first..job.x.len()).zip(&acc[..x.n]) {
+                // SAFETY: the job's promise.
+                unsafe { v.store_f32(job.out(t, (g + r) * LANES), *acc) };
+            }
         }
     }
 }
 
-/// Adds a superblock's part to the dot products of `R` groups with four tokens, from token `first` of a tile on.
+/// The tokens of a tile of `n` whose sums are added up at a step, of which there are four.
+#[inline(always)]
+fn of_step(step: usize, n: usize) -> Range<usize> {
+    const STEP: usize = TOKENS / 4;
+    (STEP * step).min(n)..(STEP * (step + 1)).min(n)
+}
+
+/// Adds a superblock's part to the dot products of `R` groups with some tokens of a tile.
 #[inline(always)]
 fn add<L: Superblock, const R: usize>(
     v: Avx512,
     w: &[Factors; R],
     x: &Tokens,
-    first: usize,
+    tokens: Range<usize>,
     sums: &[[Sums; 2]; R],
     acc: &mut [Accumulators; R],
     tile: usize,
 ) {
-    for t in first..first + 4 {
+    for t in tokens {
         let da = v.splat_f32(x.d[t]);
         let pairs: [_; 8] = std::array::from_fn(|j| v.splat(x.pairs[t][j].cast_unsigned()));
         for r in 0..R {

@@ -7,14 +7,14 @@
 //! cycle; 16 cycles of the tiles' unit; 48 vector operations, two a cycle. So 28 cycles at best, where VNNI's 176 operations take 88. The clock
 //! (Emerald Rapids, Q4_0, 64 tokens): 80 cycles, VNNI's 110. Loads and stores get in each other's way.
 
-use super::NO_SCALE;
-use super::amx::{self, Set, Sums, TOKENS, Tiles};
+use super::amx::{self, Sums, TOKENS, Tiles};
 use super::avx512::Avx512;
 use super::block32::Block32;
 use super::job::{Job, MAX_TOKENS};
 use super::layout::{Ahead, Block};
 use super::vector::Vector;
 use core::arch::x86_64::*;
+use std::ops::Range;
 
 /// Rows of a group.
 const LANES: usize = Avx512::LANES;
@@ -22,6 +22,8 @@ const LANES: usize = Avx512::LANES;
 const DEPTH: usize = 16;
 /// Groups of rows that are multiplied with a tile of tokens while it is in the L1 cache.
 const GROUPS: usize = 2;
+/// Tiles have more than half of 16 tokens; those with up to so many are added up by a loop of as many.
+const FEWER: usize = 12;
 /// A block's sums are used so many products later, when they have left the tile and reached the cache.
 const LATER: usize = 2;
 
@@ -50,13 +52,22 @@ struct Tokens {
 struct Buffers {
     panels: [Panel; GROUPS],
     sums: [Sums; 2 * LATER],
-    /// The dot products of each group's rows with each token, so far.
-    acc: [[__m512; MAX_TOKENS]; GROUPS],
+    /// The dot products of each group's rows with the tokens of each tile, so far.
+    acc: [[[__m512; TOKENS]; MAX_TOKENS / TOKENS]; GROUPS],
 }
 
 /// What a thread keeps of scratch, for matrices of so many columns.
 pub(super) const fn scratch_bytes(n_cols: usize) -> usize {
     size_of::<Buffers>() + MAX_TOKENS / TOKENS * n_cols.div_ceil(32) * size_of::<Tokens>()
+}
+
+/// Tokens of a job, gathered: an expert's lie anywhere.
+#[derive(Clone, Copy)]
+struct Gathered<'a> {
+    /// `(n_tiles, n_blocks)`
+    tokens: &'a [Tokens],
+    /// Tokens of each tile; the last may have fewer, and others' are left there, for sums that nobody reads.
+    n: usize,
 }
 
 /// Up to [`MAX_TOKENS`] tokens.
@@ -65,24 +76,25 @@ pub(super) const fn scratch_bytes(n_cols: usize) -> usize {
 /// The job's promise; the processor has [`Isa::Avx512Amx`](crate::cpu::Isa), and the thread has no tiles.
 #[inline(always)]
 pub(super) unsafe fn gemm<L: Block32>(v: Avx512, job: &Job<'_>) {
+    let n_tiles = job.x.len().div_ceil(TOKENS);
+    // All tiles have as many, since a product takes as long as a tile has tokens.
+    let n = job.x.len().div_ceil(n_tiles);
     // SAFETY: the caller's promise; nothing below asks for more scratch.
     unsafe {
-        let (buffers, tokens) = amx::scratch::<Buffers, Tokens>(job.x.len().div_ceil(TOKENS) * job.n_blocks);
-        gather::<L>(job, tokens);
-        let tiles = Tiles::<32>::new((job.x.len() - 1) % TOKENS + 1);
+        let (buffers, tokens) = amx::scratch::<Buffers, Tokens>(n_tiles * job.n_blocks);
+        gather::<L>(job, n, tokens);
+        let (x, tiles) = (Gathered { tokens, n }, Tiles::<32>::new(n));
         for g in (0..job.n_groups).step_by(GROUPS) {
-            groups::<L>(v, &tiles, job, g, GROUPS.min(job.n_groups - g), tokens, buffers);
+            groups::<L>(v, &tiles, job, g..job.n_groups.min(g + GROUPS), x, buffers);
         }
     }
 }
 
-/// An expert's tokens lie anywhere. What is left of others in the last tile is for sums that nobody reads.
-///
 /// # Safety
 /// The job's promise.
 #[inline(always)]
-unsafe fn gather<L: Block32>(job: &Job<'_>, tokens: &mut [Tokens]) {
-    for (x, to) in job.x.chunks(TOKENS).zip(tokens.chunks_exact_mut(job.n_blocks)) {
+unsafe fn gather<L: Block32>(job: &Job<'_>, n: usize, tokens: &mut [Tokens]) {
+    for (x, to) in job.x.chunks(n).zip(tokens.chunks_exact_mut(job.n_blocks)) {
         for (t, x) in x.iter().enumerate() {
             for (i, to) in to.iter_mut().enumerate() {
                 // SAFETY: the token has this block, by the caller's promise.
@@ -98,89 +110,83 @@ unsafe fn gather<L: Block32>(job: &Job<'_>, tokens: &mut [Tokens]) {
     }
 }
 
-/// `n` groups from group `g` on.
+/// Some groups, at most [`GROUPS`].
 ///
 /// # Safety
-/// The job's promise, and these groups are within it; the tokens are gathered.
+/// The job's promise, and these groups are within it.
 #[inline(always)]
 unsafe fn groups<L: Block32>(
     v: Avx512,
     tiles: &Tiles<32>,
     job: &Job<'_>,
-    g: usize,
-    n: usize,
-    tokens: &[Tokens],
+    groups: Range<usize>,
+    x: Gathered<'_>,
     buffers: &mut Buffers,
 ) {
-    let bytes = L::BYTES * LANES;
+    let (bytes, n_groups) = (L::BYTES * LANES, groups.len());
     let Buffers { panels, sums, acc } = buffers;
-    acc.iter_mut().for_each(|acc| acc[..job.x.len().next_multiple_of(TOKENS)].fill(v.splat_f32(0.0)));
+    acc.iter_mut().for_each(|acc| acc[..job.x.len().div_ceil(x.n)].fill([v.splat_f32(0.0); TOKENS]));
     for first in (0..job.n_blocks).step_by(DEPTH) {
         let depth = DEPTH.min(job.n_blocks - first);
-        let at = |r: usize, i: usize| job.w.wrapping_add(((g + r) * job.n_blocks + first + i) * bytes);
-        for (r, panel) in panels[..n].iter_mut().enumerate() {
+        let at = |r: usize, i: usize| job.w.wrapping_add(((groups.start + r) * job.n_blocks + first + i) * bytes);
+        for (r, panel) in panels[..n_groups].iter_mut().enumerate() {
             for (i, w) in panel[..depth].iter_mut().enumerate() {
                 // SAFETY: the job's promise.
-                *w = open(v, unsafe { Block::<_, L>::new(v, at(r, i)) });
+                open(v, unsafe { Block::<_, L>::new(v, at(r, i)) }, w);
             }
         }
         // The last group's again, if there is one only: it costs nothing to ask twice.
-        let mut ahead = Ahead::new([at(0, depth), at(n - 1, depth)], depth * bytes, job.x.len());
-        for (i, (x, tokens)) in job.x.chunks(TOKENS).zip(tokens.chunks_exact(job.n_blocks)).enumerate() {
-            ahead.ask(v, x.len());
+        let mut ahead = Ahead::new([at(0, depth), at(n_groups - 1, depth)], depth * bytes, job.x.len());
+        for (k, tokens) in x.tokens.chunks_exact(job.n_blocks).enumerate() {
+            ahead.ask(v, x.n);
             let tokens = &tokens[first..first + depth];
-            for (panel, acc) in panels[..n].iter().zip(acc.iter_mut()) {
-                let acc = &mut acc[TOKENS * i..][..TOKENS];
-                if x.len() == TOKENS {
-                    tile::<L, TOKENS>(v, tiles, true, &panel[..depth], tokens, sums, acc);
-                } else if x.len() > TOKENS / 2 {
-                    tile::<L, TOKENS>(v, tiles, false, &panel[..depth], tokens, sums, acc);
+            for (panel, acc) in panels[..n_groups].iter().zip(acc.iter_mut()) {
+                if x.n > FEWER {
+                    tile::<L, TOKENS>(v, tiles, &panel[..depth], tokens, sums, &mut acc[k]);
                 } else {
-                    tile::<L, { TOKENS / 2 }>(v, tiles, false, &panel[..depth], tokens, sums, acc);
+                    tile::<L, FEWER>(v, tiles, &panel[..depth], tokens, sums, &mut acc[k]);
                 }
             }
         }
     }
-    for r in 0..n {
-        for t in 0..job.x.len() {
-            // SAFETY: the job's promise.
-            unsafe { v.store_f32(job.out(t, (g + r) * LANES), acc[r][t]) };
+    for (r, acc) in acc[..n_groups].iter().enumerate() {
+        for (first, acc) in (0..job.x.len()).step_by(x.n).zip(acc) {
+            for (t, acc) in (first..job.x.len()).zip(&acc[..x.n]) {
+                // SAFETY: the job's promise.
+                unsafe { v.store_f32(job.out(t, (groups.start + r) * LANES), *acc) };
+            }
         }
     }
 }
 
 #[inline(always)]
-fn open<L: Block32>(v: Avx512, b: Block<Avx512, L>) -> Open {
+fn open<L: Block32>(v: Avx512, b: Block<Avx512, L>, to: &mut Open) {
     let zero = if L::BITS == 8 { Avx512::SIGNED_ZERO } else { L::ZERO };
-    let codes = L::codes(v, b).map(|codes| v.sub_u8(codes, zero as u8));
-    Open { codes, scale: L::scale(v, b), min: if L::MIN { L::min(v, b) } else { v.splat_f32(NO_SCALE) } }
+    let codes = L::codes(v, b);
+    for j in 0..8 {
+        to.codes[j] = v.sub_u8(codes[j], zero as u8);
+    }
+    to.scale = L::scale(v, b);
+    if L::MIN {
+        to.min = L::min(v, b);
+    }
 }
 
-/// Adds a panel's part to the dot products of a group of rows with `N` tokens, of which all or, if not `full`, the rest's are there.
+/// Adds a panel's part to the dot products of a group of rows with the first `N` tokens of a tile, or as many as it has.
 #[inline(always)]
 fn tile<L: Block32, const N: usize>(
     v: Avx512,
     tiles: &Tiles<32>,
-    full: bool,
     panel: &[Open],
     x: &[Tokens],
     isums: &mut [Sums; 2 * LATER],
-    acc: &mut [__m512],
+    acc: &mut [__m512; TOKENS],
 ) {
-    let acc: &mut [__m512; N] = acc.first_chunk_mut().expect("as many tokens as a tile");
+    let acc: &mut [__m512; N] = acc.first_chunk_mut().expect("at most a tile's");
     let mut sums = *acc;
     for i in 0..panel.len() + LATER {
         if let (Some(w), Some(x)) = (panel.get(i), x.get(i)) {
-            let set = match (full, i % 2) {
-                (false, _) => Set::Rest,
-                (_, 0) => Set::Even,
-                _ => Set::Odd,
-            };
-            // SAFETY: 16 tokens, 32 bytes from one to the next, and eight vectors of codes are tiles.
-            unsafe {
-                let (q, codes) = (x.q.as_ptr().cast(), w.codes.as_ptr().cast());
-                tiles.multiply(set, q, 32, codes, &mut isums[i % (2 * LATER)]);
-            }
+            tiles.multiply(i % 2 == 1, &x.q, &w.codes, &mut isums[i % (2 * LATER)]);
         }
         if i >= LATER {
             let i = i - LATER;
