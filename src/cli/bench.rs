@@ -179,7 +179,7 @@ fn row(a: &BenchArgs, session: &mut Session, test: Test, memory: &Result<f64, St
 impl Row {
     fn line(&self) -> String {
         let share = self.stats.reached.memory.share.map_or("?".into(), percent);
-        let gb = self.gb_per_s.map_or(String::new(), |g| format!("   {g:6.2} GB/s   {share:>5} of memory's rate"));
+        let gb = self.gb_per_s.map_or(String::new(), |g| format!("  {g:6.2} GB/s  {share:>5} of memory's rate"));
         let lossy = losses(self.losses).map_or(String::new(), |l| format!("   {l}"));
         format!("{:<14} {:9.2} ± {:<7.2} tokens/s{gb}{lossy}\n", self.test, self.tokens_per_s, self.deviation)
     }
