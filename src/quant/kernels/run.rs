@@ -57,7 +57,10 @@ pub fn scratch_bytes(isa: Isa, n_cols: usize) -> usize {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Amx => super::on_amx::scratch_bytes(n_cols),
-        _ => 0,
+        _ => {
+            let _ = n_cols; // unused where there is no AMX
+            0
+        }
     }
 }
 
