@@ -1,7 +1,7 @@
 //! `oncall plan`, `doctor`, `experts` and `--record`, as the real program runs them.
 
 use oncall::engine::{Engine, EngineOptions};
-use oncall::gguf::{Gguf, GgufWriter, mixture};
+use oncall::gguf::{Gguf, GgufWriter, Tensor, mixture};
 use oncall::moe::Lossy;
 use oncall::synth::{self, PRESETS};
 use serde_json::Value;
@@ -287,30 +287,34 @@ fn what_is_lossy_is_refused_where_it_cannot_be() {
     }
 }
 
-/// The first of a split model's files may hold metadata alone: experts are read from another.
-#[test]
-fn a_split_model_s_disk_is_measured_where_its_experts_are() {
-    let dir = tempfile::tempdir_in(".").unwrap();
-    let whole = Gguf::open(&model(dir.path(), "q8_0")).unwrap();
-    let name = |no: u16| dir.path().join(format!("split-{no:05}-of-00002.gguf"));
-    for no in 0..2u16 {
+/// Writes a model in files of their own, each with some of its tensors, the first with the metadata besides. Where a number's file is `name` says.
+fn split(whole: &Gguf, parts: &[&[Tensor]], name: &dyn Fn(usize) -> PathBuf) {
+    for (i, tensors) in parts.iter().enumerate() {
         let mut w = GgufWriter::new();
-        if no == 0 {
+        if i == 0 {
             w.set_all(whole.metadata());
         }
-        w.set("split.no", no).set("split.count", 2u16);
-        let tensors = if no == 0 { &[] } else { whole.tensors() };
-        for t in tensors {
+        w.set("split.no", i as u16).set("split.count", parts.len() as u16);
+        for t in *tensors {
             w.tensor(&t.name, t.shape(), t.format);
         }
-        let mut out = w.create(&name(no + 1), false).unwrap();
-        for t in tensors {
+        let mut out = w.create(&name(i + 1), false).unwrap();
+        for t in *tensors {
             let mut bytes = vec![0; t.n_bytes as usize];
             whole.read_at(t, 0, &mut bytes).unwrap();
             out.write(&bytes).unwrap();
         }
         out.finish().unwrap();
     }
+}
+
+/// The first of a split model's files may hold metadata alone: experts are read from another.
+#[test]
+fn a_split_model_s_disk_is_measured_where_its_experts_are() {
+    let dir = tempfile::tempdir_in(".").unwrap();
+    let whole = Gguf::open(&model(dir.path(), "q8_0")).unwrap();
+    let name = |no: usize| dir.path().join(format!("split-{no:05}-of-00002.gguf"));
+    split(&whole, &[&[], whole.tensors()], &name);
     let first = name(1);
     assert!(std::fs::metadata(&first).unwrap().len() < std::fs::metadata(name(2)).unwrap().len());
     let plan = json(&["plan", "-m", first.to_str().unwrap()]);
@@ -325,24 +329,7 @@ fn a_plan_of_a_split_model_says_what_is_missing_and_what_would_do() {
     let dir = tempfile::tempdir_in(".").unwrap();
     let whole = Gguf::open(&model(dir.path(), "q8_0")).unwrap();
     let name = |no: usize| dir.path().join(format!("split-{no:05}-of-00003.gguf"));
-    let parts = [&whole.tensors()[..0], &whole.tensors()[..5], &whole.tensors()[5..]];
-    for (i, tensors) in parts.into_iter().enumerate() {
-        let mut w = GgufWriter::new();
-        if i == 0 {
-            w.set_all(whole.metadata());
-        }
-        w.set("split.no", i as u16).set("split.count", 3u16);
-        for t in tensors {
-            w.tensor(&t.name, t.shape(), t.format);
-        }
-        let mut out = w.create(&name(i + 1), false).unwrap();
-        for t in tensors {
-            let mut bytes = vec![0; t.n_bytes as usize];
-            whole.read_at(t, 0, &mut bytes).unwrap();
-            out.write(&bytes).unwrap();
-        }
-        out.finish().unwrap();
-    }
+    split(&whole, &[&[], &whole.tensors()[..5], &whole.tensors()[5..]], &name);
     let first = name(1);
     let args = ["plan", "-m", first.to_str().unwrap()];
     let all = json(&args);

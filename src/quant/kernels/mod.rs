@@ -232,7 +232,7 @@ mod on_amx {
     /// Few tokens use a part of a tile, and weights are unpacked for them all the same (Emerald Rapids, from memory, one core, GOP/s of `gemv` and
     /// `gemm`: Q4_K eight tokens 224 and 230, twelve 253 and 330; Q6_K 157 and 136, 171 and 206),
     const FEW_SUPERBLOCKS: usize = 2 * MAX_GEMV;
-    /// which for blocks of 32 pays later (Q4_0 twelve tokens 263 and 203, sixteen 287 and 283; Q8_0 229 and 129, 247 and 221).
+    /// which for blocks of 32 pays later (Q4_0 twelve tokens 263 and 203, sixteen 287 and 283; Q8_0 sixteen 247 and 221).
     const FEW_BLOCKS: usize = 4 * MAX_GEMV;
 
     /// # Safety

@@ -103,9 +103,7 @@ struct Gathered<'a> {
 /// The job's promise; the processor has [`Isa::Avx512Amx`](crate::cpu::Isa), and the thread has no tiles.
 #[inline(always)]
 pub(super) unsafe fn gemm<L: Superblock>(v: Avx512, job: &Job<'_>) {
-    let n_tiles = job.x.len().div_ceil(TOKENS);
-    // All tiles have as many, since a product takes as long as a tile has tokens.
-    let n = job.x.len().div_ceil(n_tiles);
+    let (n_tiles, n) = amx::shares(job.x.len());
     // SAFETY: the caller's promise; nothing below asks for more scratch.
     unsafe {
         let (Buffers { panels, acc }, tokens) = amx::scratch::<Buffers, Tokens>(n_tiles * job.n_blocks);
@@ -202,12 +200,8 @@ unsafe fn groups<L: Superblock, const R: usize>(
     let last = &sums[(job.n_blocks * x.n_tiles + 1) % 2];
     add::<L, R>(v, &factors, x_before, 0..x.n, last, acc, before);
     for (r, acc) in acc.iter().enumerate() {
-        for (first, acc) in (0..job.x.len()).step_by(x.n).zip(acc) {
-            for (t, acc) in (first..job.x.len()).zip(&acc[..x.n]) {
-                // SAFETY: the job's promise.
-                unsafe { v.store_f32(job.out(t, (g + r) * LANES), *acc) };
-            }
-        }
+        // SAFETY: the job's promise.
+        unsafe { amx::store(v, job, g + r, x.n, acc) };
     }
 }
 

@@ -4,8 +4,8 @@
 //! of [`block32`](super::block32) follow in their order, with the sums of 16 tokens in registers.
 //!
 //! The count for 16 tokens, 16 rows and 32 weights: 40 loads of rows (A, B and C) and 16 of scales, two a cycle; 16 stores, one a
-//! cycle; 16 cycles of the tiles' unit; 48 vector operations, two a cycle. So 28 cycles at best, where VNNI's 176 operations take 88. The clock
-//! (Emerald Rapids, Q4_0, 64 tokens): 80 cycles, VNNI's 110. Loads and stores get in each other's way.
+//! cycle; 16 cycles of the tiles' unit; 48 vector operations, two a cycle. So 28 cycles at best, where VNNI's 176 operations take 88. By the
+//! clock (Emerald Rapids, Q4_0, 64 tokens) it's 33 ns, some 80 cycles; VNNI's 50 ns. Loads and stores get in each other's way.
 
 use super::amx::{self, Sums, TOKENS, Tiles};
 use super::avx512::Avx512;
@@ -76,9 +76,7 @@ struct Gathered<'a> {
 /// The job's promise; the processor has [`Isa::Avx512Amx`](crate::cpu::Isa), and the thread has no tiles.
 #[inline(always)]
 pub(super) unsafe fn gemm<L: Block32>(v: Avx512, job: &Job<'_>) {
-    let n_tiles = job.x.len().div_ceil(TOKENS);
-    // All tiles have as many, since a product takes as long as a tile has tokens.
-    let n = job.x.len().div_ceil(n_tiles);
+    let (n_tiles, n) = amx::shares(job.x.len());
     // SAFETY: the caller's promise; nothing below asks for more scratch.
     unsafe {
         let (buffers, tokens) = amx::scratch::<Buffers, Tokens>(n_tiles * job.n_blocks);
@@ -150,12 +148,8 @@ unsafe fn groups<L: Block32>(
         }
     }
     for (r, acc) in acc[..n_groups].iter().enumerate() {
-        for (first, acc) in (0..job.x.len()).step_by(x.n).zip(acc) {
-            for (t, acc) in (first..job.x.len()).zip(&acc[..x.n]) {
-                // SAFETY: the job's promise.
-                unsafe { v.store_f32(job.out(t, (groups.start + r) * LANES), *acc) };
-            }
-        }
+        // SAFETY: the job's promise.
+        unsafe { amx::store(v, job, groups.start + r, x.n, acc) };
     }
 }
 
